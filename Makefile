@@ -1,0 +1,44 @@
+# make serve   install and serve the demo on http://127.0.0.1:8000 (HOST=... PORT=... DATA=... override)
+# make test    install with the test extras and run the whole gate
+HOST ?= 127.0.0.1
+PORT ?= 8000
+DATA ?= data
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: serve test format train-demo torture clean
+
+serve: .venv/.serve
+	$(BIN)/semblance serve --demo --host $(HOST) --port $(PORT) --data $(DATA)
+
+test: .venv/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/pytest
+
+format: .venv/.test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Long checks and runs, with a short form in the suite.
+train-demo: .venv/.test
+	$(BIN)/semblance-train clip --preset demo
+	$(BIN)/semblance-train scenes --out checkpoints/demo/scenes.tar.gz
+
+torture: .venv/.test
+	KILL_ROUNDS=500 $(BIN)/pytest tests/app/test_store.py -k kill_9
+
+.venv/.serve: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[cpu]'
+	touch $@
+
+.venv/.test: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -1,0 +1,317 @@
+"""The command line `semblance`: serve | index | search | embed | generate | models."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import base64
+import json
+import logging
+import signal
+import sys
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from app.settings import Settings
+from models.errors import SemblanceError
+
+_SETTINGS = {
+    "host": "address to listen on",
+    "port": "port to listen on",
+    "store": "folder of the collections",
+    "checkpoints": "folder whose subfolders are the models to serve",
+    "device": "auto, cpu, cuda, cuda:1, ...",
+    "threads": "processor threads, 0 for every core",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a subcommand. Exit codes: 0 done, 1 an error said in a sentence, 2 wrong usage, 130 interrupted."""
+    options = build_parser().parse_args(arguments)
+    try:
+        result: int = options.run_command(options)
+        return result
+    except KeyboardInterrupt:
+        return 130
+    except (SemblanceError, OSError) as error:
+        return _fail(str(error))
+    except ValidationError as error:
+        wrong = error.errors(include_url=False)[0]
+        return _fail(f"setting {'.'.join(map(str, wrong['loc']))}: {wrong['msg']}")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    parser = argparse.ArgumentParser(
+        "semblance",
+        description="Serve trained models, fill collections with pictures and search them.",
+        epilog="settings can also be given in the environment: SEMBLANCE_PORT, SEMBLANCE_API_KEYS, ... (app/README.md)",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    serve = _command(commands, "serve", _serve, "Serve the API on http://127.0.0.1:8000, its pages under /docs")
+    _settings(serve, "host", "port", "store", "checkpoints", "device", "threads")
+    serve.add_argument("--model", action="append", metavar="NAME=REFERENCE", help=_MODEL)
+    serve.add_argument("--demo", action="store_true", help="fill the default collection with scenes on first start")
+    serve.add_argument("--insecure", action="store_true", help="serve other machines without an API key")
+
+    index = _command(commands, "index", _index, "Put pictures into a collection; run it again to go on or to update")
+    index.add_argument("source", help="a folder, a caption table (.csv .tsv .jsonl .parquet), or .tar(.gz)")
+    index.add_argument("--collection", default="default", help="its name; it is made if need be (default: default)")
+    index.add_argument("--embedder", metavar="NAME", help="the model of a new collection (default: the first loaded)")
+    index.add_argument("--max-bad", type=int, default=-1, help="exit with 1 if more files are unreadable")
+
+    search = _command(commands, "search", _search, "Search a collection by a text or a picture")
+    search.add_argument("query", help="a text, or the path of a picture with --image")
+    search.add_argument("--image", action="store_true", help="the query is a picture's path")
+    search.add_argument("--collection", help="its name (default: default)")
+    search.add_argument("-k", type=int, default=10, help="hits (default: 10)")
+    search.add_argument("--json", action="store_true", help="print the answer as JSON")
+
+    embed = _command(commands, "embed", _embed, "Print embeddings as JSON lines")
+    embed.add_argument("inputs", nargs="+", help="texts, or paths of pictures with --image")
+    embed.add_argument("--image", action="store_true", help="the inputs are pictures' paths")
+    embed.add_argument("--embedder", metavar="NAME", help="model (default: the first that can do it)")
+    embed.add_argument("--dimensions", type=int, help="cut the vectors to this length")
+
+    generate = _command(commands, "generate", _generate, "Make pictures from a text, on a server that can")
+    generate.add_argument("prompt", help="what to show")
+    generate.add_argument("--out", default="generated.png", help="file to write (default: generated.png)")
+    generate.add_argument("-n", type=int, default=1, help="pictures (default: 1)")
+    generate.add_argument("--seed", type=int, help="for the same pictures again")
+
+    models = _command(commands, "models", _models, "List the models, what they take and what they measured")
+    models.add_argument("--json", action="store_true", help="print the answer as JSON")
+    for command in (index, search, embed, generate, models):
+        command.add_argument("--server", metavar="URL", help="a running server (default: the one that holds --data)")
+        command.add_argument("--model", action="append", metavar="NAME=REFERENCE", help=_MODEL)
+        _settings(command, "store", "checkpoints", "device", "threads")
+    return parser
+
+
+_MODEL = "one more model, such as vit=open_clip:ViT-B-32/laion2b_s34b_b79k; may be repeated"
+
+
+def _command(commands: Any, name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
+    parser.set_defaults(run_command=run)
+    return parser
+
+
+def _settings(parser: argparse.ArgumentParser, *names: str) -> None:
+    for name in names:
+        default = Settings.model_fields[name].default
+        option = "data" if name == "store" else name
+        parser.add_argument(
+            f"--{option}",
+            dest=name,
+            default=None,
+            metavar=option.upper(),
+            help=f"{_SETTINGS[name]} (default: {default})",
+        )
+
+
+def _settings_of(options: argparse.Namespace) -> Settings:
+    given = {name: value for name in _SETTINGS if (value := getattr(options, name, None)) is not None}
+    if options.model:
+        given["models"] = tuple(options.model)
+    for flag in ("demo", "insecure"):
+        if getattr(options, flag, False):
+            given[flag] = True
+    return Settings(**given)
+
+
+def _serve(options: argparse.Namespace) -> int:
+    # Imported here: `--help` and the other commands need none of it.
+    import uvicorn
+
+    from app.collections import Collections
+    from app.demo import fill_demo
+    from app.engine import in_order, load_engines
+    from app.main import create_app
+
+    settings = _settings_of(options)
+    settings.check_exposure()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    for noisy in ("httpx", "faiss.loader"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    log = logging.getLogger("semblance")
+    started = time.monotonic()
+    address = f"http://{settings.host}:{settings.port}"
+    with Collections(settings.store, note=address) as collections:
+        engines = in_order(list(load_engines(settings)))
+        if not engines:
+            raise SemblanceError(
+                f"no model to serve in {settings.checkpoints}: train one, or give --checkpoints or --model"
+            )
+        if settings.demo:
+            added = asyncio.run(fill_demo(settings, engines, collections))
+            if added is not None:
+                log.info("filled the collection %r with %d pictures", settings.default_collection, added)
+        log.info("%s ready on %s after %.1f s", ", ".join(engines), address, time.monotonic() - started)
+        # uvicorn raises the signal again when it has drained, and the default handler would make that a failure.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+        uvicorn.run(
+            create_app(settings, engines, collections),
+            host=settings.host,
+            port=settings.port,
+            log_level="warning",
+            access_log=False,
+            timeout_graceful_shutdown=30,
+        )
+    return 0
+
+
+def _with_client(options: argparse.Namespace, work: Callable[..., Coroutine[Any, Any, int]]) -> int:
+    from app.client import connect
+
+    async def run() -> int:
+        async with connect(_settings_of(options), options.server) as client:
+            return await work(client)
+
+    return asyncio.run(run())
+
+
+def _index(options: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from app.ingest import count, ingest
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _rate(), TimeRemainingColumn())
+
+    async def work(client: Any) -> int:
+        with Progress(*columns, console=console) as progress:
+            task = progress.add_task(options.collection, total=count(options.source))
+            report = await ingest(
+                client,
+                options.collection,
+                options.source,
+                model=options.embedder,
+                progress=lambda done: progress.advance(task, done),
+            )
+        for line in report.bad:
+            console.print(f"not read: {line}", style="yellow", highlight=False, soft_wrap=True)
+        print(f"{report.added} added, {report.present} there already, {len(report.bad)} not read")  # noqa: T201
+        return 1 if 0 <= options.max_bad < len(report.bad) else 0
+
+    return _with_client(options, work)
+
+
+def _rate() -> Any:
+    from rich.progress import ProgressColumn, Task
+    from rich.text import Text
+
+    class Rate(ProgressColumn):
+        """Pictures a second."""
+
+        def render(self, task: Task) -> Text:
+            return Text("" if task.speed is None else f"{task.speed:.0f}/s")
+
+    return Rate()
+
+
+def _search(options: argparse.Namespace) -> int:
+    from app.client import call
+
+    async def work(client: Any) -> int:
+        body: dict[str, Any] = {"query": _input(options.query, options.image), "k": options.k}
+        if options.collection:
+            body["collection"] = options.collection
+        answer = await call(client, "POST", "/search", json=body)
+        if options.json:
+            print(json.dumps(answer, indent=2))  # noqa: T201
+            return 0
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table("score", "id", "caption")
+        for hit in answer["hits"]:
+            table.add_row(f"{hit['score']:.3f}", hit["id"], hit["caption"] or "")
+        Console().print(table)
+        return 0
+
+    return _with_client(options, work)
+
+
+def _embed(options: argparse.Namespace) -> int:
+    from app.client import call
+
+    async def work(client: Any) -> int:
+        for start in range(0, len(options.inputs), 16):
+            part = options.inputs[start : start + 16]
+            body: dict[str, Any] = {"input": [_input(value, options.image) for value in part]}
+            if options.embedder:
+                body["model"] = options.embedder
+            if options.dimensions:
+                body["dimensions"] = options.dimensions
+            answer = await call(client, "POST", "/embed", json=body)
+            for value, row in zip(part, answer["data"], strict=True):
+                print(json.dumps({"input": value, "embedding": row["embedding"]}))  # noqa: T201
+        return 0
+
+    return _with_client(options, work)
+
+
+def _generate(options: argparse.Namespace) -> int:
+    from app.client import AnswerError, call
+
+    async def work(client: Any) -> int:
+        body = {"prompt": options.prompt, "n": options.n}
+        if options.seed is not None:
+            body["seed"] = options.seed
+        try:
+            answer = await call(client, "POST", "/generate", json=body)
+        except AnswerError as error:
+            if error.status != 404:
+                raise
+            raise SemblanceError("none of the loaded models generates pictures; see `semblance models`") from error
+        out = Path(options.out)
+        for number, entry in enumerate(answer["data"]):
+            file = out if not number else out.with_stem(f"{out.stem}-{number + 1}")
+            file.write_bytes(base64.b64decode(entry["b64_json"]))
+            print(file)  # noqa: T201
+        return 0
+
+    return _with_client(options, work)
+
+
+def _models(options: argparse.Namespace) -> int:
+    from app.client import call
+
+    async def work(client: Any) -> int:
+        answer = await call(client, "GET", "/models")
+        if options.json:
+            print(json.dumps(answer, indent=2))  # noqa: T201
+            return 0
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table("model", "takes", "dimensions", "pixels", "figures")
+        for model in answer["data"]:
+            figures = ", ".join(f"{name} {value:.3g}" for name, value in list(model["metrics"].items())[:4])
+            table.add_row(model["id"], ", ".join(model["takes"]), str(model["dimensions"]), str(model["size"]), figures)
+        Console().print(table)
+        return 0
+
+    return _with_client(options, work)
+
+
+def _input(value: str, image: bool) -> dict[str, str]:
+    if not image:
+        return {"text": value}
+    return {"image": base64.b64encode(Path(value).read_bytes()).decode()}
+
+
+def _fail(message: str) -> int:
+    print(f"semblance: {message}", file=sys.stderr)  # noqa: T201
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,171 @@
+"""Dynamic micro-batches: many callers, one worker thread, a bounded number of inputs in flight."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from models.errors import BusyError, DeadlineError, ModelError, SemblanceError
+
+log = logging.getLogger(__name__)
+
+In = TypeVar("In")
+Out = TypeVar("Out")
+
+
+@dataclass(slots=True)
+class _Job(Generic[In, Out]):
+    item: In
+    result: asyncio.Future[Out]
+    deadline: float
+    arrived: float
+
+
+class Batcher(Generic[In, Out]):
+    """Groups single items into batches for `forward`, which runs in `executor`'s one thread.
+
+    A batch closes at `max_batch` items or `max_wait` seconds after its first item came, whichever is sooner; while
+    a batch runs, the next one fills. `forward` gets 1..max_batch items and returns one result or exception for each.
+    If it raises, the batch is halved until the culprit is alone, so that nobody else fails with it.
+    """
+
+    def __init__(
+        self,
+        forward: Callable[[list[In]], Sequence[Out | Exception]],
+        executor: Executor,
+        *,
+        max_batch: int,
+        max_wait: float,
+        queue_size: int,
+    ) -> None:
+        self._forward = forward
+        self._executor = executor
+        self._max_batch = max_batch
+        self._max_wait = max_wait
+        self._queue_size = queue_size
+        self._admitted = 0
+        self._jobs: deque[_Job[In, Out]] = deque()
+        self._arrival = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+        self._task = self._loop.create_task(self._run())
+
+    @contextmanager
+    def admit(self, count: int) -> Iterator[None]:
+        """Hold places for `count` items, from before they are decoded until they are answered.
+
+        One call may overshoot the bound by its own size, which the request limits bound in turn.
+
+        Raises:
+            BusyError: all places are taken, or the batcher is closed; at once, nothing waits.
+        """
+        if self._task.done():
+            raise BusyError("the server is shutting down", retry_after=5)
+        if self._admitted >= self._queue_size:
+            raise BusyError(f"{self._admitted} inputs are waiting already; try again shortly")
+        self._admitted += count
+        try:
+            yield
+        finally:
+            self._admitted -= count
+
+    async def submit(self, item: In, deadline: float) -> Out:
+        """The result for one item; `deadline` is in the event loop's time.
+
+        A caller that is cancelled or late takes its item out of the queue with it.
+
+        Raises:
+            DeadlineError: the time ran out. ModelError: the model failed for this item alone.
+        """
+        job: _Job[In, Out] = _Job(item, self._loop.create_future(), deadline, self._loop.time())
+        self._jobs.append(job)
+        self._arrival.set()
+        try:
+            async with asyncio.timeout_at(deadline):
+                return await job.result
+        except TimeoutError:
+            raise late() from None
+
+    async def close(self) -> None:
+        """Stop, and tell whoever still waits. Call after the last request was answered."""
+        self._task.cancel()
+        with suppress(asyncio.CancelledError):
+            await self._task
+        for job in self._jobs:
+            _settle(job, BusyError("the server is shutting down", retry_after=5))
+        self._jobs.clear()
+
+    async def _run(self) -> None:
+        while True:
+            jobs = await self._collect()
+            if not jobs:
+                continue
+            try:
+                items = [job.item for job in jobs]
+                results = await self._loop.run_in_executor(self._executor, self._attempt, items)
+            except BaseException as error:  # even a cancelled worker leaves nobody waiting
+                for job in jobs:
+                    _settle(job, BusyError("the server is shutting down", retry_after=5))
+                if not isinstance(error, Exception):
+                    raise
+                log.exception("a batch could not be run")
+                continue
+            for job, result in zip(jobs, results, strict=True):
+                _settle(job, result)
+
+    async def _collect(self) -> list[_Job[In, Out]]:
+        """The next batch, without the jobs that nobody waits for any more; may be empty."""
+        while not self._jobs:
+            self._arrival.clear()
+            await self._arrival.wait()
+        closes = self._jobs[0].arrived + self._max_wait
+        with suppress(TimeoutError):
+            async with asyncio.timeout_at(closes):
+                while len(self._jobs) < self._max_batch:
+                    self._arrival.clear()
+                    await self._arrival.wait()
+        batch: list[_Job[In, Out]] = []
+        while self._jobs and len(batch) < self._max_batch:
+            job = self._jobs.popleft()
+            if job.deadline <= self._loop.time():
+                _settle(job, late())
+            if not job.result.done():
+                batch.append(job)
+        return batch
+
+    def _attempt(self, items: list[In]) -> list[Out | Exception]:
+        """One forward, in the worker thread; on an exception two halves, down to the item that causes it."""
+        try:
+            results = list(self._forward(items))
+            if len(results) != len(items):
+                raise ModelError(f"{len(items)} inputs gave {len(results)} results")
+            return results
+        except Exception as error:
+            if len(items) > 1:
+                half = len(items) // 2
+                return self._attempt(items[:half]) + self._attempt(items[half:])
+            if isinstance(error, SemblanceError):
+                return [error]
+            log.exception("the model failed for one input")
+            failure = ModelError("the model failed for this input")
+            failure.__cause__ = error
+            return [failure]
+
+
+def late() -> DeadlineError:
+    """What a caller is told whose time ran out."""
+    return DeadlineError("the time for this request ran out before its inputs were embedded; send fewer, or later")
+
+
+def _settle(job: _Job[In, Out], result: Out | Exception) -> None:
+    if job.result.done():
+        return
+    if isinstance(result, Exception):
+        job.result.set_exception(result)
+    else:
+        job.result.set_result(result)

@@ -1,0 +1,180 @@
+"""SQLite as the truth: one writer that commits in groups, many readers, errors of the disk as our own."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import apsw
+
+from models.errors import StorageError
+
+T = TypeVar("T")
+FORMAT = 1
+GROUP = 64  # changes that share one commit, at most
+
+_SCHEMA = """
+CREATE TABLE collections (
+  key INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL UNIQUE, model TEXT NOT NULL, fingerprint TEXT NOT NULL,
+  dimensions INTEGER NOT NULL, kind TEXT NOT NULL) STRICT;
+CREATE TABLE items (
+  row INTEGER PRIMARY KEY AUTOINCREMENT, collection INTEGER NOT NULL REFERENCES collections(key) ON DELETE CASCADE,
+  id TEXT NOT NULL, kind TEXT NOT NULL, caption TEXT, metadata TEXT NOT NULL, picture TEXT,
+  size INTEGER NOT NULL,
+  UNIQUE (collection, id)) STRICT;
+CREATE INDEX items_by_picture ON items(picture) WHERE picture IS NOT NULL;
+CREATE TABLE vectors (
+  row INTEGER PRIMARY KEY REFERENCES items(row) ON DELETE CASCADE, vector BLOB NOT NULL) STRICT;
+"""
+
+
+class Database:
+    """One SQLite file in WAL mode with synchronous=FULL: what `write` returned from is on the disk.
+
+    Raises StorageError, naming the file and the way out, if it is damaged or of a newer format.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self._readers: queue.LifoQueue[apsw.Connection] = queue.LifoQueue()
+        self._opened: list[apsw.Connection] = []
+        try:
+            self._connection = self._connect()
+            self._prepare()
+        except apsw.Error as error:
+            raise StorageError(
+                f"{file} cannot be opened ({error}); restore it from a backup, or move it away"
+            ) from error
+        self._jobs: queue.SimpleQueue[_Job[Any] | None] = queue.SimpleQueue()
+        self._closing = False
+        self._writer = threading.Thread(target=self._write_all, name="writer", daemon=True)
+        self._writer.start()
+
+    def write(
+        self,
+        change: Callable[[apsw.Connection], T],
+        after: Callable[[T], None] | None = None,
+        undo: Callable[[T], None] | None = None,
+    ) -> T:
+        """Run `change` in a transaction and return its result once it is durable; an error undoes it alone.
+
+        Changes of several callers share a commit. after: runs between the commit and the return, in commit order.
+        undo: runs if the commit failed, for what `change` did outside of the database.
+        Raises whatever `change` raises, and StorageError when the disk refuses.
+        """
+        if self._closing:
+            raise StorageError("the store is closed")
+        job: _Job[T] = _Job(change, after, undo, Future())
+        self._jobs.put(job)
+        return job.done.result()
+
+    @contextmanager
+    def read(self) -> Iterator[apsw.Connection]:
+        """A connection that sees one consistent state of everything committed so far."""
+        try:
+            connection = self._readers.get_nowait()
+        except queue.Empty:
+            connection = self._connect()
+        try:
+            with connection:
+                yield connection
+        except apsw.Error as error:
+            raise StorageError(f"{self.file.name} cannot be read: {error}") from error
+        finally:
+            self._readers.put(connection)
+
+    def close(self) -> None:
+        """Finish what was begun and let go of the file."""
+        if self._closing:
+            return
+        self._closing = True
+        self._jobs.put(None)
+        self._writer.join()
+        for connection in self._opened:
+            connection.close()
+
+    def _connect(self) -> apsw.Connection:
+        connection = apsw.Connection(str(self.file))
+        self._opened.append(connection)
+        connection.set_busy_timeout(10_000)
+        for setting in ("page_size=16384", "journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+            connection.pragma(*setting.split("="))
+        return connection
+
+    def _prepare(self) -> None:
+        version = self._connection.pragma("user_version")
+        if version > FORMAT:
+            raise StorageError(
+                f"{self.file} is of format {version}, this version reads up to {FORMAT}: upgrade, or use another folder"
+            )
+        found = rows(self._connection, "PRAGMA quick_check(1)")[0][0]
+        if found != "ok":
+            found = " ".join(found.split())
+            raise StorageError(f"{self.file} is damaged ({found}); restore it from a backup, or move it away")
+        if version == 0:
+            with self._connection:
+                self._connection.execute(_SCHEMA)
+                self._connection.pragma("user_version", FORMAT)
+
+    def _write_all(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            jobs = [job]
+            last = False
+            while len(jobs) < GROUP and not self._jobs.empty():
+                following = self._jobs.get()
+                if following is None:
+                    last = True
+                    break
+                jobs.append(following)
+            self._write_group(jobs)
+            if last:
+                return
+
+    def _write_group(self, jobs: list[_Job[Any]]) -> None:
+        results: list[tuple[_Job[Any], Any]] = []
+        try:
+            with self._connection:
+                for job in jobs:
+                    try:
+                        with self._connection:  # a savepoint
+                            results.append((job, job.change(self._connection)))
+                    except apsw.Error:
+                        raise
+                    except Exception as error:
+                        job.done.set_exception(error)
+        except BaseException as error:  # whatever it was, nothing was committed and nobody is left waiting
+            for job, result in results:
+                if job.undo is not None:
+                    job.undo(result)
+            refused = isinstance(error, (apsw.Error, OSError))
+            failure = StorageError(f"the write was refused and nothing of it kept: {error}") if refused else error
+            for job in jobs:
+                if not job.done.done():
+                    job.done.set_exception(failure)
+            return
+        for job, result in results:
+            try:
+                if job.after is not None:
+                    job.after(result)
+                job.done.set_result(result)
+            except BaseException as error:
+                job.done.set_exception(error)
+
+
+def rows(connection: apsw.Connection, statement: str, *values: Any) -> list[Any]:
+    """Every row that a statement gives."""
+    return connection.execute(statement, values).fetchall()
+
+
+@dataclass
+class _Job(Generic[T]):
+    change: Callable[[apsw.Connection], T]
+    after: Callable[[T], None] | None
+    undo: Callable[[T], None] | None
+    done: Future[T]

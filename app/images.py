@@ -1,0 +1,115 @@
+"""Bytes -> safe decoded pixels: the only place that opens an image."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from io import BytesIO
+
+import numpy as np
+from PIL import Image
+
+from models.errors import ImageError, MediaTypeError, TooLargeError
+from models.preprocess import upright
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "BMP")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one picture may cost: bytes of its file, pixels in all, pixels a side."""
+
+    max_bytes: int = 20_000_000
+    max_pixels: int = 25_000_000
+    max_side: int = 16_384
+
+
+def decode(data: bytes, limits: Limits, target: int | None = None) -> Image.Image:
+    """The first frame as upright RGB: alpha on white, 16 bits scaled to 8.
+
+    With `target` the picture may come back smaller, its shorter side at least twice `target` pixels, which costs
+    a fraction of a full decode and leaves the resize to `target` something to average over.
+
+    Raises:
+        MediaTypeError: not one of the formats that are read. ImageError: one of them, but broken.
+        TooLargeError: more bytes or pixels than the limits allow; found before any pixel is decoded.
+    """
+    if len(data) > limits.max_bytes:
+        raise TooLargeError(f"the picture has {len(data):,} bytes, at most {limits.max_bytes:,} are read")
+    with _open(data) as image:
+        _check_pixels(image.size, limits)
+        try:
+            if target is not None:
+                image.draft(None, (2 * target, 2 * target))
+            image.load()
+            return upright(_shrunk(_to_rgb(image), target), image)
+        except Exception as error:  # decoders raise nearly anything for hostile bytes
+            raise ImageError(f"the picture cannot be decoded ({image.format}): it is damaged or incomplete") from error
+
+
+def reencode(image: Image.Image, longest: int) -> bytes:
+    """RGB pixels -> a JPEG that holds nothing else; the longer side is at most `longest` pixels."""
+    if max(image.size) > longest:
+        image = image.copy()
+        image.thumbnail((longest, longest), Image.Resampling.LANCZOS, reducing_gap=2.0)
+    out = BytesIO()
+    # Small pictures are drawings more often than photos, and full colour resolution costs them little.
+    image.save(out, "JPEG", quality=90, subsampling="4:4:4" if max(image.size) <= 256 else "4:2:0")
+    return out.getvalue()
+
+
+def thumbnail(data: bytes, size: int, limits: Limits) -> bytes:
+    """A stored picture's bytes -> a JPEG whose longer side is at most `size` pixels. Raises what `decode` raises."""
+    return reencode(decode(data, limits), size)
+
+
+def media_type(data: bytes) -> str | None:
+    """The media type the first bytes claim, or None if they are no picture that is read."""
+    if data.startswith(b"\xff\xd8\xff"):
+        return "image/jpeg"
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return "image/png"
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "image/webp"
+    if data[:6] in (b"GIF87a", b"GIF89a"):
+        return "image/gif"
+    if data[4:8] == b"ftyp" and data[8:12] in (b"avif", b"avis"):
+        return "image/avif"
+    return "image/bmp" if data.startswith(b"BM") else None
+
+
+def _open(data: bytes) -> Image.Image:
+    claimed = media_type(data)
+    if claimed is None:
+        raise MediaTypeError(f"not a picture that is read; send one of {', '.join(FORMATS)}")
+    try:
+        return Image.open(BytesIO(data), formats=FORMATS)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise TooLargeError("the picture has more pixels than are read") from error
+    except Exception as error:  # as in decode
+        raise ImageError(f"the picture cannot be decoded ({claimed}): it is damaged or incomplete") from error
+
+
+def _check_pixels(size: tuple[int, int], limits: Limits) -> None:
+    width, height = size
+    if width * height > limits.max_pixels or max(size) > limits.max_side:
+        raise TooLargeError(
+            f"the picture is {width} x {height} pixels; at most {limits.max_pixels:,} in all "
+            f"and {limits.max_side:,} a side are read"
+        )
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Any mode -> RGB. Hidden colours under alpha never show: they are blended onto white."""
+    if image.mode.startswith("I"):  # Pillow's own conversion clips 16 bits to 255
+        scaled = np.asarray(image).astype(np.int64).clip(0, 65535) // 257
+        return Image.fromarray(scaled.astype(np.uint8)).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        layered = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", layered.size, "white"), layered).convert("RGB")
+    return image.convert("RGB")
+
+
+def _shrunk(image: Image.Image, target: int | None) -> Image.Image:
+    """Box-average by a whole factor while the shorter side stays >= 2 x target: what draft does for JPEG."""
+    factor = 1 if target is None else min(image.size) // (2 * target)
+    return image.reduce(factor) if factor > 1 else image

@@ -1,0 +1,167 @@
+"""Fills a collection from a folder, a caption table or a shard, through the API; resumes where it stopped."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import re
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from app.client import AnswerError, call
+from models.readers import BadRows, Record, read
+
+BATCH, BATCH_BYTES = 16, 6_000_000
+IN_FLIGHT = 4  # requests at once: some decode while others are embedded
+_SAFE = re.compile(r"[^A-Za-z0-9._:@+-]+")
+
+
+@dataclass
+class Report:
+    """What became of every picture: stored now, there before, or unreadable (with the reason)."""
+
+    added: int = 0
+    present: int = 0
+    bad: list[str] = field(default_factory=list)
+
+
+@dataclass
+class _Picture:
+    id: str
+    where: str
+    record: Record
+    metadata: dict[str, Any]
+
+    def content(self) -> bytes:
+        image = self.record.image
+        return image.read_bytes() if isinstance(image, Path) else bytes(image)  # type: ignore[arg-type]
+
+
+async def ingest(
+    client: httpx.AsyncClient,
+    collection: str,
+    source: str,
+    *,
+    model: str | None = None,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Report:
+    """Put every picture of `source` (as models.readers.read takes it) into a collection, which is made if need be.
+
+    Pictures that are there with the same time of change are passed over. progress: told how many were dealt with.
+    Raises AnswerError when the server refuses more than single pictures, DataError when there is nothing to read.
+    """
+    body = {} if model is None else {"model": model}
+    await call(client, "PUT", f"/collections/{collection}", json=body)
+    known = {item["id"]: item["metadata"].get("modified") async for item in _items(client, collection)}
+    rows, report = BadRows(limit=1_000_000_000), Report()
+    pictures = (_picture(record, Path(source)) for record in read(source, rows))
+    batches = _batches(pictures, known, report, progress)
+    pending: set[asyncio.Task[int]] = set()
+    try:
+        while (batch := await asyncio.to_thread(next, batches, None)) is not None:
+            pending.add(asyncio.create_task(_send(client, collection, batch, report)))
+            if len(pending) == IN_FLIGHT:
+                done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+                progress(sum(task.result() for task in done))
+        progress(sum(await asyncio.gather(*pending)))
+    finally:
+        for task in pending:
+            task.cancel()
+    report.bad += rows.rows
+    return report
+
+
+def count(source: str) -> int | None:
+    """How many pictures a folder holds; None for what cannot be counted without reading it."""
+    path = Path(source)
+    return sum(1 for _ in read(source, BadRows(1_000_000_000))) if path.is_dir() else None
+
+
+async def _items(client: httpx.AsyncClient, collection: str) -> AsyncIterator[dict[str, Any]]:
+    after: str | None = ""
+    while after is not None:
+        page = await call(client, "GET", f"/collections/{collection}/items", params={"limit": 1000, "after": after})
+        for item in page["items"]:
+            yield item
+        after = page["next"]
+
+
+def _batches(
+    pictures: Iterator[_Picture], known: dict[str, Any], report: Report, progress: Callable[[int], None]
+) -> Iterator[list[tuple[_Picture, bytes]]]:
+    """What is to be sent, with its bytes: a request holds so many pictures and bytes at most."""
+    batch: list[tuple[_Picture, bytes]] = []
+    size = 0
+    for picture in pictures:
+        if picture.id in known and known[picture.id] == picture.metadata.get("modified"):
+            report.present += 1
+            progress(1)
+            continue
+        try:
+            content = picture.content()
+        except OSError as error:
+            report.bad.append(f"{picture.where}: {error.strerror}")
+            progress(1)
+            continue
+        if batch and (len(batch) == BATCH or size + len(content) > BATCH_BYTES):
+            yield batch
+            batch, size = [], 0
+        batch.append((picture, content))
+        size += len(content)
+    if batch:
+        yield batch
+
+
+async def _send(client: httpx.AsyncClient, collection: str, batch: list[tuple[_Picture, bytes]], report: Report) -> int:
+    """Store a batch, without the pictures that the server refuses; they are reported. -> how many were dealt with."""
+    total = len(batch)
+    while batch:
+        form = {
+            "id": [picture.id for picture, _ in batch],
+            "caption": [picture.record.captions[0] if picture.record.captions else "" for picture, _ in batch],
+            "metadata": [json.dumps(picture.metadata) for picture, _ in batch],
+        }
+        files = [("file", (f"{index}", content)) for index, (_, content) in enumerate(batch)]
+        try:
+            await call(client, "POST", f"/collections/{collection}/items", data=form, files=files)
+        except AnswerError as error:
+            if error.status not in (413, 415, 422) or (error.input is None and len(batch) > 1):
+                raise
+            picture, _ = batch.pop(error.input or 0)
+            report.bad.append(f"{picture.where}: {str(error).partition(': ')[2] or error}")
+            continue
+        report.added += len(batch)
+        break
+    return total
+
+
+def _picture(record: Record, source: Path) -> _Picture:
+    metadata = {
+        key: value
+        for key, value in record.meta.items()
+        if isinstance(value, (str, int, float, bool)) and key not in ("caption", "text", "key")
+    }
+    if record.label:
+        metadata["label"] = record.label
+    name = str(record.meta.get("key", record.where))
+    if isinstance(record.image, Path):
+        base = source if source.is_dir() else source.parent
+        inside = record.image.is_relative_to(base)
+        name = str(record.image.relative_to(base) if inside else record.image)
+        metadata["path"] = name
+        if record.image.is_file():
+            metadata["modified"] = record.image.stat().st_mtime_ns
+    return _Picture(_id(name), record.where, record, metadata)
+
+
+def _id(name: str) -> str:
+    """An id that reads like the name; two names never share one."""
+    slug = _SAFE.sub("-", name.replace("/", ":")).lstrip("-._:@+")
+    if slug == name.replace("/", ":") and len(slug) <= 128:
+        return slug
+    return f"{slug[:100] or 'picture'}-{hashlib.sha256(name.encode('utf-8', 'surrogateescape')).hexdigest()[:12]}"

@@ -1,0 +1,240 @@
+"""Request bodies: strict JSON or multipart forms, one parser for both, and how they stand in OpenAPI."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import re
+from collections.abc import Awaitable, Callable
+from typing import Annotated, Any, ClassVar, TypeVar
+
+from fastapi import Request
+from fastapi.exceptions import RequestValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetJsonSchemaHandler,
+    StringConstraints,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
+from starlette.datastructures import UploadFile
+
+from app.images import Limits
+from app.settings import Settings
+from models.errors import ForbiddenError, InputError, MalformedError, MediaTypeError, TooLargeError
+
+# A 16 x 16 picture of a red disc, so that the examples work as pasted.
+EXAMPLE_IMAGE = (
+    "iVBORw0KGgoAAAANSUhEUgAAABAAAAAQCAIAAACQkWg2AAAAUUlEQVR42mP8//8/AymAiYFEwIIpdF1VE87WvH0dTZYR2UnISpEBsjYmgqrRpEj2"
+    "AxNB49EUkGsD7TVghjeukKXASXgsQZZixEx8JCQNmoQSAGpxIRMUFZP+AAAAAElFTkSuQmCC"
+)
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
+_LARGE_BODY = 262_144  # bytes; above it, parsing moves off the event loop
+
+
+def _clean(text: str) -> str:
+    if "\0" in text or any("\ud800" <= char <= "\udfff" for char in text):
+        raise ValueError("text must not hold NUL or half a surrogate pair")
+    return text
+
+
+def _no_integer(value: Any) -> Any:
+    if isinstance(value, int):  # or one that is too large would be taken as a float, and rounded
+        raise ValueError("an integer must fit into 64 bits")
+    return value
+
+
+def as_list(value: Any) -> Any:
+    """One input stands for a list of one."""
+    return value if isinstance(value, list) else [value]
+
+
+Text = Annotated[str, StringConstraints(min_length=1), AfterValidator(_clean)]
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+ItemId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:@+-]{0,127}$")]
+Metadata = dict[
+    Annotated[str, StringConstraints(min_length=1, max_length=64), AfterValidator(_clean)],
+    # Integers that 64 bits hold: what is stored must be answered again, and JSON writers stop there.
+    Annotated[str, AfterValidator(_clean)]
+    | Annotated[int, Field(ge=-(2**63), lt=2**63)]
+    | Annotated[float, BeforeValidator(_no_integer)]
+    | bool
+    | None,
+]
+
+
+class Body(BaseModel):
+    """A request body. JSON is taken at its word: no "3" for 3, no unknown keys, no NaN."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+    file_field: ClassVar[str] = ""
+    list_fields: ClassVar[frozenset[str]] = frozenset()
+
+    @classmethod
+    def from_form(cls, files: list[bytes], fields: dict[str, list[str]]) -> dict[str, Any]:
+        """A form's parts -> the values of this body; files go where `file_field` says."""
+        values: dict[str, Any] = {
+            name: parts if name in cls.list_fields else parts[-1] for name, parts in fields.items()
+        }
+        if files and cls.file_field:
+            values[cls.file_field] = [{"image": file} for file in files]
+        return values
+
+
+class Input(Body):
+    """A text or a picture: a string, {"text": ...} or {"image": base64, data: URI or URL}."""
+
+    text: Text | None = None
+    image: Annotated[str | bytes, WithJsonSchema({"type": "string", "description": "base64 or a data: URI"})] | None = (
+        None
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_string(cls, value: Any) -> Any:
+        return {"text": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> Input:
+        if (self.text is None) == (self.image is None):
+            raise ValueError('an input is a string, {"text": ...} or {"image": ...}')
+        return self
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        schema = handler.resolve_ref_schema(handler(core))
+        return {"anyOf": [{"type": "string", "minLength": 1}, dict(schema)]}
+
+
+class WeightedInput(Input):
+    """One part of a mixed query; a negative weight leads away from it."""
+
+    weight: Annotated[float, Field(ge=-1000, le=1000)] = 1.0
+
+
+Inputs = Annotated[list[Input], Field(min_length=1), BeforeValidator(as_list)]
+
+B = TypeVar("B", bound=Body)
+
+
+def body_of(model: type[B], *, optional: bool = False) -> Callable[[Request], Awaitable[B]]:
+    """A dependency that reads the request's body as `model`, from JSON or a multipart form.
+
+    optional: no body at all stands for an empty one.
+    """
+
+    async def parse(request: Request) -> B:
+        kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+        if kind == "multipart/form-data":
+            return await _from_form(model, request)
+        if kind != "application/json" and not kind.endswith("+json"):
+            raise MediaTypeError("the body must be application/json or multipart/form-data")
+        body = await request.body()
+        if optional and not body:
+            return model()
+        if len(body) > _LARGE_BODY:
+            return await asyncio.to_thread(_from_json, model, body)
+        return _from_json(model, body)
+
+    return parse
+
+
+def _from_json(model: type[B], body: bytes) -> B:
+    try:
+        return model.model_validate_json(body)
+    except ValidationError as error:
+        problems = error.errors(include_url=False, include_input=False, include_context=False)
+    if problems[0]["type"] == "json_invalid":
+        # Half a surrogate pair is valid JSON with a wrong value; everything else here is not JSON at all.
+        if "hex escape" in problems[0]["msg"]:
+            raise InputError("text must not hold half a surrogate pair")
+        raise MalformedError(f"the body is not JSON: {problems[0]['msg'].removeprefix('Invalid JSON: ')}")
+    raise RequestValidationError(problems)
+
+
+async def _from_form(model: type[B], request: Request) -> B:
+    settings: Settings = request.app.state.service.settings
+    files: list[bytes] = []
+    fields: dict[str, list[str]] = {}
+    # Parts past the inputs a call may have are refused while they are read, before they take memory.
+    limits = {"max_files": settings.max_inputs, "max_fields": settings.max_labels, "max_part_size": 1_000_000}
+    async with request.form(**limits) as form:
+        for name, part in form.multi_items():
+            if isinstance(part, UploadFile):
+                files.append(await part.read())
+            else:
+                fields.setdefault(name, []).append(part)
+    try:
+        return model.model_validate(model.from_form(files, fields), strict=False)
+    except ValidationError as error:
+        problems = error.errors(include_url=False, include_input=False, include_context=False)
+    raise RequestValidationError(problems)
+
+
+def image_bytes(value: str | bytes, settings: Settings) -> bytes:
+    """The file behind an `image` value: an upload's bytes, base64, or a data: URI.
+
+    Raises:
+        ForbiddenError: an http(s) URL, for fetching is off. InputError: another scheme, or no base64.
+        MediaTypeError: a data: URI of something else than a picture.
+    """
+    if isinstance(value, bytes):
+        return value
+    scheme = _SCHEME.match(value)
+    if scheme is None:
+        return _unbase64(value)
+    match scheme[1].lower():
+        case "data":
+            header, _, payload = value.partition(",")
+            if not header[5:].lower().startswith("image/") or not header.lower().endswith(";base64"):
+                raise MediaTypeError("a data: URI must be data:image/...;base64,...")
+            return _unbase64(payload)
+        case "http" | "https":
+            raise ForbiddenError("this server fetches no URLs; send the picture itself, as base64 or a file")
+    raise InputError("an image is base64, a data: URI or a file; other schemes are not read")
+
+
+def _unbase64(value: str) -> bytes:
+    compact = "".join(value.split()).replace("-", "+").replace("_", "/")
+    try:
+        return base64.b64decode(compact + "=" * (-len(compact) % 4), validate=True)
+    except (binascii.Error, ValueError):
+        raise InputError("the image is not base64; encode the file's bytes, or send them as multipart") from None
+
+
+def check_inputs(inputs: list[Input] | list[WeightedInput], settings: Settings, what: str = "inputs") -> None:
+    """Refuse too many inputs, or too long a text. Raises TooLargeError."""
+    if len(inputs) > settings.max_inputs:
+        raise TooLargeError(f"{len(inputs)} {what} are more than the {settings.max_inputs} of one call")
+    for index, each in enumerate(inputs):
+        check_text(each.text, settings, index)
+
+
+def check_text(text: str | None, settings: Settings, index: int | None = None) -> None:
+    """Refuse a text over the limit. Raises TooLargeError, which does not repeat it."""
+    if text is not None and len(text) > settings.max_text:
+        raise TooLargeError(f"the text has {len(text):,} characters, at most {settings.max_text:,} are read", index)
+
+
+def image_limits(settings: Settings) -> Limits:
+    """The settings' limits for one picture."""
+    return Limits(settings.max_body, settings.max_pixels, settings.max_side)
+
+
+def request_body(model: type[Body], example: Any, *, files: bool = True, required: bool = True) -> dict[str, Any]:
+    """What a route passes as `openapi_extra`: its JSON body with an example, and its form where it takes files."""
+    schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
+    content: dict[str, Any] = {"application/json": {"schema": schema, "example": example}}
+    if files:
+        others: dict[str, Any] = {name: {} for name in schema["properties"] if name != model.file_field}
+        parts = {"type": "array", "items": {"type": "string", "format": "binary"}}
+        content["multipart/form-data"] = {"schema": {"type": "object", "properties": {"file": parts, **others}}}
+    return {"requestBody": {"required": required, "content": content}}

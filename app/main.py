@@ -1,0 +1,81 @@
+"""The web application: routes found in `app/routes`, middlewares, errors, life and death."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import APIRouter, FastAPI
+from fastapi.openapi.utils import get_openapi
+from starlette.responses import RedirectResponse
+
+from app import errors, routes
+from app.collections import Collections
+from app.engine import Engine
+from app.middleware import BodyLimit, Envelope, Gate, Presence
+from app.service import Service
+from app.settings import Settings
+
+DESCRIPTION = "Embeddings of pictures and texts, zero-shot labels, and search over collections of your own."
+
+
+def create_app(settings: Settings, engines: Mapping[str, Engine], collections: Collections) -> FastAPI:
+    """The ASGI application over loaded engines (by name) and open collections, which the caller closes."""
+    service = Service(settings, engines, collections)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        service.start()
+        try:
+            yield
+        finally:
+            await service.close()
+
+    app = FastAPI(title="Semblance", description=DESCRIPTION, version="0.1.0", lifespan=lifespan)
+    app.state.service = service
+    errors.install(app)
+    for router in find_routers():
+        app.include_router(router, responses=errors.problem_responses())
+    app.add_route("/", lambda request: RedirectResponse("/docs"), include_in_schema=False)
+    # The last one added is the outermost.
+    app.add_middleware(Presence)
+    app.add_middleware(BodyLimit, limit=settings.max_body)
+    app.add_middleware(Gate, service=service)
+    app.add_middleware(Envelope)
+    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
+    return app
+
+
+def find_routers() -> list[APIRouter]:
+    """The `router` of every module in `app/routes`, in the order of their names: the folder is the API."""
+    names = sorted(module.name for module in pkgutil.iter_modules(routes.__path__))
+    return [importlib.import_module(f"{routes.__name__}.{name}").router for name in names]
+
+
+def _openapi(app: FastAPI) -> dict[str, Any]:
+    """FastAPI's document, with the models of our own bodies among its components."""
+    if app.openapi_schema is None:
+        document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
+        schemas = document.setdefault("components", {}).setdefault("schemas", {})
+        schemas.update(_hoisted(document["paths"]))
+        problem = errors.Problem.model_json_schema(ref_template="#/components/schemas/{model}")
+        schemas.update(problem.pop("$defs"))
+        schemas["Problem"] = problem
+        app.openapi_schema = document
+    return app.openapi_schema
+
+
+def _hoisted(node: Any) -> dict[str, Any]:
+    """Takes every `$defs` out of a document and gives their entries."""
+    found: dict[str, Any] = {}
+    if isinstance(node, dict):
+        found.update(node.pop("$defs", {}))
+        for child in list(node.values()):
+            found.update(_hoisted(child))
+    elif isinstance(node, list):
+        for child in node:
+            found.update(_hoisted(child))
+    return found

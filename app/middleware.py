@@ -1,0 +1,183 @@
+"""What stands between the socket and the routes, as plain ASGI: request ids, keys, body limits, vanished clients."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import re
+import uuid
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from app.errors import problem
+from models.errors import BusyError, TooLargeError, UnauthorizedError
+
+if TYPE_CHECKING:
+    from app.service import Service
+
+OPEN_PATHS = frozenset({"/healthz", "/readyz"})
+_SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+# A client that is still sending sees a reset instead of the 413 if it is cut off at once.
+_DRAIN_SECONDS, _DRAIN_BODIES = 3.0, 16
+
+
+class Envelope:
+    """Outermost: gives every answer an `X-Request-ID` and `nosniff`, and every error that escapes an answer."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        sent = Headers(scope=scope).get("x-request-id", "")
+        request_id = sent if _SANE_ID.fullmatch(sent) else uuid.uuid4().hex
+        scope.setdefault("state", {})["request_id"] = request_id
+        started = False
+
+        async def labelled(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                headers = MutableHeaders(scope=message)
+                headers["X-Request-ID"] = request_id
+                headers["X-Content-Type-Options"] = "nosniff"
+            await send(message)
+
+        try:
+            await self.app(scope, receive, labelled)
+        except Exception as error:
+            if started:  # too late for another answer; the server closes the connection
+                raise
+            await problem(error, request_id)(scope, receive, labelled)
+
+
+class Gate:
+    """Lets a request in if the server is ready and the key is right; health is always open."""
+
+    def __init__(self, app: ASGIApp, service: Service) -> None:
+        self.app = app
+        self.service = service
+        # Digests, so that neither a memory dump nor the length of a comparison tells a key.
+        self._digests = [_digest(key.get_secret_value()) for key in service.settings.api_keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
+            self._check_key(Headers(scope=scope))
+            if not self.service.ready:
+                raise BusyError(f"the server is {self.service.state}; try again shortly", retry_after=5)
+        await self.app(scope, receive, send)
+
+    def _check_key(self, headers: Headers) -> None:
+        if not self._digests:
+            return
+        scheme, _, key = headers.get("authorization", "").partition(" ")
+        digest = _digest(key.strip())
+        # No short cut: each key costs the same, whether or not an earlier one matched.
+        matches = [hmac.compare_digest(digest, known) for known in self._digests]
+        if scheme.lower() != "bearer" or not any(matches):
+            raise UnauthorizedError("send an API key of this server as `Authorization: Bearer <key>`")
+
+
+class BodyLimit:
+    """Refuses bodies over `limit` bytes, by what arrives and not only by what Content-Length says."""
+
+    def __init__(self, app: ASGIApp, limit: int) -> None:
+        self.app = app
+        self.limit = limit
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        received = 0
+        headers = Headers(scope=scope)
+        announced = headers.get("content-length", "")
+        if announced.isdecimal() and len(announced) < 20 and int(announced) > self.limit:
+            if headers.get("expect", "").lower() != "100-continue":  # else nothing is on its way yet
+                await self._drain(receive)
+            raise self._error()
+
+        async def counted() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > self.limit:
+                if message.get("more_body"):
+                    await self._drain(receive)
+                raise self._error()
+            return message
+
+        await self.app(scope, counted, send)
+
+    async def _drain(self, receive: Receive) -> None:
+        """Read on for a little and forget it."""
+        drained = 0
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_DRAIN_SECONDS):
+                while drained < _DRAIN_BODIES * self.limit:
+                    message = await receive()
+                    drained += len(message.get("body", b""))
+                    if not message.get("more_body"):
+                        return
+
+    def _error(self) -> TooLargeError:
+        return TooLargeError(f"the body is larger than {self.limit:,} bytes; send fewer or smaller inputs")
+
+
+class Presence:
+    """Cancels the work of a client that has hung up, so that its inputs leave the queue."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        body_read = asyncio.Event()
+        bodiless = "content-length" not in headers and "transfer-encoding" not in headers
+        if bodiless:  # the only event still to come is the disconnect
+            body_read.set()
+        answered = False
+
+        async def watched_receive() -> Message:
+            if bodiless:
+                return {"type": "http.request", "body": b"", "more_body": False}
+            message = await receive()
+            if not message.get("more_body"):
+                body_read.set()
+            return message
+
+        async def watched_send(message: Message) -> None:
+            nonlocal answered
+            if message["type"] == "http.response.body" and not message.get("more_body"):
+                answered = True
+            await send(message)
+
+        async def hang_up() -> None:
+            await body_read.wait()
+            while (await receive())["type"] != "http.disconnect":
+                pass
+
+        work = asyncio.ensure_future(self.app(scope, watched_receive, watched_send))
+        watch = asyncio.ensure_future(hang_up())
+        try:
+            await asyncio.wait({work, watch}, return_when=asyncio.FIRST_COMPLETED)
+            if not work.done() and not answered:
+                work.cancel()
+            with suppress(asyncio.CancelledError):
+                await work
+        finally:
+            work.cancel()
+            watch.cancel()
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode("utf-8", "replace")).digest()

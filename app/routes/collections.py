@@ -1,0 +1,267 @@
+"""Collections and their items: made, filled, read and deleted. What is answered with 2xx is on the disk."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from dataclasses import asdict
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Depends, Header, Query, Request
+from pydantic import BaseModel, Field, model_validator
+from starlette.responses import Response
+
+from app import images
+from app.collections import Item, NewItem
+from app.inputs import (
+    EXAMPLE_IMAGE,
+    Body,
+    Input,
+    ItemId,
+    Metadata,
+    Name,
+    Text,
+    body_of,
+    check_text,
+    image_limits,
+    request_body,
+)
+from app.service import Served, describe_item, json_response
+from models.errors import InputError, NotFoundError, TooLargeError
+
+router = APIRouter(tags=["collections"])
+MAX_METADATA = 16_384  # bytes of an item's metadata as JSON
+
+
+class CollectionRequest(Body):
+    """model: whose vectors it will hold (default: the first that takes text). index: auto or flat."""
+
+    model: str | None = None
+    index: str = "auto"
+
+
+class CollectionResponse(BaseModel):
+    """bytes: of its vectors and pictures."""
+
+    name: str
+    model: str
+    fingerprint: str
+    dimensions: int
+    count: int
+    index: str
+    bytes: int
+
+
+class CollectionList(BaseModel):
+    """Every collection, by name."""
+
+    collections: list[CollectionResponse]
+
+
+class ItemBody(Input):
+    """A picture or a text to store. Without an id one is made; an id that exists is replaced."""
+
+    id: ItemId | None = None
+    caption: Text | None = None
+    metadata: Metadata = Field(default_factory=dict)
+
+
+class ItemsRequest(Body):
+    """As a form: file, and in the files' order as many id, caption and metadata (JSON) fields, or none of them."""
+
+    items: list[ItemBody] = Field(min_length=1)
+
+    @classmethod
+    def from_form(cls, files: list[bytes], fields: dict[str, list[str]]) -> dict[str, Any]:
+        """Files with the ids, captions and metadata at the same places."""
+        items: list[dict[str, Any]] = [{"image": file} for file in files]
+        for name, values in fields.items():
+            if name not in ("id", "caption", "metadata"):
+                raise InputError(f"unknown field {name[:64]!r}; a form has file, id, caption and metadata")
+            if len(values) != len(files):
+                raise InputError(f"{len(values)} {name} fields for {len(files)} files: give one each, or none")
+            for item, value in zip(items, values, strict=True):
+                if value:
+                    item[name] = _parsed(value) if name == "metadata" else value
+        return {"items": items}
+
+    @model_validator(mode="after")
+    def _small_metadata(self) -> ItemsRequest:
+        for item in self.items:
+            if len(json.dumps(item.metadata)) > MAX_METADATA:
+                raise ValueError(f"metadata of one item takes at most {MAX_METADATA:,} bytes as JSON")
+        return self
+
+
+class ItemsResponse(BaseModel):
+    """The ids, in the order the items came. They are durable."""
+
+    ids: list[str]
+
+
+class ItemResponse(BaseModel):
+    """An item. url: of its picture, if it has one."""
+
+    id: str
+    kind: str
+    caption: str | None
+    url: str | None
+    metadata: dict[str, Any]
+
+
+class ItemList(BaseModel):
+    """next: what to give as `after` for the items that follow; null after the last."""
+
+    items: list[ItemResponse]
+    next: str | None
+
+
+@router.get("/collections", response_model=CollectionList)
+async def list_collections(service: Served) -> Response:
+    """Every collection with its model, size and index."""
+
+    def infos() -> list[dict[str, Any]]:
+        found = []
+        for name in service.collections.names():
+            try:
+                found.append(asdict(service.collections.get(name).info()))
+            except NotFoundError:  # deleted since
+                continue
+        return found
+
+    return json_response({"collections": await service.store(infos)})
+
+
+@router.put(
+    "/collections/{name}",
+    response_model=CollectionResponse,
+    openapi_extra=request_body(CollectionRequest, {}, files=False, required=False),
+)
+async def create_collection(
+    service: Served, name: Name, body: Annotated[CollectionRequest, Depends(body_of(CollectionRequest, optional=True))]
+) -> Response:
+    """Make a collection, or give the one there is if its model is the same."""
+    engine = service.engine(body.model).engine
+
+    def create() -> dict[str, Any]:
+        made = service.collections.create(
+            name, model=engine.name, fingerprint=engine.fingerprint, dimensions=engine.embed_dim, index=body.index
+        )
+        return asdict(made.info())
+
+    return json_response(await service.store(create))
+
+
+@router.get("/collections/{name}", response_model=CollectionResponse)
+async def get_collection(service: Served, name: Name) -> Response:
+    """One collection."""
+    return json_response(await service.store(lambda: asdict(service.collection(name).info())))
+
+
+@router.delete("/collections/{name}", status_code=204)
+async def delete_collection(service: Served, name: Name) -> Response:
+    """Delete a collection with all its items."""
+    await service.store(service.collections.delete, name)
+    return Response(status_code=204)
+
+
+@router.post(
+    "/collections/{name}/items",
+    response_model=ItemsResponse,
+    openapi_extra=request_body(
+        ItemsRequest, {"items": [{"id": "disc", "image": EXAMPLE_IMAGE, "metadata": {"year": 2026}}]}
+    ),
+)
+async def add_items(
+    service: Served, name: Name, body: Annotated[ItemsRequest, Depends(body_of(ItemsRequest))]
+) -> Response:
+    """Store all of these items, or none. Their ids come back once they are on the disk."""
+    if len(body.items) > service.settings.max_inputs:
+        raise TooLargeError(f"{len(body.items)} items are more than the {service.settings.max_inputs} of one call")
+    for index, item in enumerate(body.items):
+        check_text(item.text, service.settings, index)
+        check_text(item.caption, service.settings, index)
+    collection = service.collection(name)
+    served = service.engine_of(collection)
+    if not served.engine.takes_text and any(item.text is not None for item in body.items):
+        service.engine(served.engine.name, text=True)  # raises, naming the models that take text
+    vectors, _ = await service.embed(served, body.items)
+
+    pictures = await asyncio.gather(*(_stored_picture(service, item, index) for index, item in enumerate(body.items)))
+    items = [
+        NewItem(_kind(item), vector, item.id, item.caption or item.text, item.metadata, picture)
+        for item, vector, picture in zip(body.items, vectors, pictures, strict=True)
+    ]
+    return json_response({"ids": await service.store(collection.add, items)})
+
+
+@router.get("/collections/{name}/items", response_model=ItemList)
+async def list_items(
+    service: Served,
+    name: Name,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+    after: Annotated[str, Query(max_length=128)] = "",
+) -> Response:
+    """Items by id, a page at a time."""
+    items: list[Item] = await service.store(lambda: service.collection(name).page(limit, after))
+    following = items[-1].id if len(items) == limit else None
+    return json_response({"items": [describe_item(name, item) for item in items], "next": following})
+
+
+@router.get("/collections/{name}/items/{id}", response_model=ItemResponse)
+async def get_item(service: Served, name: Name, id: ItemId) -> Response:
+    """One item."""
+    item: Item = await service.store(lambda: service.collection(name).get(id))
+    return json_response(describe_item(name, item))
+
+
+@router.delete("/collections/{name}/items/{id}", status_code=204)
+async def delete_item(service: Served, name: Name, id: ItemId) -> Response:
+    """Delete an item; no search that begins after the answer returns it."""
+    await service.store(lambda: service.collection(name).delete(id))
+    return Response(status_code=204)
+
+
+@router.get(
+    "/collections/{name}/items/{id}/image",
+    response_class=Response,
+    responses={200: {"content": {"image/jpeg": {}}}, 304: {"description": "not changed"}},
+)
+async def get_picture(
+    request: Request,
+    service: Served,
+    name: Name,
+    id: ItemId,
+    size: Annotated[int | None, Query(ge=1, le=2048, description="longest side in pixels; smaller ones stay")] = None,
+    if_none_match: Annotated[str | None, Header()] = None,
+) -> Response:
+    """An item's picture, or a thumbnail of it, always as JPEG."""
+    item: Item = await service.store(lambda: service.collection(name).get(id))
+    etag = f'"{item.picture}-{size or "full"}"'
+    headers = {"ETag": etag, "Cache-Control": "private, no-cache"}
+    if item.picture and if_none_match and etag in if_none_match:
+        return Response(status_code=304, headers=headers)
+    content: bytes = await service.store(lambda: service.collection(name).picture(id))
+    if size is not None:
+        content = await service.decode(images.thumbnail, content, size, image_limits(service.settings))
+    return Response(content, media_type="image/jpeg", headers=headers)
+
+
+async def _stored_picture(service: Served, item: ItemBody, index: int) -> bytes | None:
+    """What is kept of a picture: its pixels in a new JPEG, and nothing else of the file that came."""
+    if item.image is None:
+        return None
+    side = service.settings.stored_side
+    opener = service.opener(item.image, index)
+    return await service.decode(lambda: images.reencode(opener(side // 2), side))
+
+
+def _kind(item: ItemBody) -> Literal["image", "text"]:
+    return "text" if item.image is None else "image"
+
+
+def _parsed(value: str) -> Any:
+    try:
+        return json.loads(value)
+    except ValueError as error:
+        raise InputError("metadata must be a JSON object") from error

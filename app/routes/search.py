@@ -1,0 +1,136 @@
+"""GET and POST /search: what a collection holds that is nearest to a text, a picture, or a mixture of several."""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from fastapi import APIRouter, Depends, Query
+from pydantic import BaseModel, BeforeValidator, Field
+from starlette.responses import Response
+
+from app.engine import Array
+from app.inputs import Body, Text, WeightedInput, as_list, body_of, check_inputs, request_body
+from app.service import Served, describe_item, json_response
+from models.errors import InputError
+
+router = APIRouter(tags=["search"])
+Target = Literal["image", "text", "any"]
+
+
+class Options(Body):
+    """target: kinds of items to return. filter: key:value, all of which an item's metadata must have."""
+
+    k: int = Field(10, ge=1)
+    collection: str | None = None
+    target: Target = "any"
+    filter: Annotated[list[Text], BeforeValidator(as_list)] = Field(default_factory=list)
+    min_score: float = Field(-1.0, ge=-1, le=1)
+    offset: int = Field(0, ge=0)
+
+
+class SearchRequest(Options):
+    """query: an input, or several with weights that are mixed into one; a negative weight leads away."""
+
+    query: Annotated[list[WeightedInput], Field(min_length=1), BeforeValidator(as_list)]
+
+    file_field = "query"
+    list_fields = frozenset({"filter"})
+
+
+class Hit(BaseModel):
+    """score: cosine. url: of the picture, for items that have one."""
+
+    id: str
+    score: float
+    kind: Literal["image", "text"]
+    caption: str | None
+    url: str | None
+    metadata: dict[str, Any]
+
+
+class SearchResponse(BaseModel):
+    """Best first. query: the text that was searched for; null where pictures took part."""
+
+    collection: str
+    model: str
+    query: str | None
+    hits: list[Hit]
+    took_ms: float
+
+
+_BODY = request_body(SearchRequest, {"query": [{"text": "a red star"}, {"text": "a blue background", "weight": -0.5}]})
+
+
+@router.get("/search", response_model=SearchResponse)
+async def search_by_text(
+    service: Served,
+    q: Annotated[str, Query(min_length=1, examples=["a red star"])],
+    k: Annotated[int, Query(ge=1)] = 10,
+    collection: Annotated[str | None, Query()] = None,
+    target: Annotated[Target, Query()] = "any",
+    filter: Annotated[tuple[str, ...], Query()] = (),
+    min_score: Annotated[float, Query(ge=-1, le=1, allow_inf_nan=False)] = -1.0,
+    offset: Annotated[int, Query(ge=0)] = 0,
+) -> Response:
+    """The items nearest to a text."""
+    options = Options(
+        k=k, collection=collection, target=target, filter=list(filter), min_score=min_score, offset=offset
+    )
+    return await _search(service, [WeightedInput(text=q)], options)
+
+
+@router.post("/search", response_model=SearchResponse, openapi_extra=_BODY)
+async def search(service: Served, body: Annotated[SearchRequest, Depends(body_of(SearchRequest))]) -> Response:
+    """The items nearest to a text, a picture, or a mixture."""
+    return await _search(service, body.query, body)
+
+
+async def _search(service: Served, query: list[WeightedInput], options: Options) -> Response:
+    started = time.perf_counter()
+    check_inputs(query, service.settings)
+    for name, value, limit in (("k", options.k, service.settings.max_k), ("offset", options.offset, 100_000)):
+        if value > limit:
+            raise InputError(f"{name} is {value}, at most {limit} is served")
+    filters = [_filter(entry) for entry in options.filter]
+    collection = service.collection(options.collection)
+    served = service.engine_of(collection)
+    if not served.engine.takes_text and any(each.text is not None for each in query):
+        service.engine(served.engine.name, text=True)  # raises, naming the models that take text
+    vectors, _ = await service.embed(served, query)
+    hits = await service.store(
+        lambda: collection.search(
+            _mixed(vectors, query),
+            options.k,
+            offset=options.offset,
+            target=options.target,
+            filters=filters,
+            min_score=options.min_score,
+        )
+    )
+    return json_response(
+        {
+            "collection": collection.name,
+            "model": served.engine.name,
+            "query": query[0].text if len(query) == 1 else None,
+            "hits": [{"score": hit.score, **describe_item(collection.name, hit.item)} for hit in hits],
+            "took_ms": round((time.perf_counter() - started) * 1000, 3),
+        }
+    )
+
+
+def _mixed(vectors: Array, query: list[WeightedInput]) -> Array:
+    """The weighted sum of unit vectors, as a unit vector; raises InputError if they cancel out."""
+    vector = np.array([each.weight for each in query]) @ vectors
+    norm = np.linalg.norm(vector)
+    if norm < 1e-6:
+        raise InputError("the weighted queries cancel out: give weights that leave a direction to search in")
+    return (vector / norm).astype(np.float32)
+
+
+def _filter(entry: str) -> tuple[str, str]:
+    key, colon, value = entry.partition(":")
+    if not colon or not key:
+        raise InputError(f"filter {entry[:80]!r} must be key:value")
+    return key, value

@@ -1,0 +1,93 @@
+"""POST /zero-shot: which of these labels a picture shows, without training on them."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import numpy as np
+from fastapi import APIRouter, Depends
+from pydantic import BaseModel, Field
+from starlette.responses import Response
+
+from app.inputs import EXAMPLE_IMAGE, Body, Inputs, Text, body_of, check_inputs, check_text, request_body
+from app.service import Served, json_response
+from models.errors import InputError, TooLargeError
+from models.retrieval import TEMPLATES
+
+router = APIRouter(tags=["zero-shot"])
+
+
+class ZeroShotRequest(Body):
+    """multi_label: each label on its own, in place of one among them. top_k: so many scores, the best ones."""
+
+    input: Inputs
+    labels: list[Text] = Field(min_length=1)
+    templates: list[Text] = Field(list(TEMPLATES), min_length=1)
+    model: str | None = None
+    multi_label: bool = False
+    top_k: int | None = Field(None, ge=1)
+
+    file_field = "input"
+    list_fields = frozenset({"labels", "templates"})
+
+
+class LabelScore(BaseModel):
+    """A probability."""
+
+    label: str
+    score: float
+
+
+class Classified(BaseModel):
+    """The best label of a picture, and the scores, best first."""
+
+    index: int
+    label: str
+    score: float
+    scores: list[LabelScore]
+
+
+class ZeroShotResponse(BaseModel):
+    """One answer a picture, in the order they came."""
+
+    model: str
+    data: list[Classified]
+
+
+_BODY = request_body(ZeroShotRequest, {"input": {"image": EXAMPLE_IMAGE}, "labels": ["red circle", "blue star"]})
+
+
+@router.post("/zero-shot", response_model=ZeroShotResponse, openapi_extra=_BODY)
+async def zero_shot(service: Served, body: Annotated[ZeroShotRequest, Depends(body_of(ZeroShotRequest))]) -> Response:
+    """Probabilities that sum to 1 over the labels, unless `multi_label`. Templates are averaged."""
+    _check(service, body)
+    served = service.engine(body.model, text=True)
+    prompts = [template.replace("{}", label) for label in body.labels for template in body.templates]
+    images, _ = await service.embed(served, body.input)
+    texts, _ = await served.embed_texts(prompts, service.deadline())
+    labels = texts.reshape(len(body.labels), len(body.templates), -1).mean(1)
+    labels /= np.maximum(np.linalg.norm(labels, axis=1, keepdims=True), 1e-12)
+    probabilities = served.engine.label_probabilities(images @ labels.T, multi_label=body.multi_label)
+    data = []
+    for index, row in enumerate(probabilities):
+        best = np.argsort(-row, kind="stable")[: body.top_k]
+        scores = [{"label": body.labels[place], "score": float(row[place])} for place in best]
+        data.append({"index": index, **scores[0], "scores": scores})
+    return json_response({"model": served.engine.name, "data": data})
+
+
+def _check(service: Served, body: ZeroShotRequest) -> None:
+    settings = service.settings
+    check_inputs(body.input, settings)
+    for index, each in enumerate(body.input):
+        if each.image is None:
+            raise InputError("zero-shot classification takes pictures; for texts use /rank", index)
+    if len(body.labels) > settings.max_labels:
+        raise TooLargeError(f"{len(body.labels)} labels are more than the {settings.max_labels} of one call")
+    if len(body.labels) * len(body.templates) > settings.max_prompts:
+        raise TooLargeError(f"labels times templates are more than the {settings.max_prompts} prompts of one call")
+    for text in (*body.labels, *body.templates):
+        check_text(text, settings)
+    for template in body.templates:
+        if "{}" not in template:
+            raise InputError(f"template {template!r} has no {{}} where the label belongs")

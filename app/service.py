@@ -1,0 +1,160 @@
+"""What every route works with: the engines, the collections and the settings of one running server."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
+from urllib.parse import quote
+
+import numpy as np
+import orjson
+from fastapi import Depends, Request
+from PIL import Image
+from starlette.responses import Response
+
+from app import images
+from app.collections import Collection, Collections, Item
+from app.engine import Array, Engine, Opener, ServedEngine, thread_count
+from app.inputs import Input, image_bytes, image_limits
+from app.settings import Settings
+from models.errors import ConflictError, InputError, NotFoundError
+
+T = TypeVar("T")
+
+
+class Embedded(NamedTuple):
+    """Rows of unit length (N, D), and how many tokens the texts among the inputs had."""
+
+    vectors: Array
+    tokens: int
+
+
+class Service:
+    """Owns the threads and the batchers between `start` and `close`; the collections belong to the caller."""
+
+    def __init__(self, settings: Settings, engines: Mapping[str, Engine], collections: Collections) -> None:
+        self.settings = settings
+        self.engines = dict(engines)
+        self.collections = collections
+        self.state: Literal["starting", "ready", "draining"] = "starting"
+        self._served: dict[str, ServedEngine] = {}
+        self._pools: list[ThreadPoolExecutor] = []
+
+    @property
+    def ready(self) -> bool:
+        """Whether requests are taken."""
+        return self.state == "ready"
+
+    def start(self) -> None:
+        """Make the threads and the batchers; inside the event loop that will use them."""
+        self._decoders = ThreadPoolExecutor(thread_count(self.settings), "decode")
+        self._storers = ThreadPoolExecutor(4, "store")
+        worker = ThreadPoolExecutor(1, "model")  # one thread owns the device
+        self._pools = [self._decoders, self._storers, worker]
+        self._served = {
+            name: ServedEngine(engine, self.settings, self._decoders, worker) for name, engine in self.engines.items()
+        }
+        self.state = "ready"
+
+    async def close(self) -> None:
+        """Take no more requests and stop the threads, after what they have begun."""
+        self.state = "draining"
+        for served in self._served.values():
+            await served.close()
+        for pool in self._pools:
+            await asyncio.to_thread(pool.shutdown)
+
+    def engine(self, name: str | None, *, text: bool = False) -> ServedEngine:
+        """The named engine, or the first that can do the work.
+
+        Raises:
+            NotFoundError: no engine of that name. InputError: it is to take text and does not.
+        """
+        able = [key for key, engine in self.engines.items() if engine.takes_text or not text]
+        if name is None:
+            if not able:
+                raise NotFoundError("no model that takes text is loaded" if text else "no model is loaded")
+            return self._served[able[0]]
+        if name not in self.engines:
+            raise NotFoundError(f"no model {name!r}; loaded: {', '.join(self.engines) or 'none'}")
+        if name not in able:
+            raise InputError(f"model {name!r} encodes images only; models that take text: {', '.join(able) or 'none'}")
+        return self._served[name]
+
+    def collection(self, name: str | None) -> Collection:
+        """The named or the default collection. Raises NotFoundError."""
+        return self.collections.get(self.settings.default_collection if name is None else name)
+
+    def engine_of(self, collection: Collection) -> ServedEngine:
+        """The engine whose vectors a collection holds. Raises ConflictError if it is not loaded."""
+        for served in self._served.values():
+            if served.engine.fingerprint == collection.fingerprint:
+                return served
+        made = f"collection {collection.name!r} was built with"
+        if collection.model in self.engines:
+            raise ConflictError(
+                f"{made} another version of model {collection.model!r} than is loaded; load that version, or build the "
+                "collection again"
+            )
+        loaded = ", ".join(self.engines) or "none"
+        raise ConflictError(f"{made} model {collection.model!r}, which is not loaded (loaded: {loaded})")
+
+    async def embed(self, engine: ServedEngine, inputs: Sequence[Input]) -> Embedded:
+        """Texts and pictures, in the order they came. Raises what ServedEngine does; errors name the input."""
+        texts = [index for index, each in enumerate(inputs) if each.text is not None]
+        pictures = [index for index, each in enumerate(inputs) if each.image is not None]
+        openers = [self.opener(inputs[index].image or b"", index) for index in pictures]
+        deadline = self.deadline()
+        vectors = np.empty((len(inputs), engine.engine.embed_dim), np.float32)
+        tokens = 0
+        if pictures:
+            vectors[pictures] = await engine.embed_images(openers, deadline)
+        if texts:
+            vectors[texts], tokens = await engine.embed_texts([inputs[index].text or "" for index in texts], deadline)
+        return Embedded(vectors, tokens)
+
+    def opener(self, value: str | bytes, index: int) -> Opener:
+        """Decodes one `image` value when called, in a worker thread; its errors carry `index`."""
+        return partial(self._open, value, index)
+
+    def _open(self, value: str | bytes, index: int, target: int) -> Image.Image:
+        try:
+            return images.decode(image_bytes(value, self.settings), image_limits(self.settings), target)
+        except InputError as error:
+            error.index = index
+            raise
+
+    def deadline(self) -> float:
+        """When work that starts now must be done, in the event loop's time."""
+        return asyncio.get_running_loop().time() + self.settings.deadline
+
+    async def store(self, call: Callable[..., T], *args: Any) -> T:
+        """A blocking call of the store, in one of its threads."""
+        return await asyncio.get_running_loop().run_in_executor(self._storers, call, *args)
+
+    async def decode(self, call: Callable[..., T], *args: Any) -> T:
+        """A blocking call about pixels, in one of the decoding threads."""
+        return await asyncio.get_running_loop().run_in_executor(self._decoders, call, *args)
+
+
+def get_service(request: Request) -> Service:
+    """The running server's service, as a dependency."""
+    return request.app.state.service
+
+
+Served = Annotated[Service, Depends(get_service)]
+
+
+def describe_item(collection: str, item: Item) -> dict[str, Any]:
+    """An item as every answer shows it."""
+    url = f"/collections/{collection}/items/{quote(item.id, safe='')}/image" if item.picture else None
+    return {"id": item.id, "kind": item.kind, "caption": item.caption, "url": url, "metadata": item.metadata}
+
+
+def json_response(content: Any) -> Response:
+    """JSON by orjson, which writes numpy rows without making a Python float of each number."""
+    body = orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY)
+    return Response(body, media_type="application/json")

@@ -1,0 +1,80 @@
+"""What an operator may decide, read from `SEMBLANCE_...` environment variables or given by keyword."""
+
+from __future__ import annotations
+
+import ipaddress
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import AliasChoices, BeforeValidator, Field, SecretStr
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from models.errors import ForbiddenError
+
+
+def _split(value: Any) -> Any:
+    """Let a list be written as `a,b` in the environment."""
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+class Settings(BaseSettings):
+    """Defaults suit a laptop: loopback only, small limits, every processor core."""
+
+    model_config = SettingsConfigDict(env_prefix="SEMBLANCE_", extra="forbid", validate_by_name=True, frozen=True)
+
+    host: str = Field("127.0.0.1", description="address to listen on")
+    port: int = Field(8000, ge=0, le=65535, description="port to listen on")
+    insecure: bool = Field(False, description="serve a non-loopback address without an API key")
+    api_keys: Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_split)] = Field(
+        (),
+        validation_alias=AliasChoices("semblance_api_keys", "semblance_api_key"),
+        description="keys of which a request must bring one, as Authorization: Bearer; separated by commas",
+    )
+
+    checkpoints: Path = Field(Path("checkpoints/demo"), description="every subfolder with a config.json is a model")
+    models: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)] = Field(
+        (), description="more models as name=reference, e.g. vit=open_clip:ViT-B-32/laion2b_s34b_b79k"
+    )
+    # Not `data`: SEMBLANCE_DATA names the pictures that training reads, and nothing shall be written there.
+    store: Path = Field(Path("data"), description="the folder of the collections; one process at a time")
+    default_collection: str = Field("default", description="searched when a request names no collection")
+    demo: bool = Field(False, description="fill the default collection with generated scenes on first start")
+
+    max_body: int = Field(20_000_000, gt=0, description="bytes of a request body, and of one picture file")
+    max_pixels: int = Field(25_000_000, gt=0, description="pixels of one picture")
+    max_side: int = Field(16_384, gt=0, description="pixels of a picture's longer side")
+    max_text: int = Field(2_000, gt=0, description="characters of one text")
+    max_inputs: int = Field(64, gt=0, description="inputs, documents or items of one call")
+    max_labels: int = Field(1_000, gt=0, description="zero-shot labels of one call")
+    max_prompts: int = Field(4_000, gt=0, description="zero-shot labels times templates of one call")
+    max_k: int = Field(1_000, gt=0, description="hits of one search")
+    stored_side: int = Field(1_024, gt=0, description="pixels of the longest side of a stored picture")
+
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
+    threads: int = Field(0, ge=0, description="processor threads for decoding and for the models; 0: every core")
+    batch_size: int = Field(32, gt=0, description="inputs of one forward, at most")
+    batch_wait_ms: float = Field(3.0, ge=0, description="milliseconds that a batch's first input waits for company")
+    queue_size: int = Field(256, gt=0, description="inputs admitted at once, per model and kind; then 503")
+    deadline: float = Field(30.0, gt=0, description="seconds a request may wait for its embeddings; then 504")
+    text_cache: int = Field(10_000, ge=0, description="text embeddings kept in memory, per model")
+
+    def check_exposure(self) -> None:
+        """Refuse to offer an unprotected server to the network.
+
+        Raises:
+            ForbiddenError: the host is not a loopback address, there is no API key, and `insecure` is off.
+        """
+        if self.api_keys or self.insecure or _is_loopback(self.host):
+            return
+        raise ForbiddenError(
+            f"{self.host} can be reached from other machines and no API key is set: set SEMBLANCE_API_KEYS, "
+            "listen on 127.0.0.1, or say --insecure if everybody who reaches this address may use it"
+        )
+
+
+def _is_loopback(host: str) -> bool:
+    """Whether `host` is localhost or a loopback address; other names may resolve to anything."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

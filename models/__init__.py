@@ -1,0 +1,1 @@
+"""What survives training: encoders, tokenizers, preprocessing, retrieval maths, generation and checkpoint files."""

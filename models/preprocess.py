@@ -1,0 +1,109 @@
+"""The one evaluation-time image transform, the same for indexing, queries and measuring."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+_ORIENTATION = 0x0112  # of EXIF
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """Picture -> uint8 tensor, and uint8 batch -> normalised float batch.
+
+    size: side of the square in pixels. resize: "crop" scales the shorter side and crops the centre (CLIP), "pad" scales
+    the longer side and centres it on `fill` (nothing is cut off), "squash" ignores the aspect. mean, std: of pixels in
+    0..1.
+    """
+
+    size: int = 64
+    resize: Literal["crop", "pad", "squash"] = "pad"
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    std: tuple[float, float, float] = (0.25, 0.25, 0.25)
+    fill: int = 255
+
+    def __post_init__(self) -> None:
+        if self.resize not in ("crop", "pad", "squash") or self.interpolation not in _RESAMPLING or self.size < 1:
+            raise ValueError(
+                f"size {self.size}, resize {self.resize!r}, interpolation {self.interpolation!r}: the size must be at "
+                "least 1, resize crop, pad or squash, interpolation bicubic or bilinear"
+            )
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """One picture of any size and mode -> uint8 (3, size, size). Transparency is laid on `fill`."""
+        return torch.from_numpy(np.array(self.fit(image)).transpose(2, 0, 1).copy())
+
+    def fit(self, image: Image.Image) -> Image.Image:
+        """The picture as RGB of exactly size x size."""
+        image = flatten_alpha(image, self.fill)
+        filter_ = _RESAMPLING[self.interpolation]
+        width, height = image.size
+        if self.resize == "squash" or width == height:
+            return image.resize((self.size, self.size), filter_)
+        scale = self.size / (min(width, height) if self.resize == "crop" else max(width, height))
+        # torchvision's Resize truncates the longer side, CenterCrop rounds its offset, and open_clip rounds the shorter
+        # side when it keeps the whole picture; so do we, for parity.
+        whole = int if self.resize == "crop" else round
+        new = (max(1, whole(width * scale)), max(1, whole(height * scale)))
+        if self.resize == "crop":
+            new = (self.size, max(self.size, new[1])) if width < height else (max(self.size, new[0]), self.size)
+            left, top = (round((side - self.size) / 2) for side in new)
+            return image.resize(new, filter_).crop((left, top, left + self.size, top + self.size))
+        canvas = Image.new("RGB", (self.size, self.size), (self.fill,) * 3)
+        canvas.paste(image.resize(new, filter_), ((self.size - new[0]) // 2, (self.size - new[1]) // 2))
+        return canvas
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """uint8 (B, 3, H, W) -> float (B, 3, H, W), (x / 255 - mean) / std; a float batch is taken as normalised."""
+        if images.is_floating_point():
+            return images
+        mean = torch.tensor(self.mean, device=images.device).view(3, 1, 1)
+        std = torch.tensor(self.std, device=images.device).view(3, 1, 1)
+        return (images.float() / 255 - mean) / std
+
+    def to_config(self) -> dict[str, Any]:
+        """As JSON-ready values."""
+        return asdict(self)
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Preprocess:
+        """From the values of a checkpoint; raises TypeError for an unknown key."""
+        values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in config.items()}
+        return cls(**values)
+
+
+def flatten_alpha(image: Image.Image, fill: int = 255) -> Image.Image:
+    """RGB, with anything transparent laid on the grey value `fill`."""
+    if image.mode == "RGB":
+        return image
+    if "A" in image.getbands() or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        canvas = Image.new("RGBA", rgba.size, (fill, fill, fill, 255))
+        return Image.alpha_composite(canvas, rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def upright(image: Image.Image, source: Image.Image) -> Image.Image:
+    """`image`, which was made of `source`, turned as the EXIF orientation of `source` says."""
+    try:
+        orientation = source.getexif().get(_ORIENTATION, 1)
+    except Exception:  # a picture with a damaged EXIF block is still a picture
+        return image
+    return image.transpose(_TURNS[orientation]) if orientation in _TURNS else image

@@ -1,0 +1,282 @@
+"""Reads pictures with captions from what people have: folders, caption tables, WebDataset shards, torchvision, a hub.
+
+Every reader yields `Record`s; `decode` turns them into arrays. A bad row is reported with its file and line and
+skipped, up to a limit.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import tarfile
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from models.errors import DataError
+from models.preprocess import upright
+from models.torchvision import load_torchvision
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".avif"}
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "AVIF")
+# What Pillow raises for bytes that are no picture, or a broken one.
+UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+PATH_COLUMNS = ("path", "image", "file", "filename", "filepath", "image_path")
+CAPTION_COLUMNS = ("captions", "caption", "text", "title")
+LABEL_COLUMNS = ("label", "class", "category")
+
+
+@dataclass
+class Record:
+    """One picture: its bytes, path or decoded form, its texts and what else is known. where: for error messages."""
+
+    where: str
+    image: bytes | Path | Image.Image
+    captions: list[str] = field(default_factory=list)
+    label: str | None = None
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class BadRows:
+    """Rows that could not be read. More than `limit` of them raise DataError with the first few."""
+
+    limit: int = 100
+    rows: list[str] = field(default_factory=list)
+
+    def add(self, where: str, why: str) -> None:
+        self.rows.append(f"{where}: {why}")
+        if len(self.rows) > self.limit:
+            shown = "\n  ".join(self.rows[:10])
+            raise DataError(
+                f"more than {self.limit} rows cannot be read, among them\n  {shown}\nRaise --max-bad to go on."
+            )
+
+
+def read(spec: str, bad: BadRows, split: str | None = None) -> Iterator[Record]:
+    """Records of a data set by what it is called on the command line.
+
+    A folder of pictures (subfolders are labels), a .csv / .tsv / .jsonl / .parquet table with columns of paths and
+    captions, a .tar / .tar.gz shard or a folder of them, "torchvision:<name>[:<root>]", or "hf:<name>". split: keep the
+    records whose metadata or data set says so. Raises DataError for a spec that names nothing.
+    """
+    if spec.startswith("torchvision:"):
+        return _read_torchvision(spec.removeprefix("torchvision:"), split)
+    if spec.startswith("hf:"):
+        return _read_hub(spec.removeprefix("hf:"), split, bad)
+    path = Path(spec).expanduser()
+    if path.is_dir():
+        shards = sorted(file for file in path.rglob("*") if _is_shard(file))
+        records = _chain(shards, bad) if shards else _read_folder(path)
+    elif not path.is_file():
+        raise DataError(f"{spec!r} is no file, folder, torchvision:<name> or hf:<name>")
+    elif _is_shard(path):
+        records = _read_shard(path, bad)
+    elif path.suffix in _TABLES:
+        records = _read_table(path, bad)
+    else:
+        raise DataError(f"{path}: unknown kind of file; give a folder, {', '.join(_TABLES)}, .tar or .tar.gz")
+    return records if split is None else (r for r in records if r.meta.get("split", split) == split)
+
+
+def decode(
+    records: Iterable[Record],
+    size: int,
+    bad: BadRows,
+    prepare: Callable[[Image.Image], Tensor] | None = None,
+    threads: int = 2,
+) -> tuple[Tensor, list[Record]]:
+    """Records -> uint8 (N, 4, size, size) and the records that could be read, in order.
+
+    Pictures are scaled to fit and centred; what they leave free is transparent (the fourth channel is opacity).
+    prepare: another way from a picture to its tensor, such as a model's own preprocess.
+    """
+    prepare = prepare or (lambda image: torch.from_numpy(fit_rgba(image, size)))
+
+    def one(record: Record) -> tuple[Record, Tensor | None, str]:
+        try:
+            return record, prepare(open_picture(record.image)), ""
+        except UNREADABLE as error:
+            return record, None, str(error)
+
+    arrays, kept = [], []
+    with ThreadPoolExecutor(threads) as pool:
+        for record, array, why in pool.map(one, records):
+            if array is None:
+                bad.add(record.where, why)
+            else:
+                record.image = b""  # the decoded array replaces it
+                arrays.append(array)
+                kept.append(record)
+    if not arrays:
+        raise DataError("no picture could be read; check the path and the formats (" + ", ".join(FORMATS) + ")")
+    return torch.stack(arrays), kept
+
+
+def open_picture(source: bytes | Path | Image.Image) -> Image.Image:
+    """Bytes, a path or a picture -> upright RGB or RGBA. Training data is the operator's own; `app` is stricter."""
+    if isinstance(source, Image.Image):
+        image = source
+    else:
+        image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)
+    has_alpha = "A" in image.getbands() or "transparency" in image.info
+    return upright(image.convert("RGBA" if has_alpha else "RGB"), image)
+
+
+def fit_rgba(image: Image.Image, size: int) -> np.ndarray:
+    """A picture -> uint8 (4, size, size), scaled to fit, centred on nothing."""
+    image = image.convert("RGBA")
+    scale = size / max(image.size)
+    new = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    canvas = Image.new("RGBA", (size, size))
+    canvas.paste(image.resize(new, Image.Resampling.BICUBIC), ((size - new[0]) // 2, (size - new[1]) // 2))
+    return np.asarray(canvas).transpose(2, 0, 1).copy()
+
+
+def _is_shard(path: Path) -> bool:
+    return path.name.endswith((".tar", ".tar.gz", ".tgz"))
+
+
+def _chain(shards: list[Path], bad: BadRows) -> Iterator[Record]:
+    for shard in shards:
+        yield from _read_shard(shard, bad)
+
+
+def _read_folder(folder: Path) -> Iterator[Record]:
+    for file in sorted(folder.rglob("*")):
+        if file.suffix.lower() in SUFFIXES:
+            label = file.parent.name if file.parent != folder else None
+            text = file.with_suffix(".txt")
+            words = (label or file.stem).replace("_", " ").replace("-", " ")
+            captions = [line.strip() for line in text.read_text("utf-8").splitlines()] if text.is_file() else [words]
+            yield Record(str(file), file, [c for c in captions if c], label)
+
+
+def _read_shard(path: Path, bad: BadRows) -> Iterator[Record]:
+    """WebDataset layout: members KEY.png|jpg..., KEY.json, KEY.txt, KEY.cls; a key's members lie side by side."""
+    try:
+        with tarfile.open(path) as tar:
+            key, parts = "", dict[str, bytes]()
+            for member in tar:
+                if not member.isfile():
+                    continue
+                folder, _, name = member.name.rpartition("/")
+                stem, _, suffix = name.partition(".")
+                if parts and f"{folder}/{stem}" != key:
+                    yield from _shard_record(path, key, parts, bad)
+                    parts = {}
+                key = f"{folder}/{stem}"
+                file = tar.extractfile(member)
+                parts[suffix.lower()] = file.read() if file else b""
+            if parts:
+                yield from _shard_record(path, key, parts, bad)
+    except (tarfile.TarError, EOFError, OSError) as error:
+        raise DataError(f"{path} cannot be read as a tar archive: {error}") from error
+
+
+def _shard_record(path: Path, key: str, parts: dict[str, bytes], bad: BadRows) -> Iterator[Record]:
+    where = f"{path}:{key.lstrip('/')}"
+    image = next((parts[suffix[1:]] for suffix in SUFFIXES if suffix[1:] in parts), None)
+    if image is None:
+        bad.add(where, f"no picture among its members {', '.join(sorted(parts))}")
+        return
+    try:
+        meta = json.loads(parts["json"]) if "json" in parts else {}
+        captions = meta.get("captions") or ([meta["caption"]] if meta.get("caption") else [])
+        if "txt" in parts:
+            captions = [line for line in parts["txt"].decode("utf-8").splitlines() if line.strip()]
+        label = parts["cls"].decode().strip() if "cls" in parts else meta.get("label")
+    except (ValueError, AttributeError) as error:
+        bad.add(where, f"its texts cannot be read: {error}")
+        return
+    yield Record(where, image, captions, label, meta | {"key": key.lstrip("/")})
+
+
+def _table_rows(path: Path, bad: BadRows) -> Iterator[tuple[int, dict[str, Any]]]:
+    if path.suffix == ".parquet":
+        try:
+            import pyarrow.parquet
+        except ImportError as error:
+            raise DataError(f"{path} needs the package `pyarrow`: pip install 'semblance[train]'") from error
+        yield from enumerate(
+            (row for batch in pyarrow.parquet.ParquetFile(path).iter_batches() for row in batch.to_pylist()), 1
+        )
+        return
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        if path.suffix == ".jsonl":
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    try:
+                        yield number, dict(json.loads(line))
+                    except (ValueError, TypeError) as error:
+                        bad.add(f"{path}:{number}", f"no JSON object: {error}")
+            return
+        reader = csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
+        for row in reader:
+            yield reader.line_num, row
+
+
+_TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
+
+
+def _read_table(path: Path, bad: BadRows) -> Iterator[Record]:
+    for number, row in _table_rows(path, bad):
+        where = f"{path}:{number}"
+        name = next((row[column] for column in PATH_COLUMNS if row.get(column)), None)
+        caption = next((row[column] for column in CAPTION_COLUMNS if row.get(column)), None)
+        label = next((str(row[column]) for column in LABEL_COLUMNS if row.get(column)), None)
+        if not isinstance(name, str) or (caption is None and label is None):
+            bad.add(
+                where, f"needs one of the columns {', '.join(PATH_COLUMNS)} and one of {', '.join(CAPTION_COLUMNS)}"
+            )
+            continue
+        captions = (
+            [str(c) for c in caption] if isinstance(caption, list) else [str(caption if caption is not None else label)]
+        )
+        yield Record(where, path.parent / name, captions, label, row)
+
+
+def _read_torchvision(name: str, split: str | None) -> Iterator[Record]:
+    name, _, root = name.partition(":")
+    load_torchvision()
+    import torchvision.datasets
+
+    if not hasattr(torchvision.datasets, name):
+        raise DataError(f"torchvision has no data set {name!r}; see torchvision.datasets for their names")
+    options = getattr(torchvision.datasets, name).__init__.__code__.co_varnames
+    keywords: dict[str, Any] = {"root": root or "data"} if "root" in options else {}
+    if "train" in options:
+        keywords["train"] = split != "val"
+    elif "split" in options:
+        keywords["split"] = {"val": "test", None: "train"}.get(split, split)
+    try:
+        data = getattr(torchvision.datasets, name)(**keywords)
+    except (RuntimeError, ValueError) as error:
+        raise DataError(f"torchvision:{name} in {root or 'data'}: {error}") from error
+    classes = getattr(data, "classes", None)
+    for index in range(len(data)):
+        image, target = data[index][:2]
+        label = str(classes[target]) if classes is not None and isinstance(target, int) else str(target)
+        yield Record(f"torchvision:{name}[{index}]", image, [label.replace("_", " ")], label)
+
+
+def _read_hub(name: str, split: str | None, bad: BadRows) -> Iterator[Record]:
+    try:
+        import datasets
+    except ImportError as error:
+        raise DataError("hf: needs the package `datasets`: pip install 'semblance[hub]'") from error
+    for index, row in enumerate(datasets.load_dataset(name, split=split or "train")):
+        image = next((value for value in row.values() if isinstance(value, Image.Image)), None)
+        caption = next((row[column] for column in (*CAPTION_COLUMNS, *LABEL_COLUMNS) if column in row), None)
+        if image is None or caption is None:
+            bad.add(f"hf:{name}[{index}]", f"no picture, or none of {', '.join((*CAPTION_COLUMNS, *LABEL_COLUMNS))}")
+            continue
+        yield Record(f"hf:{name}[{index}]", image, caption if isinstance(caption, list) else [str(caption)])

@@ -1,0 +1,50 @@
+"""A running application in this process."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+from starlette.testclient import TestClient
+
+from app.collections import Collections
+from app.engine import Engine, in_order, load_engines
+from app.main import create_app
+from app.settings import Settings
+
+Start = Callable[..., TestClient]
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in os.environ:
+        if name.startswith("SEMBLANCE_"):
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture(scope="session")
+def engines(checkpoints: Path) -> dict[str, Engine]:
+    return in_order(list(load_engines(Settings(checkpoints=checkpoints, threads=1))))
+
+
+@pytest.fixture
+def start(tmp_path: Path, engines: dict[str, Engine]) -> Iterator[Start]:
+    """Starts an application with the settings given, in this process."""
+    with ExitStack() as stack:
+
+        def begin(served: dict[str, Engine] | None = None, **options: Any) -> TestClient:
+            settings = Settings(store=tmp_path / "data", threads=2, **options)
+            collections = stack.enter_context(Collections(settings.store))
+            app = create_app(settings, engines if served is None else served, collections)
+            return stack.enter_context(TestClient(app, raise_server_exceptions=False))
+
+        yield begin
+
+
+@pytest.fixture
+def client(start: Start) -> TestClient:
+    return start()

@@ -1,0 +1,310 @@
+"""Every endpoint: what it answers, in batches, by file, and for the clients people have."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from starlette.testclient import TestClient
+from support import problem, tiny_clip
+
+from app.engine import Engine
+from models.retrieval import embed_images, embed_texts
+
+Encoded = Callable[..., bytes]
+Start = Callable[..., TestClient]
+
+
+def _b64(content: bytes) -> str:
+    return base64.b64encode(content).decode()
+
+
+def _vectors(answer: Any) -> np.ndarray:
+    assert answer.status_code == 200, answer.text
+    return np.array([entry["embedding"] for entry in answer.json()["data"]], np.float32)
+
+
+def test_embeddings_are_the_models_own(client: TestClient, encoded: Encoded) -> None:
+    png = encoded(1, "PNG")
+    texts = ["a red star", "two hearts"]
+    uri = f"data:image/png;base64,{_b64(png)}"
+    inputs = ["a red star", {"image": _b64(png)}, {"text": "two hearts"}, {"image": uri}]
+    answer = client.post("/embed", json={"input": inputs})
+    vectors = _vectors(answer)
+    model = tiny_clip()
+    assert np.allclose(vectors[[0, 2]], embed_texts(model, texts).numpy(), atol=2e-2)
+    assert np.allclose(vectors[[1, 3]], embed_images(model, [Image.open(io.BytesIO(png))]).numpy(), atol=2e-2)
+    assert [entry["index"] for entry in answer.json()["data"]] == [0, 1, 2, 3]
+    assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-3)
+    usage = answer.json()["usage"]
+    assert usage["prompt_tokens"] == usage["total_tokens"] == sum(len(model.tokenizer.encode(t)) for t in texts)
+
+
+def test_one_string_a_form_and_v1_give_the_same(client: TestClient, encoded: Encoded) -> None:
+    jpeg = encoded(2)
+    by_json = _vectors(client.post("/embed", json={"input": {"image": _b64(jpeg)}}))
+    by_form = _vectors(client.post("/embed", files=[("file", ("a.jpg", jpeg)), ("file", ("b", jpeg))]))
+    assert np.allclose(by_form, by_json, atol=1e-3)
+    assert by_form.shape == (2, 24)
+    assert np.allclose(
+        _vectors(client.post("/v1/embeddings", json={"input": "a", "model": "clip"})),
+        _vectors(client.post("/embed", json={"input": ["a"]})),
+        atol=1e-3,
+    )
+
+
+def test_base64_and_dimensions(client: TestClient) -> None:
+    full = _vectors(client.post("/embed", json={"input": "a"}))[0]
+    packed = client.post("/embed", json={"input": "a", "encoding_format": "base64"}).json()["data"][0]["embedding"]
+    assert np.array_equal(np.frombuffer(base64.b64decode(packed), "<f4"), full)
+    cut = _vectors(client.post("/embed", json={"input": "a", "dimensions": 8}))[0]
+    raw = _vectors(client.post("/embed", json={"input": "a", "dimensions": 8, "normalize": False}))[0]
+    assert np.allclose(raw, full[:8])
+    assert np.allclose(cut, full[:8] / np.linalg.norm(full[:8]), atol=1e-6)
+    problem(client.post("/embed", json={"input": "a", "dimensions": 25}), 422, "has 24 dimensions")
+
+
+@pytest.mark.parametrize("encoding", [None, "float"])
+def test_the_openai_client_works_unchanged(client: TestClient, encoding: str | None) -> None:
+    import openai
+
+    api = openai.OpenAI(api_key="unused", base_url="http://testserver/v1", http_client=client)  # type: ignore[arg-type]
+    options: dict[str, Any] = {} if encoding is None else {"encoding_format": encoding}
+    answer = api.embeddings.create(model="clip", input=["a red star", "two hearts"], **options)
+    expected = _vectors(client.post("/embed", json={"input": ["a red star", "two hearts"]}))
+    assert np.allclose([entry.embedding for entry in answer.data], expected, atol=1e-6)
+    assert [model.id for model in api.models.list()] == ["clip"]
+    assert api.models.retrieve("clip").object == "model"
+    with pytest.raises(openai.NotFoundError):
+        api.embeddings.create(model="text-embedding-3", input="a")
+
+
+def test_zero_shot_is_the_models_own(client: TestClient, encoded: Encoded) -> None:
+    from models.retrieval import zero_shot_classification
+
+    png = encoded(3, "PNG")
+    labels, templates = ["red star", "blue circle", "green square"], ["a {}", "a photo of a {}"]
+    body = {"input": [{"image": _b64(png)}] * 2, "labels": labels, "templates": templates}
+    data = client.post("/zero-shot", json=body).json()["data"]
+    expected = zero_shot_classification(tiny_clip(), [Image.open(io.BytesIO(png))], labels, templates)[0]
+    for entry in data:
+        scores = [score["score"] for score in entry["scores"]]
+        assert scores == sorted(scores, reverse=True)
+        assert sum(scores) == pytest.approx(1, abs=1e-3)
+        assert {s["label"]: s["score"] for s in entry["scores"]} == pytest.approx(
+            dict(zip(labels, expected.tolist(), strict=True)), abs=2e-2
+        )
+        assert (entry["label"], entry["score"]) == (entry["scores"][0]["label"], scores[0])
+    assert len(client.post("/zero-shot", json=body | {"top_k": 1}).json()["data"][0]["scores"]) == 1
+    form = {"labels": labels, "templates": templates, "multi_label": "true"}
+    free = client.post("/zero-shot", files={"file": png}, data=form).json()["data"][0]["scores"]
+    assert len(free) == 3
+    assert all(0 < score["score"] < 1 for score in free)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"input": "a text"}, "input 0: zero-shot classification takes pictures"),
+        ({"labels": []}, "labels"),
+        ({"templates": ["no place"]}, "no {} where the label belongs"),
+    ],
+)
+def test_zero_shot_refuses_in_words(client: TestClient, encoded: Encoded, change: dict[str, Any], says: str) -> None:
+    body = {"input": {"image": _b64(encoded())}, "labels": ["a"]} | change
+    problem(client.post("/zero-shot", json=body), 422, says)
+
+
+def test_similarity_and_rank_are_cosines(client: TestClient, encoded: Encoded) -> None:
+    inputs: list[Any] = ["a red star", {"image": _b64(encoded(1))}, "two hearts"]
+    vectors = _vectors(client.post("/embed", json={"input": inputs}))
+    scores = client.post("/similarity", json={"a": inputs[:1], "b": inputs}).json()["scores"]
+    assert np.allclose(scores, vectors[:1] @ vectors.T, atol=1e-3)
+    for path in ("/rank", "/v1/rerank"):
+        body = {"query": inputs[0], "documents": inputs, "return_documents": True}
+        results = client.post(path, json=body).json()["results"]
+        assert [r["index"] for r in results] == np.argsort(-(vectors @ vectors[0]), kind="stable").tolist()
+        assert results[0]["relevance_score"] == pytest.approx(1, abs=1e-3)
+        assert results[0]["document"] == {"text": "a red star"}
+        assert len(client.post(path, json=body | {"top_n": 2}).json()["results"]) == 2
+
+
+@pytest.fixture
+def filled(client: TestClient, encoded: Encoded) -> TestClient:
+    assert client.put("/collections/default", json={}).status_code == 200
+    items: list[dict[str, Any]] = [
+        {"id": f"p{i}", "image": _b64(encoded(i)), "caption": f"number {i}", "metadata": {"even": i % 2 == 0, "i": i}}
+        for i in range(6)
+    ]
+    items += [{"id": "t", "text": "a red star", "metadata": {"even": True}}]
+    answer = client.post("/collections/default/items", json={"items": items})
+    assert answer.json() == {"ids": ["p0", "p1", "p2", "p3", "p4", "p5", "t"]}
+    return client
+
+
+def _ids(answer: Any) -> list[str]:
+    assert answer.status_code == 200, answer.text
+    return [hit["id"] for hit in answer.json()["hits"]]
+
+
+def test_search_by_text_picture_and_mixture(filled: TestClient, encoded: Encoded) -> None:
+    answer = filled.get("/search", params={"q": "a red star"}).json()
+    assert answer["hits"][0]["id"] == "t"
+    assert answer["hits"][0]["score"] == pytest.approx(1, abs=1e-2)
+    assert (answer["collection"], answer["model"], answer["query"]) == ("default", "clip", "a red star")
+    assert answer["took_ms"] > 0
+    assert len(answer["hits"]) == 7
+    scores = [hit["score"] for hit in answer["hits"]]
+    assert scores == sorted(scores, reverse=True)
+    picture = {"image": _b64(encoded(4))}
+    assert _ids(filled.post("/search", json={"query": picture, "k": 1})) == ["p4"]
+    assert _ids(filled.post("/search", files={"file": encoded(2)}, data={"k": "1"})) == ["p2"]
+    mixed = [{**picture, "weight": 1.0}, {"text": "a red star", "weight": -1.0}]
+    assert _ids(filled.post("/search", json={"query": mixed}))[-1] == "t"
+    cancelled = [{"text": "a"}, {"text": "a", "weight": -1.0}]
+    problem(filled.post("/search", json={"query": cancelled}), 422, "cancel out")
+
+
+def test_search_options(filled: TestClient) -> None:
+    everything = _ids(filled.get("/search?q=a+red+star&k=100"))
+    assert _ids(filled.get("/search?q=a+red+star&k=3&offset=2")) == everything[2:5]
+    assert _ids(filled.get("/search?q=a+red+star&offset=100")) == []
+    assert set(_ids(filled.get("/search?q=a+red+star&target=image"))) == {f"p{i}" for i in range(6)}
+    assert _ids(filled.get("/search?q=a+red+star&target=text")) == ["t"]
+    assert set(_ids(filled.get("/search?q=a&filter=even:true"))) == {"p0", "p2", "p4", "t"}
+    assert _ids(filled.get("/search?q=a&filter=even:true&filter=i:2")) == ["p2"]
+    assert _ids(filled.get("/search?q=a&filter=even:maybe")) == []
+    assert _ids(filled.get("/search?q=a+red+star&min_score=0.99")) == ["t"]
+    problem(filled.get("/search?q=a&filter=even"), 422, "key:value")
+
+
+def test_items_are_read_replaced_and_deleted(filled: TestClient, encoded: Encoded) -> None:
+    item = filled.get("/collections/default/items/p3").json()
+    assert item == {
+        "id": "p3", "kind": "image", "caption": "number 3", "metadata": {"even": False, "i": 3},
+        "url": "/collections/default/items/p3/image",
+    }  # fmt: skip
+    filled.post("/collections/default/items", json={"items": [{"id": "p3", "image": _b64(encoded(9))}]})
+    assert filled.get("/collections/default/items/p3").json()["caption"] is None
+    assert filled.get("/collections/default").json()["count"] == 7
+    assert _ids(filled.post("/search", json={"query": {"image": _b64(encoded(9))}, "k": 1})) == ["p3"]
+    assert filled.delete("/collections/default/items/p3").status_code == 204
+    assert "p3" not in _ids(filled.get("/search?q=a&k=100"))
+    problem(filled.delete("/collections/default/items/p3"), 404, "no item 'p3' in collection 'default', which holds 6")
+
+
+def test_items_by_form_and_page(filled: TestClient, encoded: Encoded) -> None:
+    filled.put("/collections/form", json={"index": "flat"})
+    files = [("file", ("a.jpg", encoded(1))), ("file", ("b.jpg", encoded(2)))]
+    form = {"id": ["one", "two"], "caption": ["first", ""], "metadata": ['{"a": 1}', "{}"]}
+    assert filled.post("/collections/form/items", files=files, data=form).json() == {"ids": ["one", "two"]}
+    made = filled.post("/collections/form/items", files=files).json()["ids"]
+    assert len(set(made)) == 2
+    assert filled.get("/collections/form/items/one").json()["metadata"] == {"a": 1}
+    page = filled.get("/collections/default/items", params={"limit": 4}).json()
+    rest = filled.get("/collections/default/items", params={"limit": 4, "after": page["next"]}).json()
+    assert [item["id"] for item in page["items"] + rest["items"]] == ["p0", "p1", "p2", "p3", "p4", "p5", "t"]
+    assert rest["next"] is None
+    problem(filled.post("/collections/form/items", files=files, data={"id": ["one"]}), 422, "1 id fields for 2 files")
+
+
+def test_pictures_come_back_clean_small_and_cached(filled: TestClient) -> None:
+    answer = filled.get("/collections/default/items/p1/image")
+    assert answer.headers["content-type"] == "image/jpeg"
+    assert answer.headers["x-content-type-options"] == "nosniff"
+    assert Image.open(io.BytesIO(answer.content)).size == (48, 40)
+    small = filled.get("/collections/default/items/p1/image?size=24")
+    assert max(Image.open(io.BytesIO(small.content)).size) == 24
+    again = filled.get("/collections/default/items/p1/image", headers={"If-None-Match": answer.headers["etag"]})
+    assert (again.status_code, again.content) == (304, b"")
+    assert small.headers["etag"] != answer.headers["etag"]
+    problem(filled.get("/collections/default/items/t/image"), 404, "has no picture")
+
+
+def test_collections_say_what_they_hold(filled: TestClient, engines: dict[str, Engine]) -> None:
+    (info,) = filled.get("/collections").json()["collections"]
+    assert info["fingerprint"] == engines["clip"].fingerprint
+    assert (info["model"], info["dimensions"], info["count"], info["index"]) == ("clip", 24, 7, "flat")
+    assert info["bytes"] > 7 * 24 * 4
+    assert filled.put("/collections/default", json={}).status_code == 200  # again, and nothing is lost
+    assert filled.get("/collections/default").json() == info
+    problem(filled.put("/collections/other", json={"index": "hnsw"}), 422, "auto, flat")
+    assert filled.delete("/collections/default").status_code == 204
+    problem(filled.get("/collections/default"), 404, "none yet")
+
+
+def test_models_show_their_card(client: TestClient) -> None:
+    for path in ("/models", "/v1/models"):
+        (model,) = client.get(path).json()["data"]
+        assert model["takes"] == ["image", "text"]
+        assert model["metrics"] == {"r1": 0.25}
+        assert (model["dimensions"], model["size"]) == (24, 32)
+
+
+def test_another_models_query_is_refused_by_name(start: Start, engines: dict[str, Engine]) -> None:
+    from app.engine import TorchEngine
+
+    other = tiny_clip(seed=1)
+    other.fingerprint = "another"
+    both = {**engines, "other": TorchEngine("other", other, device="cpu")}
+    client = start(both)
+    client.put("/collections/mine", json={"model": "other"})
+    problem(client.put("/collections/mine", json={"model": "clip"}), 409, "holds vectors of model 'other'")
+    assert client.post("/collections/mine/items", json={"items": [{"text": "a"}]}).status_code == 200
+    assert client.get("/search?q=a&collection=mine").json()["model"] == "other"
+    client.app.state.service.engines.pop("other")  # type: ignore[attr-defined]
+    client.app.state.service._served.pop("other")  # type: ignore[attr-defined]
+    problem(client.get("/search?q=a&collection=mine"), 409, "model 'other', which is not loaded")
+
+
+def test_an_image_only_model_names_those_that_take_text(start: Start, engines: dict[str, Engine]) -> None:
+    from app.engine import TorchEngine, in_order
+
+    blind = tiny_clip(seed=1)
+    blind.tokenizer = None
+    both = in_order([TorchEngine("simclr", blind, device="cpu"), *engines.values()])
+    client = start(both)
+    assert [model["id"] for model in client.get("/models").json()["data"]] == ["clip", "simclr"]
+    problem(client.post("/embed", json={"input": "a", "model": "simclr"}), 422, "models that take text: clip")
+    client.put("/collections/pictures", json={"model": "simclr"})
+    problem(client.get("/search?q=a&collection=pictures"), 422, "models that take text: clip")
+
+
+def test_openapi_documents_every_path_with_an_example(client: TestClient) -> None:
+    document = client.get("/openapi.json").json()
+    contract = {
+        "/embed", "/v1/embeddings", "/zero-shot", "/search", "/similarity", "/rank", "/v1/rerank", "/models",
+        "/v1/models", "/collections", "/collections/{name}", "/collections/{name}/items", "/healthz", "/readyz",
+        "/collections/{name}/items/{id}", "/collections/{name}/items/{id}/image",
+    }  # fmt: skip
+    assert contract <= document["paths"].keys()
+    references = set(json.dumps(document).split('"#/components/schemas/')[1:])
+    assert {reference.partition('"')[0] for reference in references} <= document["components"]["schemas"].keys()
+    client.put("/collections/default", json={})
+    tried = 0
+    for path, operations in document["paths"].items():
+        body = operations.get("post", {}).get("requestBody", {}).get("content", {}).get("application/json")
+        if body is not None:
+            answer = client.post(path.replace("{name}", "default"), json=body["example"])
+            assert answer.status_code == 200, (path, answer.text)
+            tried += 1
+    assert tried >= 8
+    assert client.get("/docs").status_code == 200
+
+
+def test_request_ids_are_kept_if_sane(client: TestClient) -> None:
+    assert client.get("/healthz", headers={"X-Request-ID": "mine-1"}).headers["x-request-id"] == "mine-1"
+    assert client.get("/healthz", headers={"X-Request-ID": "no good\x7f"}).headers["x-request-id"] != "no good\x7f"
+
+
+def test_boots_without_models_and_says_so(start: Start, tmp_path: Path) -> None:
+    client = start({})
+    assert client.get("/models").json()["data"] == []
+    problem(client.post("/embed", json={"input": "a"}), 404, "no model that takes text is loaded")

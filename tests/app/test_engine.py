@@ -1,0 +1,176 @@
+"""Batches: formed, bounded, split around what breaks them, and dropped for those who left."""
+
+from __future__ import annotations
+
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+from support import tiny_clip
+
+from app.batching import Batcher
+from app.engine import Engine, ServedEngine, TorchEngine, find_models
+from app.settings import Settings
+from models.errors import BusyError, CheckpointError, DeadlineError, InputError, ModelError
+
+
+class Recorder:
+    """A readable fake: the result for a number is the number doubled; negative ones break the whole batch."""
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        self.batches: list[list[int]] = []
+        self.seconds = seconds
+
+    def __call__(self, items: list[int]) -> list[int | Exception]:
+        import time
+
+        self.batches.append(items)
+        time.sleep(self.seconds)
+        if any(item < 0 for item in items):
+            raise InputError("negative") if -1 in items else RuntimeError("broken")
+        return [2 * item for item in items]
+
+
+def _run(work: Any, forward: Recorder, **options: Any) -> Any:
+    async def main() -> Any:
+        with ThreadPoolExecutor(1) as pool:
+            settings = {"max_batch": 4, "max_wait": 0.02, "queue_size": 8} | options
+            batcher = Batcher(forward, pool, **settings)
+            try:
+                return await work(batcher, asyncio.get_running_loop().time() + 5)
+            finally:
+                await batcher.close()
+
+    return asyncio.run(main())
+
+
+def test_concurrent_items_share_batches_and_keep_their_order() -> None:
+    forward = Recorder()
+    got = _run(lambda b, d: asyncio.gather(*(b.submit(i, d) for i in range(10))), forward)
+    assert got == [2 * i for i in range(10)]
+    assert [len(batch) for batch in forward.batches] == [4, 4, 2]
+
+
+def test_an_input_that_breaks_its_batch_fails_alone() -> None:
+    forward = Recorder()
+
+    async def work(batcher: Batcher[int, int], deadline: float) -> list[Any]:
+        return await asyncio.gather(*(batcher.submit(i, deadline) for i in (1, -2, 3, -1)), return_exceptions=True)
+
+    got = _run(work, forward)
+    assert got[0] == 2
+    assert got[2] == 6
+    assert isinstance(got[1], ModelError)
+    assert isinstance(got[3], InputError)
+
+
+def test_a_full_queue_answers_at_once() -> None:
+    async def work(batcher: Batcher[int, int], deadline: float) -> None:
+        with batcher.admit(8):
+            started = asyncio.get_running_loop().time()
+            with pytest.raises(BusyError, match="8 inputs are waiting"), batcher.admit(1):
+                pass
+            assert asyncio.get_running_loop().time() - started < 0.05
+        with batcher.admit(1):
+            pass
+
+    _run(work, Recorder())
+
+
+def test_late_and_cancelled_items_are_not_computed() -> None:
+    forward = Recorder(seconds=0.15)
+
+    async def work(batcher: Batcher[int, int], deadline: float) -> None:
+        now = asyncio.get_running_loop().time()
+        first = asyncio.create_task(batcher.submit(1, deadline))
+        await asyncio.sleep(0.05)
+        late = asyncio.create_task(batcher.submit(2, now + 0.08))
+        gone = asyncio.create_task(batcher.submit(3, deadline))
+        kept = asyncio.create_task(batcher.submit(4, deadline))
+        await asyncio.sleep(0.01)
+        gone.cancel()
+        with pytest.raises(DeadlineError):
+            await late
+        assert await first == 2
+        assert await kept == 8
+
+    _run(work, forward)
+    assert forward.batches == [[1], [4]]
+
+
+def test_nobody_is_left_waiting_when_it_closes() -> None:
+    async def work(batcher: Batcher[int, int], deadline: float) -> None:
+        waiting = asyncio.create_task(batcher.submit(1, deadline))
+        await asyncio.sleep(0)
+        await batcher.close()
+        with pytest.raises(BusyError):
+            await waiting
+        with pytest.raises(BusyError), batcher.admit(1):
+            pass
+
+    _run(work, Recorder(), max_wait=1.0)
+
+
+def test_served_texts_are_remembered_and_not_finite_rows_fail_alone() -> None:
+    class Counting:
+        name, fingerprint, embed_dim, image_size, takes_text = "fake", "f", 2, 8, True
+        details: ClassVar[dict[str, Any]] = {}
+        texts = 0
+
+        def prepare_texts(self, texts: Any) -> list[torch.Tensor]:
+            return [torch.full((3,), len(text)) for text in texts]
+
+        def encode_texts(self, rows: Any) -> np.ndarray:
+            self.texts += len(rows)
+            values = [[float("nan") if row[0] == 13 else float(row[0]), 1.0] for row in rows]
+            return np.array(values, np.float32)
+
+        def encode_images(self, rows: Any) -> np.ndarray:
+            raise AssertionError("no pictures here")
+
+    engine = Counting()
+
+    async def main() -> None:
+        with ThreadPoolExecutor(1) as pool, ThreadPoolExecutor(1) as worker:
+            served = ServedEngine(engine, Settings(text_cache=2), pool, worker)  # type: ignore[arg-type]
+            deadline = asyncio.get_running_loop().time() + 5
+            first, tokens = await served.embed_texts(["a", "bb", "a"], deadline)
+            assert first[:, 0].tolist() == [1, 2, 1]
+            assert (engine.texts, tokens) == (2, 9)
+            await served.embed_texts(["a"], deadline)
+            assert engine.texts == 2
+            await served.embed_texts(["ccc"], deadline)
+            await served.embed_texts(["bb"], deadline)  # the least recently used one had to leave
+            assert engine.texts == 4
+            with pytest.raises(ModelError, match="no finite numbers"):
+                await served.embed_texts(["x" * 13], deadline)
+            await served.close()
+
+    asyncio.run(main())
+
+
+def test_rows_have_unit_length_in_any_precision(engines: dict[str, Engine]) -> None:
+    rows = engines["clip"].embed_texts(["a", "b c", "d " * 20])
+    assert np.allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-6)
+    assert engines["clip"].embed_texts([]).shape == (0, 24)
+
+
+def test_out_of_memory_is_a_busy_answer_for_one_input() -> None:
+    model = tiny_clip()
+
+    def fail(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("out of memory")
+
+    model.encode_text = fail  # type: ignore[method-assign]
+    with pytest.raises(BusyError, match="no memory left"):
+        TorchEngine("clip", model, device="cpu").embed_texts(["a"])
+
+
+def test_models_are_found_by_folder_and_by_name(checkpoints: Any) -> None:
+    found = find_models(Settings(checkpoints=checkpoints, models=("vit=open_clip:ViT-B-32/x",)))
+    assert found == {"vit": "open_clip:ViT-B-32/x", "clip": str(checkpoints / "clip")}
+    with pytest.raises(CheckpointError, match="name=reference"):
+        find_models(Settings(models=("vit",)))

@@ -1,0 +1,32 @@
+"""Settings come from keywords and the environment, and wrong ones are refused by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from app.settings import Settings
+
+
+def test_environment_and_keywords(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SEMBLANCE_PORT", "9000")
+    monkeypatch.setenv("SEMBLANCE_API_KEYS", "one, two")
+    monkeypatch.setenv("SEMBLANCE_MODELS", "a=b,c=d")
+    monkeypatch.setenv("SEMBLANCE_STORE", "/somewhere")
+    monkeypatch.setenv("SEMBLANCE_DATA", "/pictures")  # training's, and never written to
+    settings = Settings(threads=3)
+    assert (settings.port, settings.threads, settings.models) == (9000, 3, ("a=b", "c=d"))
+    assert [key.get_secret_value() for key in settings.api_keys] == ["one", "two"]
+    assert settings.store == Path("/somewhere")
+    assert "one" not in repr(settings)
+    monkeypatch.delenv("SEMBLANCE_STORE")
+    assert Settings().store == Path("data")
+    assert Settings(store=Path("x")).store == Path("x")
+
+
+@pytest.mark.parametrize(("name", "value"), [("port", 70000), ("batch_size", 0), ("deadline", -1), ("unknown", 1)])
+def test_wrong_settings_are_refused_by_name(name: str, value: int) -> None:
+    with pytest.raises(ValidationError, match=name):
+        Settings(**{name: value})  # type: ignore[arg-type]

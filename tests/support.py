@@ -1,0 +1,137 @@
+"""What tests make for themselves: a small model, a server process, a look at an error."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import time
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import torch
+from safetensors.torch import save_file
+
+from models.clip import CLIPModel
+from models.preprocess import Preprocess
+from models.tokenizers import TextTokenizer
+from models.torchvision import load_torchvision
+
+CORPUS = ["a red star", "a blue circle", "a photo of a green square", "two hearts on a gray background"] * 4
+
+
+def tiny_clip(seed: int = 0, size: int = 32, **options: object) -> CLIPModel:
+    """A CLIP of random weights that embeds in a millisecond."""
+    torch.manual_seed(seed)
+    tokenizer = TextTokenizer.train(CORPUS, 300, context_length=32)
+    model = CLIPModel(
+        image={"name": "conv", "image_size": size, "channels": 16, "blocks": [1, 1], "depth": 1},
+        text={"vocab_size": tokenizer.vocab_size, "context_length": 32, "width": 32, "depth": 1, "heads": 2},
+        embed_dim=24,
+        **options,  # type: ignore[arg-type]
+    )
+    model.preprocess = Preprocess(size=size)
+    model.tokenizer = tokenizer
+    return model.eval()
+
+
+OPEN_CLIP = {
+    "embed_dim": 32,
+    "vision_cfg": {"image_size": 32, "layers": 2, "width": 64, "head_width": 32, "patch_size": 8},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2},
+}
+
+
+def open_clip_folder(place: Path, preprocess: dict[str, object] | None = None, seed: int = 0) -> Path:
+    """A local OpenCLIP folder with random weights."""
+    load_torchvision()
+    import open_clip
+
+    torch.manual_seed(seed)
+    model = open_clip.CLIP(**OPEN_CLIP)
+    place.mkdir(parents=True)
+    save_file(
+        {name: tensor.contiguous() for name, tensor in model.state_dict().items()},
+        place / "open_clip_model.safetensors",
+    )
+    (place / "open_clip_config.json").write_text(
+        json.dumps({"model_cfg": OPEN_CLIP, "preprocess_cfg": preprocess or {}})
+    )
+    return place
+
+
+def png_header(width: int, height: int, rows: bytes = b"") -> bytes:
+    """A PNG that says it is so large, with few bytes behind it."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    body = zlib.compress(rows or bytes(min(2_000_000, height * (width + 1))))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
+
+
+def problem(answer: Any, status: int, says: str = "") -> dict[str, Any]:
+    """Checks that an answer is a problem of this status, and gives it."""
+    assert answer.status_code == status, answer.text
+    assert answer.headers["content-type"] == "application/problem+json"
+    body: dict[str, Any] = answer.json()
+    assert {"type", "title", "status", "detail", "request_id"} <= body.keys()
+    assert body["status"] == status
+    assert body["request_id"] == answer.headers["x-request-id"]
+    assert re.search(says, body["detail"]), body["detail"]
+    assert "Traceback" not in answer.text
+    assert "/tmp/" not in answer.text
+    return body
+
+
+@dataclass
+class Server:
+    """A server process and how to reach it."""
+
+    process: subprocess.Popen[str]
+    url: str
+    port: int
+
+    def kill(self) -> None:
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait()
+
+
+@contextmanager
+def running(checkpoints: Path, data: Path, *arguments: str, **environment: str) -> Iterator[Server]:
+    """`semblance serve` on a free port, until it answers; killed at the end if it still lives."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "app", "serve", "--checkpoints", str(checkpoints), "--data", str(data)]
+    command += ["--port", str(port), "--threads", "1", *arguments]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, **environment}
+    )
+    server = Server(process, f"http://127.0.0.1:{port}", port)
+    try:
+        for _ in range(1200):
+            try:
+                if httpx.get(f"{server.url}/readyz", timeout=5).status_code == 200:
+                    break
+            except httpx.TransportError:
+                assert process.poll() is None, process.stdout.read() if process.stdout else ""
+            time.sleep(0.05)
+        yield server
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+        if process.stdout:
+            process.stdout.close()

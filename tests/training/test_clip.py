@@ -1,0 +1,229 @@
+"""CLIP from the command line and from Python: it learns, resumes, exports and is measured."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from support import tiny_clip
+
+from models.checkpoint import load_checkpoint
+from models.errors import DataError
+from training.__main__ import main
+from training.evaluation import (
+    evaluate_scenes,
+    extract_features,
+    knn_evaluation,
+    linear_evaluation,
+)
+from training.export import export_run
+from training.method import discover
+from training.methods.clip import CLIPMethod, evaluate_clip, train_clip
+from training.options import HELP, CLIPOptions, presets
+from training.trainer import TrainerConfig
+
+SMALL = {"channels": 8, "blocks": [1], "depth": 0}
+OPTIONS = CLIPOptions(
+    image_size=32,
+    encoder_options=SMALL,
+    embed_dim=16,
+    text_width=32,
+    text_depth=1,
+    vocab_size=300,
+    batch_size=16,
+    chunk=8,
+    evaluate=False,
+    trainer=TrainerConfig(steps=4, warmup=1, precision="fp32", log_every=1, device="cpu"),
+)
+
+
+def _options(folder: Path, **changes: object) -> CLIPOptions:
+    from dataclasses import replace
+
+    return replace(OPTIONS, out=str(folder / "out"), run_dir=str(folder / "run"), **changes)  # type: ignore[arg-type]
+
+
+def test_ten_pairs_are_learned_by_heart() -> None:
+    torch.manual_seed(0)
+    model = tiny_clip()
+    images = torch.randint(0, 256, (10, 3, 32, 32), dtype=torch.uint8)
+    tokens = model.tokenizer([f"picture {number}" for number in "abcdefghij"])
+    method = CLIPMethod(model).train()
+    optimizer = torch.optim.AdamW(method.parameters(), 3e-3)
+    first = None
+    for _ in range(60):
+        loss = method({"images": images, "tokens": tokens})["loss"]
+        first = first or float(loss.detach())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        method.after_step(0.0)
+    assert first > 1.5
+    assert float(loss.detach()) < 0.1
+
+
+def test_forward_changes_nothing_and_the_scale_is_kept_in_bounds() -> None:
+    model = tiny_clip()
+    method = CLIPMethod(model)
+    images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
+    before = images.clone()
+    outputs = method({"images": images, "tokens": model.tokenizer(["a", "b", "c", "d"])})
+    assert torch.equal(images, before)
+    assert float(outputs["chance_loss"]) == pytest.approx(math.log(4))
+    model.logit_scale.data.fill_(9.0)
+    method.after_step(0.5)
+    assert model.logit_scale_value == pytest.approx(100)
+    with pytest.raises(ValueError, match="logit_bias"):
+        CLIPMethod(model, loss="siglip")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"loss": "siglip"},
+        {"micro_batch": 4, "chunk_size": 4},
+        {"matryoshka": (4, 16)},
+        {"encoder": "vit-tiny", "encoder_options": {}},
+    ],
+)
+def test_options_train_and_round_trip(tmp_path: Path, changes: dict[str, object]) -> None:
+    folder = train_clip(_options(tmp_path, **changes))
+    model = load_checkpoint(folder)
+    assert model.provenance["steps"] == 4
+    assert model.config["truncatable"] == list(changes.get("matryoshka", ()))  # type: ignore[call-overload]
+    texts = model.encode_text(model.tokenizer(["a red star"]))
+    assert texts.shape == (1, 16)
+    exported = load_checkpoint(export_run(tmp_path / "run", tmp_path / "exported"))
+    assert torch.equal(exported.encode_text(exported.tokenizer(["a red star"])), texts)
+
+
+def test_own_folder_from_the_command_line(
+    tmp_path: Path, encoded: Callable[..., bytes], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for index in range(12):
+        folder = tmp_path / "photos" / ("cats" if index % 2 else "dogs")
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{index}.jpg").write_bytes(encoded(index))
+    (tmp_path / "photos" / "dogs" / "broken.jpg").write_bytes(b"broken")
+    arguments = ["clip", "--data", f"{tmp_path}/photos", "--out", f"{tmp_path}/out", "--run-dir", f"{tmp_path}/run"]
+    arguments += ["--steps", "3", "--batch-size", "8", "--chunk", "4", "--image-size", "32", "--precision", "fp32"]
+    arguments += ["--encoder-options", json.dumps(SMALL), "--text-depth", "1", "--text-width", "32"]
+    assert main(arguments) == 0
+    assert "semblance serve --checkpoints" in capsys.readouterr().out
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["provenance"]["skipped_rows"] == 1
+    assert f"{tmp_path}/photos_zero_shot" in config["provenance"]["metrics"]
+    assert main(["evaluate", f"{tmp_path}/out", "--data", f"{tmp_path}/photos", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[f"{tmp_path}/photos_zero_shot"] >= 0
+
+
+def test_errors_of_the_command_line_are_sentences(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["clip", "--data", "nowhere", "--out", str(tmp_path / "o"), "--run-dir", str(tmp_path / "r")]) == 1
+    assert capsys.readouterr().err.startswith("semblance-train: 'nowhere' is no file")
+    assert main(["evaluate", str(tmp_path / "none")]) == 1
+    assert main(["export", str(tmp_path), "--out", str(tmp_path / "x")]) == 1
+    assert "holds no saved run" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main(["clip", "--no-such-option"])
+
+
+def test_every_option_has_its_explanation() -> None:
+    from dataclasses import fields
+
+    names = {field.name for field in (*fields(CLIPOptions), *fields(TrainerConfig))} - {"trainer"}
+    assert names == set(HELP)
+
+
+def test_presets_are_whole_options_and_methods_are_found() -> None:
+    assert set(presets()) == {"tiny-cpu", "demo"}
+    assert "clip" in discover()
+
+
+def test_two_processes_train_as_one_run(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "training"]
+    command += ["clip", "--data", "scenes", "--steps", "3", "--batch-size", "16", "--chunk", "4", "--image-size", "32"]
+    command += ["--encoder-options", json.dumps(SMALL), "--text-depth", "1", "--text-width", "32", "--no-evaluate"]
+    command += ["--out", str(tmp_path / "out"), "--run-dir", str(tmp_path / "run"), "--threads", "1", "--device", "cpu"]
+    command += ["--precision", "fp32"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    states = [torch.load(tmp_path / "run" / f"state-{rank}.pt", weights_only=True) for rank in range(2)]
+    weights = [{n: t for n, t in state["method"].items() if "running" not in n} for state in states]
+    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+    assert load_checkpoint(tmp_path / "out").provenance["steps"] == 3
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "training", "clip", "--data", "scenes", "--steps", "100000", "--log-every", "1"]
+    command += ["--batch-size", "8", "--chunk", "8", "--image-size", "32", "--encoder-options", json.dumps(SMALL)]
+    command += ["--text-depth", "1", "--run-dir", str(tmp_path / "run"), "--threads", "1", "--precision", "fp32"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("step 3 "):
+            break
+    process.send_signal(signal.SIGINT)
+    said = process.stderr.read()
+    process.stderr.close()
+    assert process.wait(60) == 130
+    assert "start again with the same options" in said
+    assert torch.load(tmp_path / "run" / "state.pt", weights_only=True)["step"] >= 3
+
+
+def test_scene_figures_of_a_model_that_knows_nothing_are_those_of_guessing() -> None:
+    figures = evaluate_scenes(tiny_clip(), count=64)
+    assert figures["scenes_r1"] < 0.2
+    assert 0.2 < figures["scenes_swap_relation"] < 0.8
+    assert all(0 <= value <= 1 for value in figures.values())
+
+
+def test_probes_separate_what_is_separable_and_no_more() -> None:
+    torch.manual_seed(0)
+    labels = torch.arange(400) % 4
+    rows = torch.randn(400, 8)
+    apart = rows + 8 * torch.nn.functional.one_hot(labels, 8)
+    for features, low, high in ((apart, 0.98, 1.0), (rows, 0.1, 0.45)):
+        linear = linear_evaluation(features[:300], labels[:300], features[300:], labels[300:])["accuracy"]
+        near = knn_evaluation(features[:300], labels[:300], features[300:], labels[300:], k=20)["accuracy"]
+        assert low <= linear <= high
+        assert low <= near <= high
+
+
+def test_knn_is_the_vote_of_a_loop() -> None:
+    torch.manual_seed(0)
+    train, test = torch.randn(50, 4), torch.randn(9, 4)
+    labels, targets = torch.randint(0, 3, (50,)), torch.randint(0, 3, (9,))
+    right = 0
+    for row, target in zip(test, targets, strict=True):
+        cosines = [float(torch.nn.functional.cosine_similarity(row, other, dim=0)) for other in train]
+        votes = [0.0] * 3
+        for place in sorted(range(50), key=lambda i: -cosines[i])[:5]:
+            votes[int(labels[place])] += math.exp(cosines[place] / 0.1)
+        right += int(votes.index(max(votes)) == int(target))
+    assert knn_evaluation(train, labels, test, targets, k=5)["accuracy"] == pytest.approx(right / 9)
+
+
+def test_features_come_in_order_and_leave_the_model_as_it_was() -> None:
+    model = tiny_clip().train()
+    images = torch.randint(0, 256, (6, 3, 32, 32), dtype=torch.uint8)
+    features, labels = extract_features(model, [(images[:4], torch.arange(4)), (images[4:], torch.tensor([4, 5]))])
+    assert model.training
+    assert torch.allclose(features, model.eval().encode_image(images).detach(), atol=1e-5)
+    assert labels.tolist() == list(range(6))
+
+
+def test_named_sets_need_their_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SEMBLANCE_DATA", raising=False)
+    with pytest.raises(DataError, match="set SEMBLANCE_DATA"):
+        evaluate_clip(tiny_clip(), data=("emoji",))

@@ -1,0 +1,176 @@
+"""The command line `semblance-train`: one subcommand per method, plus evaluate, export and scenes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import MISSING, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from models.checkpoint import load_model, save_checkpoint
+from models.errors import SemblanceError
+from training.method import discover
+from training.options import HELP
+
+_EPILOG = {
+    "clip": """examples:
+  semblance-train clip --preset tiny-cpu --data scenes          five minutes on two cores
+  semblance-train clip --data ./photos --out checkpoints/mine   a folder whose subfolders are labels
+  semblance-train clip --data captions.csv=3 scenes=1           two data sets, by weight
+  torchrun --nproc-per-node 4 -m training clip --data big.csv   four processes
+A run that was interrupted goes on when it is started again with the same options.""",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a subcommand. Exit codes: 0 done, 1 an error said in a sentence, 2 wrong usage, 130 interrupted."""
+    parser = build_parser()
+    options = parser.parse_args(arguments)
+    try:
+        result: int = options.run_command(options)
+        return result
+    except KeyboardInterrupt:
+        print("interrupted; the state is saved, start again with the same options to go on", file=sys.stderr)  # noqa: T201
+        return 130
+    except (SemblanceError, ValueError, OSError) as error:
+        print(f"semblance-train: {error}", file=sys.stderr)  # noqa: T201
+        return 1
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line; options come from the option dataclasses of each method."""
+    parser = argparse.ArgumentParser("semblance-train", description="Train and measure models; see SUBCOMMAND --help.")
+    subcommands = parser.add_subparsers(required=True, metavar="SUBCOMMAND")
+    for name, method in discover().items():
+        sub = subcommands.add_parser(
+            name, help=method.Options.__doc__, description=method.Options.__doc__, epilog=_EPILOG.get(name),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )  # fmt: skip
+        sub.add_argument("--preset", choices=sorted(method.presets()), help="settings to start from; options given win")
+        _add_options(sub, method.Options())
+        sub.set_defaults(run_command=_train, method=name)
+    evaluate = subcommands.add_parser("evaluate", help="Measure a checkpoint on data sets")
+    evaluate.add_argument("model", help="checkpoint folder, open_clip:ARCH/TAG or hf-hub:REPO")
+    evaluate.add_argument("--data", nargs="+", default=["scenes"], help="data sets, as in training")
+    evaluate.add_argument("--data-root", help="folder of the named data sets (default: SEMBLANCE_DATA)")
+    evaluate.add_argument("--seed", type=int, default=0, help="of the scenes that are drawn")
+    evaluate.add_argument("--json", action="store_true", help="print JSON in place of a table")
+    evaluate.add_argument("--write", action="store_true", help="put the figures into the checkpoint and its card")
+    evaluate.set_defaults(run_command=_evaluate)
+    export = subcommands.add_parser("export", help="Make a checkpoint folder of a run's saved state")
+    export.add_argument("run", help="folder of the run, with its state.pt (its --run-dir)")
+    export.add_argument("--out", required=True, help="checkpoint folder to write")
+    export.add_argument("--dtype", choices=("fp32", "fp16"), default="fp16", help="of the weights (default: fp16)")
+    export.set_defaults(run_command=_export)
+    shard = subcommands.add_parser("scenes", help="Write captioned scenes as a shard, to look at or to index")
+    shard.add_argument("--out", default="scenes.tar.gz", help="file to write (default: scenes.tar.gz)")
+    shard.add_argument("--each", type=int, default=10, help="single objects of each colour and shape (default: 10)")
+    shard.add_argument("--others", type=int, default=200, help="scenes of several objects (default: 200)")
+    shard.add_argument("--size", type=int, default=96, help="side in pixels (default: 96)")
+    shard.add_argument("--seed", type=int, default=0, help="of everything that is drawn")
+    shard.set_defaults(run_command=_scenes)
+    return parser
+
+
+def _add_options(parser: argparse.ArgumentParser, defaults: Any) -> None:
+    hints = get_type_hints(type(defaults))
+    for item in fields(defaults):
+        value = getattr(defaults, item.name)
+        if is_dataclass(value):
+            _add_options(parser, value)
+            continue
+        shown = "" if value is None else f" (default: {_shown(value)})"
+        parser.add_argument(
+            f"--{item.name.replace('_', '-')}",
+            default=MISSING,
+            help=f"{HELP[item.name]}{shown}".replace("%", "%%"),
+            **_kind(item.name, hints[item.name], value),
+        )
+
+
+def _kind(name: str, hint: Any, value: Any) -> dict[str, Any]:
+    """How argparse takes an option, by its type."""
+    if get_origin(hint) is Literal:
+        return {"choices": get_args(hint)}
+    if isinstance(value, bool):
+        return {"action": argparse.BooleanOptionalAction}
+    if isinstance(value, tuple):
+        number = get_args(hint)[0]
+        return {"nargs": "+", "type": number, "metavar": name.upper()}
+    if isinstance(value, dict):
+        return {"type": json.loads, "metavar": "JSON"}
+    numeric = next(kind for kind in (int, float, str) if kind in (hint, *get_args(hint)))
+    return {"type": numeric, "metavar": {int: "N", float: "X", str: "NAME"}[numeric]}
+
+
+def _shown(value: Any) -> str:
+    if value in (None, (), {}):
+        return "none"
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _given(options: Any, arguments: argparse.Namespace) -> Any:
+    """The options with whatever was given on the command line put over them."""
+    changes: dict[str, Any] = {}
+    for item in fields(options):
+        value = getattr(options, item.name)
+        if is_dataclass(value):
+            changes[item.name] = _given(value, arguments)
+        elif getattr(arguments, item.name) is not MISSING:
+            given = getattr(arguments, item.name)
+            changes[item.name] = tuple(given) if isinstance(value, tuple) else given
+    return replace(options, **changes)
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    method = discover()[arguments.method]
+    options = _given(method.presets()[arguments.preset] if arguments.preset else method.Options(), arguments)
+    folder = method.train(options)
+    print(f"wrote {folder}: serve it with `semblance serve --checkpoints {Path(folder).parent}`")  # noqa: T201
+    return 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from training.export import export_run
+
+    folder = export_run(arguments.run, arguments.out, torch.float16 if arguments.dtype == "fp16" else torch.float32)
+    print(f"wrote {folder}")  # noqa: T201
+    return 0
+
+
+def _scenes(arguments: argparse.Namespace) -> int:
+    from training.scene_shard import write_shard
+
+    options = {name: getattr(arguments, name) for name in ("each", "others", "size", "seed")}
+    print(f"wrote {write_shard(arguments.out, **options)}")  # noqa: T201
+    return 0
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from training.methods.clip import evaluate_clip
+
+    model = load_model(arguments.model)
+    metrics = evaluate_clip(model, arguments.data, arguments.data_root, arguments.seed)
+    if arguments.write:
+        model.provenance["metrics"] = model.provenance.get("metrics", {}) | metrics
+        save_checkpoint(model, arguments.model, dtype=model.stored_dtype)
+    if arguments.json:
+        print(json.dumps(metrics, indent=2))  # noqa: T201
+        return 0
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("figure", "value")
+    for name, value in metrics.items():
+        table.add_row(name, f"{value:.4f}")
+    Console().print(table)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,70 @@
+"""The little that methods and the trainer need of torch.distributed; all of it also works in a single process."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def world_size() -> int:
+    """Number of processes that train together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """This process's number, 0 <= rank < world_size()."""
+    return dist.get_rank() if world_size() > 1 else 0
+
+
+@contextmanager
+def process_group(device: torch.device) -> Iterator[None]:
+    """Join the group that torchrun describes (nccl on CUDA, gloo otherwise) and leave it at the end."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+        yield
+        return
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+class _Gather(torch.autograd.Function):
+    """All-gather whose gradient flows back to every rank.
+
+    The gradient of a rank's rows is the sum over ranks of what each wants of them. DDP then divides by the world size,
+    so that a mean of per-rank means has exactly the gradient of one process with the whole batch.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, local: Tensor) -> Tensor:
+        parts = [torch.empty_like(local) for _ in range(world_size())]
+        dist.all_gather(parts, local.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        (gradient,) = gradients
+        total = gradient.contiguous().clone()
+        dist.all_reduce(total)
+        return total.chunk(world_size())[rank()]
+
+
+def gather(local: Tensor) -> Tensor:
+    """Rows of all ranks in rank order, with gradient. (B, ...) on each -> (world_size * B, ...)."""
+    return local if world_size() == 1 else _Gather.apply(local)
+
+
+def gather_without_gradient(local: Tensor) -> Tensor:
+    """Rows of all ranks in rank order, for ids and keys. (B, ...) on each -> (world_size * B, ...)."""
+    if world_size() == 1:
+        return local
+    parts = [torch.empty_like(local) for _ in range(world_size())]
+    dist.all_gather(parts, local.contiguous())
+    return torch.cat(parts)

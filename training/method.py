@@ -1,0 +1,39 @@
+"""What the trainer needs to know of a method, and how the methods of this package are found."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from abc import ABC, abstractmethod
+from types import ModuleType
+
+from torch import Tensor, nn
+
+Batch = dict[str, Tensor]
+Losses = dict[str, Tensor]
+
+
+class Method(nn.Module, ABC):
+    """A training method: SimCLR, MoCo, BYOL, CLIP, dVAE or DALL-E. The trainer, and DDP, see one module."""
+
+    @abstractmethod
+    def forward(self, batch: Batch) -> Losses:
+        """Named scalars; "loss" is minimised. "embeddings" (B, D), if given, feeds the collapse monitor."""
+
+    def after_step(self, progress: float) -> None:
+        """After every optimizer step, progress 0 -> 1: EMA, queues, clamps and annealing belong here."""
+
+    @abstractmethod
+    def export(self) -> nn.Module:
+        """The part that is kept: an object of a class from `models`."""
+
+
+def discover() -> dict[str, ModuleType]:
+    """Every method's module by name: the folder `training/methods` is the catalogue.
+
+    A module offers `Options` (a dataclass whose docstring is the help), `presets()` (name -> Options) and
+    `train(options)` (-> the checkpoint folder).
+    """
+    package = importlib.import_module("training.methods")
+    names = sorted(module.name for module in pkgutil.iter_modules(package.__path__))
+    return {name: importlib.import_module(f"training.methods.{name}") for name in names}

@@ -1,0 +1,326 @@
+"""The only training loop: precision, accumulation, clipping, EMA, distributed, resume, progress and logs."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import Dataset
+
+from models.errors import CheckpointError, DivergedError
+from training.data import batches_from
+from training.distributed import process_group, rank, world_size
+from training.method import Batch, Method
+from training.optim import build_optimizer, warmup_cosine
+from training.progress import Journal, health
+
+Evaluate = Callable[[nn.Module], dict[str, float]]
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """How to train. Sizes count pictures of all processes together.
+
+    lr: peak rate. warmup: steps. precision "auto": bfloat16 where the device has it in hardware, else float32.
+    accumulate: batches whose gradients are averaged before a step. ema_decay: of the weights that are evaluated and
+    exported, 0 for none. save_every, evaluate_every, log_every: steps, 0 for never (the end always counts).
+    time_limit: seconds after which the run ends with its schedule on time (the rate follows the clock where that is
+    further on than the steps), 0 for none. threads: of torch on the CPU, 0 for torch's own choice.
+    """
+
+    steps: int = 1000
+    lr: float = 1e-3
+    weight_decay: float = 0.1
+    warmup: int = 100
+    optimizer: Literal["adamw", "lars", "sgd"] = "adamw"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    accumulate: int = 1
+    clip_norm: float = 1.0
+    ema_decay: float = 0.0
+    compile: bool = False
+    device: str = "auto"
+    seed: int = 0
+    workers: int = 0
+    threads: int = 0
+    log_every: int = 20
+    save_every: int = 500
+    evaluate_every: int = 0
+    time_limit: float = 0.0
+
+
+@dataclass
+class Trainer:
+    """Trains a Method on `data`, whose item `step` is that step's batch on this rank.
+
+    run: folder of this run's logs (log.jsonl, tensorboard/) and resume state (state.pt). A run that finds its state
+    goes on from there to weights bit-identical to those of a run that was never stopped.
+    """
+
+    method: Method
+    data: Dataset[Batch]
+    config: TrainerConfig
+    run: Path
+    evaluate: Evaluate | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def fit(self) -> nn.Module:
+        """Train to the end and return `method.export()` (of the averaged weights, with EMA).
+
+        Raises DivergedError when the loss is not finite. Ctrl-C saves the state before it goes on.
+        """
+        config = self.config
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        self.device = choose_device(config.device)
+        with process_group(self.device):
+            self._prepare()
+            journal = Journal(self.run, config.steps, enabled=rank() == 0)
+            try:
+                with self._finishing_steps():
+                    self._loop(journal)
+            finally:
+                journal.close()
+            self.save()
+            if self._interrupted:
+                raise KeyboardInterrupt
+        return self.averaged().export().eval()
+
+    @contextmanager
+    def _finishing_steps(self) -> Iterator[None]:
+        """Ctrl-C and SIGTERM end the run after its current step, for half a one cannot be resumed; a second kills."""
+        if threading.current_thread() is not threading.main_thread():
+            yield  # only the main thread gets signals
+            return
+
+        def stop(number: int, frame: FrameType | None) -> None:
+            self._interrupted = True
+            signal.signal(number, before[signal.Signals(number)])
+
+        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _agreed_to_stop(self) -> bool:
+        """Whether this run was interrupted; ranks ask each other now and then, for all must stop at the same step."""
+        if world_size() == 1:
+            return self._interrupted
+        if self.step % max(1, self.config.log_every):
+            return False
+        flag = torch.tensor(int(self._interrupted), device=self.device)
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        self._interrupted = bool(flag)
+        return self._interrupted
+
+    def averaged(self) -> Method:
+        """The method with the weights that are evaluated and exported."""
+        return self.method if self.ema is None else self.ema
+
+    def _prepare(self) -> None:
+        config = self.config
+        if config.time_limit and world_size() > 1:
+            raise ValueError("--time-limit needs a single process: clocks of several disagree about the last step")
+        torch.manual_seed(config.seed * 1000 + rank())
+        if world_size() > 1 and self.device.type == "cuda":  # there is no synchronised batch norm on the CPU
+            self.method = nn.SyncBatchNorm.convert_sync_batchnorm(self.method)
+        self.method.to(self.device)
+        # Channels last is the layout that convolutions are fastest in, on CPUs and on tensor cores alike.
+        self.method.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.ema = deepcopy(self.method).requires_grad_(False) if config.ema_decay else None
+        self.optimizer = build_optimizer(self.method, config.optimizer, config.lr, config.weight_decay)
+        self.precision = choose_precision(config.precision, self.device)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == torch.float16)
+        self.step, self.spent, self._interrupted = 0, 0.0, False
+        if self._state_file.exists():
+            self.load()
+        self.model: nn.Module = torch.compile(self.method) if config.compile else self.method  # type: ignore[assignment]
+        if world_size() > 1:
+            self.model = DistributedDataParallel(self.model)
+
+    def _loop(self, journal: Journal) -> None:
+        config = self.config
+        start, before = time.monotonic(), self.spent
+        batches = batches_from(self.data, self.step * config.accumulate, config.workers)
+        self.method.train()
+        while self.step < config.steps and not self._out_of_time():
+            outputs = self._step([next(batches) for _ in range(config.accumulate)])
+            self.step += 1
+            self.spent = before + time.monotonic() - start
+            last = self.step == config.steps or self._out_of_time()
+            if last or (config.log_every and self.step % config.log_every == 0):
+                self._log(journal, outputs)
+            if self.evaluate and (last or (config.evaluate_every and self.step % config.evaluate_every == 0)):
+                self._evaluate(journal)
+            if config.save_every and self.step % config.save_every == 0:
+                self.save()
+            if not last and self._agreed_to_stop():
+                return
+
+    def _step(self, batches: list[Batch]) -> dict[str, Tensor]:
+        config = self.config
+        factor = warmup_cosine(self._schedule_step(), config.steps, config.warmup)
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.lr * factor
+        outputs: dict[str, Tensor] = {}
+        for index, batch in enumerate(batches):
+            batch = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
+            self._rows = len(next(iter(batch.values()))) * len(batches) * world_size()
+            # Gradients cross between ranks once a step, after the last of the accumulated batches.
+            waiting = world_size() > 1 and index < len(batches) - 1
+            with self.model.no_sync() if waiting else nullcontext():  # type: ignore[operator]
+                with self.autocast():
+                    outputs = self.model(batch)
+                self.scaler.scale(outputs["loss"] / len(batches)).backward()
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.method.parameters(), config.clip_norm or math.inf)
+        if self.precision != torch.float16 and not bool(torch.isfinite(norm)):
+            self._diverged(outputs)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.method.after_step(self.step / max(1, config.steps))
+        if self.ema is not None:
+            _update_ema(self.ema, self.method, min(config.ema_decay, (1 + self.step) / (10 + self.step)))
+        return {name: value.detach() for name, value in outputs.items()} | {"grad_norm": norm.detach()}
+
+    def _schedule_step(self) -> int:
+        if not self.config.time_limit:
+            return self.step
+        return max(self.step, int(self.config.steps * self.spent / self.config.time_limit))
+
+    def _out_of_time(self) -> bool:
+        return bool(self.config.time_limit) and self.spent >= self.config.time_limit
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The precision that forward passes run in."""
+        if self.precision == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.precision)
+
+    def _diverged(self, outputs: dict[str, Tensor]) -> None:
+        loss = float(outputs["loss"].detach())
+        raise DivergedError(
+            f"step {self.step}: the loss is {loss} and its gradient is not finite; the last good state is in "
+            f"{self._state_file}. Lower --lr, lengthen --warmup or use --precision fp32."
+        )
+
+    def _log(self, journal: Journal, outputs: dict[str, Tensor]) -> None:
+        values = {name: float(value) for name, value in outputs.items() if value.ndim == 0}
+        if not math.isfinite(values["loss"]):
+            self._diverged(outputs)
+        if "embeddings" in outputs:
+            values |= health(outputs["embeddings"])
+        values["lr"] = self.optimizer.param_groups[0]["lr"]
+        journal.log(self.step, values, rows=self._rows, alert=self._alert(values))
+
+    def _alert(self, values: dict[str, float]) -> str | None:
+        chance = values.get("chance_loss")
+        if chance is not None and self.step > 10 * self.config.warmup and values["loss"] > 0.98 * chance:
+            return "the loss sits at that of guessing: check captions, augmentation and learning rate"
+        return None
+
+    def _evaluate(self, journal: Journal) -> None:
+        if rank() == 0 and self.evaluate is not None:
+            model = self.averaged().eval().export().eval()
+            with torch.inference_mode():
+                journal.evaluation(self.step, self.evaluate(model))
+            self.method.train()
+        if world_size() > 1:
+            dist.barrier()
+
+    @property
+    def _state_file(self) -> Path:
+        return self.run / (f"state-{rank()}.pt" if world_size() > 1 else "state.pt")
+
+    def save(self) -> None:
+        """Write all that the rest of the run depends on, atomically. Every rank keeps its own random state."""
+        state = {
+            "method": self.method.state_dict(),
+            "ema": None if self.ema is None else self.ema.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "step": self.step,
+            "spent": self.spent,
+            "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+            "config": self._identity(),
+        }
+        self.run.mkdir(parents=True, exist_ok=True)
+        temporary = self._state_file.with_suffix(".tmp")
+        with temporary.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(self._state_file)
+
+    def load(self) -> None:
+        """Go on from the saved state; refuses one of a run with other settings, by their names."""
+        state = torch.load(self._state_file, map_location=self.device, weights_only=True)
+        mine, theirs = self._identity(), state["config"]
+        if changed := sorted(key for key in mine if mine[key] != theirs.get(key)):
+            raise CheckpointError(
+                f"{self._state_file} is of a run with other {', '.join(changed)}: give the same options to go on, "
+                "or another --run-dir to begin anew"
+            )
+        self.method.load_state_dict(state["method"])
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.step, self.spent = state["step"], state["spent"]
+        torch.set_rng_state(state["rng"].cpu())
+        if state["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(state["cuda_rng"].cpu(), self.device)
+
+    def _identity(self) -> dict[str, Any]:
+        free = ("log_every", "save_every", "evaluate_every", "workers", "threads", "device", "compile")
+        return {k: v for k, v in (asdict(self.config) | self.extra).items() if k not in free}
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """ "auto": this process's CUDA device if there is one, else the CPU."""
+    if name != "auto":
+        return torch.device(name)
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def choose_precision(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of forward passes. CPUs without bfloat16 units emulate it, 10 to 500 times slower: float32 there."""
+    if name == "auto":
+        native = torch.cuda.is_bf16_supported() if device.type == "cuda" else _cpu_has_bf16()
+        return torch.bfloat16 if native else torch.float32
+    choices = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    if name not in choices:
+        raise ValueError(f"unknown precision {name!r}; choose one of auto, {', '.join(choices)}")
+    return choices[name]
+
+
+def _cpu_has_bf16() -> bool:
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+@torch.no_grad()
+def _update_ema(average: nn.Module, current: nn.Module, decay: float) -> None:
+    """average <- decay * average + (1 - decay) * current; buffers (batch statistics) are copied."""
+    mine, theirs = ([p.detach() for p in module.parameters()] for module in (average, current))
+    torch._foreach_lerp_(mine, theirs, 1 - decay)
+    for mean, buffer in zip(average.buffers(), current.buffers(), strict=True):
+        mean.copy_(buffer)
