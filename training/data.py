@@ -7,6 +7,7 @@ at any step exact, workers interchangeable and ranks disjoint.
 from __future__ import annotations
 
 import logging
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -23,6 +24,7 @@ from training.augment import Augmentation, augment
 from training.method import Batch
 
 log = logging.getLogger(__name__)
+CAPTION_IDS = 8  # of a picture's captions, so many are told apart from negatives; batches need one width on all ranks
 Tokenize = Callable[[Sequence[str]], Tensor]
 
 
@@ -32,8 +34,8 @@ class Source(Protocol):
     name: str
 
     def size(self) -> int | None: ...
-    def draw(self, rows: np.ndarray, size: int, rng: np.random.Generator) -> tuple[Tensor, list[str]]:
-        """rows (n,) -> uint8 (n, 3, size, size), augmented, and one caption each."""
+    def draw(self, rows: np.ndarray, size: int, rng: np.random.Generator) -> tuple[Tensor, list[list[str]]]:
+        """rows (n,) -> uint8 (n, 3, size, size), augmented, and the captions of each, the one to train on first."""
         ...
 
     def corpus(self) -> Iterator[str]:
@@ -57,10 +59,10 @@ class ArraySource:
     def size(self) -> int:
         return len(self.images)
 
-    def draw(self, rows: np.ndarray, size: int, rng: np.random.Generator) -> tuple[Tensor, list[str]]:
+    def draw(self, rows: np.ndarray, size: int, rng: np.random.Generator) -> tuple[Tensor, list[list[str]]]:
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
         images = augment(self.images[torch.from_numpy(rows)], size, self.augmentation, generator)
-        return images, [self.captions[row][int(rng.integers(len(self.captions[row])))] for row in rows]
+        return images, [_shuffled_first(self.captions[row], rng) for row in rows]
 
     def corpus(self) -> Iterator[str]:
         for texts in self.captions:
@@ -85,13 +87,13 @@ class StreamSource:
     def size(self) -> int:
         return len(self.records)
 
-    def draw(self, rows: np.ndarray, size: int, rng: np.random.Generator) -> tuple[Tensor, list[str]]:
+    def draw(self, rows: np.ndarray, size: int, rng: np.random.Generator) -> tuple[Tensor, list[list[str]]]:
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
         decoded = [self._decode(int(row)) for row in rows]
         pixels = torch.from_numpy(np.stack([picture for _, picture in decoded]))
         captions = [self.captions[row] for row, _ in decoded]
         images = augment(pixels, size, self.augmentation, generator)
-        return images, [texts[int(rng.integers(len(texts)))] for texts in captions]
+        return images, [_shuffled_first(texts, rng) for texts in captions]
 
     def corpus(self) -> Iterator[str]:
         for texts in self.captions:
@@ -121,7 +123,7 @@ class SceneSource:
     def size(self) -> None:
         return None
 
-    def draw(self, rows: np.ndarray, size: int, rng: np.random.Generator) -> tuple[Tensor, list[str]]:
+    def draw(self, rows: np.ndarray, size: int, rng: np.random.Generator) -> tuple[Tensor, list[list[str]]]:
         grouped = int(len(rows) * self.grouped_share) // self.group * self.group
         parts = [(grouped, self.group), (len(rows) - grouped, 1)]
         drawn = [
@@ -129,7 +131,7 @@ class SceneSource:
             for count, group in parts
             if count
         ]
-        return torch.cat([part.images for part in drawn]), [texts[0] for part in drawn for texts in part.captions]
+        return torch.cat([part.images for part in drawn]), [texts for part in drawn for texts in part.captions]
 
     def corpus(self) -> Iterator[str]:
         for texts in scenes.sample(4000, size=8, seed=1, captions=2).captions:
@@ -181,17 +183,22 @@ class Mixture(Dataset[Batch]):
         return self.steps
 
     def __getitem__(self, step: int) -> Batch:
-        images, texts = [], []
+        images: list[Tensor] = []
+        captions: list[list[str]] = []
         share = self.chunks // self.world_size
         mine = slice(self.rank * share, (self.rank + 1) * share)
         plan, turns = self._plan[step, mine], self._turn[step, mine]
         for index in np.unique(plan).tolist():
             rng = np.random.default_rng([self.seed, 2, step, self.rank, index])
             rows = np.concatenate([self._rows(index, turn) for turn in turns[plan == index].tolist()])
-            part, captions = self.sources[index].draw(rows, self.image_size, rng)
+            part, texts = self.sources[index].draw(rows, self.image_size, rng)
             images.append(part)
-            texts += captions
-        return {"images": torch.cat(images), "tokens": self.tokenize(texts)}
+            captions += texts
+        return {
+            "images": torch.cat(images),
+            "tokens": self.tokenize([texts[0] for texts in captions]),
+            "captions": torch.tensor([_ids(texts) for texts in captions]),
+        }
 
     def _rows(self, index: int, turn: int) -> np.ndarray:
         places = np.arange(turn * self.chunk, (turn + 1) * self.chunk)
@@ -207,6 +214,18 @@ class Mixture(Dataset[Batch]):
             size = self.sources[index].size() or 0
             self._orders[key] = np.random.default_rng([self.seed, 3, index, int(epoch)]).permutation(size)
         return self._orders[key]
+
+
+def _shuffled_first(texts: list[str], rng: np.random.Generator) -> list[str]:
+    """The texts with one of them, drawn, in front."""
+    chosen = int(rng.integers(len(texts)))
+    return [texts[chosen], *texts[:chosen], *texts[chosen + 1 :]]
+
+
+def _ids(texts: list[str]) -> list[int]:
+    """An id for each of the first CAPTION_IDS texts, the same in every process; fewer texts are repeated."""
+    ids = [zlib.crc32(text.casefold().encode()) for text in texts[:CAPTION_IDS]]
+    return (ids * CAPTION_IDS)[:CAPTION_IDS]
 
 
 def _plan(shares: np.ndarray, steps: int, chunks: int, rng: np.random.Generator) -> np.ndarray:

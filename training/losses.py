@@ -13,8 +13,10 @@ from training.distributed import gather, gather_without_gradient, rank
 class CLIPLoss(nn.Module):
     """Symmetric InfoNCE, fig. 3 of arXiv:2103.00020. (B, D), (B, D), exp(scale) -> scalar.
 
-    Negatives come from all ranks, with gradient. groups (B,): rows with the same id share their caption, and the target
-    is spread evenly over them (UniCL, eq. 3 of arXiv:2204.03610) in place of calling a copy a negative.
+    Negatives come from all ranks, with gradient.
+    captions: int64 (B, K), ids of the captions that each image goes by, the first that of its text. A text that is one
+    of an image's captions is no negative of it, whichever row it came with: the target is spread evenly over all that
+    match (UniCL, eq. 3 of arXiv:2204.03610). None: rows match alone.
     chunk_size: rows of the similarity matrix that exist at a time, so that memory grows with B and not with B^2.
     """
 
@@ -27,17 +29,17 @@ class CLIPLoss(nn.Module):
         image_embeddings: Tensor,
         text_embeddings: Tensor,
         logit_scale: Tensor | float,
-        groups: Tensor | None = None,
+        captions: Tensor | None = None,
     ) -> Tensor:
         images, texts = F.normalize(image_embeddings, dim=-1), F.normalize(text_embeddings, dim=-1)
-        ids = torch.arange(len(images), device=images.device) + rank() * len(images) if groups is None else groups
-        all_images, all_texts, all_ids = gather(images), gather(texts), gather_without_gradient(ids)
+        captions = _own(images) if captions is None else captions
+        all_images, all_texts, all_captions = gather(images), gather(texts), gather_without_gradient(captions)
         step = self.chunk_size or len(images)
         total = images.new_zeros(())
         for start in range(0, len(images), step):
             rows = slice(start, start + step)
-            for queries, keys in ((images[rows], all_texts), (texts[rows], all_images)):
-                arguments = (queries, keys, ids[rows], all_ids, logit_scale)
+            for queries, keys, image_queries in ((images[rows], all_texts, True), (texts[rows], all_images, False)):
+                arguments = (queries, keys, captions[rows], all_captions, image_queries, logit_scale)
                 if self.chunk_size is None:
                     total = total + _soft_cross_entropy(*arguments)
                 else:  # the chunk's matrix is computed again on the way back instead of kept
@@ -46,18 +48,31 @@ class CLIPLoss(nn.Module):
 
 
 def _soft_cross_entropy(
-    queries: Tensor, keys: Tensor, query_ids: Tensor, key_ids: Tensor, scale: Tensor | float
+    queries: Tensor, keys: Tensor, own: Tensor, others: Tensor, image_queries: bool, scale: Tensor | float
 ) -> Tensor:
-    """Sum over queries of the cross entropy to an even spread over the keys of the same id."""
+    """Sum over queries of the cross entropy to an even spread over the keys that match. own, others: their captions."""
     log_probabilities = (queries @ keys.T * scale).log_softmax(-1)
-    same = (query_ids[:, None] == key_ids[None, :]).to(log_probabilities.dtype)
+    same = _match(own, others[:, 0]) if image_queries else _match(others, own[:, 0]).T
     return -(log_probabilities * same / same.sum(-1, keepdim=True)).sum()
+
+
+def _own(images: Tensor) -> Tensor:
+    """An id for every row of every rank: (B, 1)."""
+    return torch.arange(len(images), device=images.device)[:, None] + rank() * len(images)
+
+
+def _match(captions: Tensor, texts: Tensor) -> Tensor:
+    """Whether each text is among each image's captions. (B, K), (N,) -> bool (B, N); never (B, K, N) at a time."""
+    same = captions[:, :1] == texts[None, :]
+    for column in captions[:, 1:].unbind(1):
+        same |= column[:, None] == texts[None, :]
+    return same
 
 
 class SigLIPLoss(nn.Module):
     """Pairwise sigmoid loss, eq. 1 of arXiv:2303.15343. (B, D), (B, D), exp(scale), bias -> scalar.
 
-    Every pair of an image and a text is its own binary question. groups and ranks: as in CLIPLoss.
+    Every pair of an image and a text is its own binary question. captions and ranks: as in CLIPLoss.
     """
 
     def forward(
@@ -66,12 +81,12 @@ class SigLIPLoss(nn.Module):
         text_embeddings: Tensor,
         logit_scale: Tensor | float,
         logit_bias: Tensor | float,
-        groups: Tensor | None = None,
+        captions: Tensor | None = None,
     ) -> Tensor:
         images, texts = F.normalize(image_embeddings, dim=-1), F.normalize(text_embeddings, dim=-1)
-        ids = torch.arange(len(images), device=images.device) + rank() * len(images) if groups is None else groups
+        captions = _own(images) if captions is None else captions
         logits = images @ gather(texts).T * logit_scale + logit_bias
-        same = ids[:, None] == gather_without_gradient(ids)[None, :]
+        same = _match(captions, gather_without_gradient(captions[:, 0].contiguous()))
         return -F.logsigmoid(torch.where(same, logits, -logits)).sum() / len(images)
 
 

@@ -107,7 +107,7 @@ def presets() -> dict[str, CLIPOptions]:
         batch_size=192,
         chunk=16,
         trainer=TrainerConfig(
-            steps=6000, lr=1.5e-3, warmup=200, ema_decay=0.999, evaluate_every=1000, time_limit=3150, threads=2
+            steps=12000, lr=1.5e-3, warmup=200, ema_decay=0.999, evaluate_every=2000, time_limit=5400, threads=2
         ),
     )
     return {"tiny-cpu": tiny, "demo": demo}

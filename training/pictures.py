@@ -64,17 +64,17 @@ class PictureSet:
 _STYLES = ("noto", "twemoji", "blobmoji", "fluent-3d", "fluent-flat", "fluent-mono", "fxemoji")
 EMOJI_LICENSE = "emoji: OFL 1.1 / Apache 2.0 (Noto, Blobmoji), CC BY 4.0 (Twemoji, FxEmojis), MIT (Fluent)"
 SETS: dict[str, PictureSet] = {
-    "emoji": PictureSet(tuple(f"emoji/{s}.tar.gz" for s in _STYLES), _emoji, DRAWING, 3.0, EMOJI_LICENSE),
-    "openclipart": PictureSet(("openclipart/openclipart.tar.gz",), _captions, DRAWING, 1.2, "OpenClipart: CC0"),
-    "usda": PictureSet(("usda-pomological/usda.tar.gz",), _usda, PAINTING, 0.5, "USDA: public domain"),
+    "emoji": PictureSet(tuple(f"emoji/{s}.tar.gz" for s in _STYLES), _emoji, DRAWING, 4.0, EMOJI_LICENSE),
+    "openclipart": PictureSet(("openclipart/openclipart.tar.gz",), _captions, DRAWING, 1.4, "OpenClipart: CC0"),
+    "usda": PictureSet(("usda-pomological/usda.tar.gz",), _usda, PAINTING, 0.6, "USDA: public domain"),
     "grocery": PictureSet(
-        ("grocery/grocery-train.tar.gz", "grocery/grocery-val.tar.gz"), _grocery, PHOTO, 1.6, "Grocery: MIT"
+        ("grocery/grocery-train.tar.gz", "grocery/grocery-val.tar.gz"), _grocery, PHOTO, 3.2, "Grocery: MIT"
     ),
     "crawl": PictureSet(("crawl-tiles/crawl-tiles.tar.gz",), _captions, DRAWING, 0.4, "crawl tiles: CC0"),
     "caltech101": PictureSet(("caltech101/caltech101.tar.gz",), _captions, PHOTO, 1.0, "Caltech-101: CC BY 4.0"),
     "cifar10": PictureSet(("cifar10/cifar10-train.tar.gz",), _captions, PHOTO, 1.0, "CIFAR-10: none stated"),
 }
-SCENES_WEIGHT = 7.0
+SCENES_WEIGHT = 4.0
 
 
 def data_root(option: str | None = None) -> Path:

@@ -7,6 +7,7 @@ import io
 import json
 import sys
 import tarfile
+import zlib
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +22,7 @@ from PIL import Image
 from models.errors import DataError
 from models.readers import BadRows, decode, read
 from training.augment import Augmentation, augment
-from training.data import ArraySource, Mixture, SceneSource, StreamSource, batches_from
+from training.data import CAPTION_IDS, ArraySource, Mixture, SceneSource, StreamSource, batches_from
 from training.pictures import open_source
 
 Encoded = Callable[..., bytes]
@@ -82,6 +83,24 @@ def test_ranks_share_a_step_without_overlap() -> None:
     for step in range(5):
         parts = torch.cat([_mixture(rank=rank, world_size=2)[step]["tokens"] for rank in range(2)])
         assert sorted(map(tuple, parts.tolist())) == sorted(map(tuple, whole[step]["tokens"].tolist()))
+
+
+def test_batches_tell_all_captions_of_a_picture() -> None:
+    """The first id is that of the caption which is trained on, whatever its case; then the picture's other captions."""
+
+    def ids(texts: list[str]) -> torch.Tensor:
+        return torch.tensor([[zlib.crc32(text.lower().encode())] for text in texts])
+
+    gala = ["Gala Apple", "a photo of gala apple", "apple"]
+    source = ArraySource("fruit", torch.zeros(3, 3, 8, 8, dtype=torch.uint8), [gala, ["Apple"], ["pear"]])
+    mixture = Mixture([source], [1], ids, size=8, batch_size=3, steps=20, chunk=3)
+    known = {frozenset(ids(texts).flatten().tolist()) for texts in source.captions}
+    for step in range(20):
+        batch = mixture[step]
+        assert batch["captions"].shape == (3, CAPTION_IDS)
+        assert torch.equal(batch["captions"][:, :1], batch["tokens"])
+        assert {frozenset(row) for row in batch["captions"].tolist()} == known
+    assert len({int(mixture[step]["tokens"].sum()) for step in range(20)}) == 3  # each of the three came first
 
 
 def test_batches_that_cannot_be_split_are_refused() -> None:
@@ -218,7 +237,7 @@ def test_what_does_not_fit_is_decoded_as_it_is_drawn(photos: Path) -> None:
     assert streamed.size() == 4
     images, texts = streamed.draw(np.array([0, 2, 2]), 16, np.random.default_rng(0))
     assert images.shape == (3, 3, 16, 16)
-    assert texts == ["dogs", "red cats", "red cats"]  # the broken row's turn is the next one's
+    assert texts == [["dogs"], ["red cats"], ["red cats"]]  # the broken row's turn is the next one's
     assert len(bad.rows) == 1
     assert held.size() == 3
     assert sorted(streamed.corpus())[0] == "a brown dog"

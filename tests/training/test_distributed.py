@@ -30,8 +30,11 @@ def _batch() -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(3, 200, (8, 6), generator=generator)
     tokens[:, -1] = 2
-    tokens[5] = tokens[0]  # the same caption on both ranks
-    return {"images": torch.randn(8, 3, 32, 32, generator=generator, dtype=torch.float64), "tokens": tokens}
+    captions = torch.arange(8)[:, None].repeat(1, 2)
+    tokens[5], captions[5] = tokens[0], captions[0]  # the same caption on both ranks
+    captions[6, 1] = 1  # an image that also goes by a caption of the other rank
+    images = torch.randn(8, 3, 32, 32, generator=generator, dtype=torch.float64)
+    return {"images": images, "tokens": tokens, "captions": captions}
 
 
 def _gradients(method: nn.Module) -> dict[str, Tensor]:

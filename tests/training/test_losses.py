@@ -60,9 +60,11 @@ def test_siglip_loss_and_gradient_equal_open_clip(pairs: tuple[Tensor, Tensor]) 
 @pytest.mark.parametrize("chunk", [1, 3, 5, 12, 100])
 def test_chunks_change_neither_loss_nor_gradient(pairs: tuple[Tensor, Tensor], chunk: int) -> None:
     scale = torch.tensor(7.0, dtype=torch.float64, requires_grad=True)
-    groups = torch.tensor([0, 1, 1, 2, 3, 4, 5, 5, 5, 6, 7, 8])
-    whole = CLIPLoss()(*pairs, scale, groups)
-    parts = CLIPLoss(chunk)(*pairs, scale, groups)
+    captions = torch.tensor(
+        [[0, 1], [1, 9], [1, 1], [2, 0], [3, 3], [4, 5], [5, 5], [5, 6], [5, 4], [6, 6], [7, 8], [8, 7]]
+    )
+    whole = CLIPLoss()(*pairs, scale, captions)
+    parts = CLIPLoss(chunk)(*pairs, scale, captions)
     assert abs(float((whole - parts).detach())) < 1e-12
     gradients = [torch.autograd.grad(loss, (*pairs, scale)) for loss in (whole, parts)]
     for a, b in zip(*gradients, strict=True):
@@ -103,11 +105,27 @@ def test_invariances(pairs: tuple[Tensor, Tensor], loss: torch.nn.Module) -> Non
 
 def test_rows_of_the_same_caption_are_no_negatives() -> None:
     rows = F.normalize(torch.eye(4, dtype=torch.float64)[[0, 0, 1, 2]], dim=-1)
-    groups = torch.tensor([7, 7, 8, 9])
-    assert CLIPLoss()(rows, rows, 100.0, groups) < CLIPLoss()(rows, rows, 100.0) + 1e-9
-    perfect = float(CLIPLoss()(rows, rows, 1000.0, groups))
+    captions = torch.tensor([[7], [7], [8], [9]])
+    assert CLIPLoss()(rows, rows, 100.0, captions) < CLIPLoss()(rows, rows, 100.0) + 1e-9
+    perfect = float(CLIPLoss()(rows, rows, 1000.0, captions))
     assert perfect == pytest.approx(0.5 * math.log(2), abs=1e-9)  # the best: an even spread over two copies
-    assert float(SigLIPLoss()(rows, rows, 100.0, -50.0, groups)) < float(SigLIPLoss()(rows, rows, 100.0, -50.0))
+    assert float(SigLIPLoss()(rows, rows, 100.0, -50.0, captions)) < float(SigLIPLoss()(rows, rows, 100.0, -50.0))
+
+
+def test_a_text_among_an_images_captions_is_no_negative_of_it() -> None:
+    """Image 0 came as "apple" (1) and is also a "gala" (2), image 1 came as "gala", image 2 is a "pear" (3) alone."""
+    captions = torch.tensor([[1, 2], [2, 1], [3, 3]])
+    logits = torch.randn(3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    images, texts = torch.eye(3, dtype=torch.float64), F.normalize(logits.T, dim=-1)
+    target = torch.tensor([[0.5, 0.5, 0], [0.5, 0.5, 0], [0, 0, 1]], dtype=torch.float64)
+    sharp = 5 * (images @ texts.T)
+    expected = (F.cross_entropy(sharp, target) + F.cross_entropy(sharp.T, target)) / 2
+    assert abs(float(CLIPLoss()(images, texts, 5.0, captions) - expected)) < 1e-12
+    one_way = torch.tensor([[1, 2], [2, 2], [3, 3]])  # image 1 is not known as an "apple"
+    target = torch.tensor([[0.5, 0.5, 0], [0, 1, 0], [0, 0, 1]], dtype=torch.float64)
+    back = torch.tensor([[1, 0, 0], [0.5, 0.5, 0], [0, 0, 1]], dtype=torch.float64)
+    expected = (F.cross_entropy(sharp, target) + F.cross_entropy(sharp.T, back)) / 2
+    assert abs(float(CLIPLoss()(images, texts, 5.0, one_way) - expected)) < 1e-12
 
 
 def test_matryoshka_is_the_mean_over_prefixes(pairs: tuple[Tensor, Tensor]) -> None:

@@ -37,9 +37,11 @@ CLIPDataset = ArraySource
 class CLIPMethod(Method):
     """Two encoders, one loss. batch: {"images": (B, 3, S, S), "tokens": (B, L)} -> {"loss", "embeddings", ...}.
 
+    "captions" (B, K) in the batch: the ids of all captions an image has, see CLIPLoss.
+
     loss: "infonce" or "siglip". micro_batch: encode this many rows at a time and encode them again on the way back, as
     GradCache does (arXiv:2101.06983), so that the batch of negatives may outgrow memory; 0 for all at once.
-    lengths: Matryoshka prefixes. In a batch, rows with the same caption are no negatives of each other.
+    lengths: Matryoshka prefixes.
     """
 
     def __init__(
@@ -68,10 +70,10 @@ class CLIPMethod(Method):
         arguments = [self.model.logit_scale.exp()]
         if self.model.logit_bias is not None:
             arguments.append(self.model.logit_bias)
-        groups = _caption_ids(batch["tokens"])
+        captions = batch.get("captions")
         # The loss is a small part of the arithmetic and decided by small differences: always float32.
         with torch.autocast(images.device.type, enabled=False):
-            loss = matryoshka(self.loss, self.lengths, _wide(images), _wide(texts), *arguments, groups)
+            loss = matryoshka(self.loss, self.lengths, _wide(images), _wide(texts), *arguments, captions)
         chance = math.log(len(images) * world_size())
         return {
             "loss": loss,
@@ -97,12 +99,6 @@ class CLIPMethod(Method):
 def _wide(rows: Tensor) -> Tensor:
     """float32, or float64 where it is that already."""
     return rows if rows.dtype == torch.float64 else rows.float()
-
-
-def _caption_ids(tokens: Tensor) -> Tensor:
-    """One id a distinct caption, the same on every rank: a hash of its tokens, padding aside. (B, L) -> int64 (B,)."""
-    weights = torch.arange(1, tokens.shape[1] + 1, device=tokens.device) * 2_654_435_761 + 97
-    return ((tokens * weights) ^ (tokens * tokens * 1_000_003)).sum(1)
 
 
 def build_clip(options: CLIPOptions, tokenizer: TextTokenizer) -> CLIPModel:
