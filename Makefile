@@ -6,7 +6,7 @@ DATA ?= data
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: serve test format train-demo torture clean
+.PHONY: serve test format train-demo torture bench-training clean
 
 serve: .venv/.serve
 	$(BIN)/semblance serve --demo --host $(HOST) --port $(PORT) --data $(DATA)
@@ -25,10 +25,14 @@ format: .venv/.test
 # Long checks and runs, with a short form in the suite.
 train-demo: .venv/.test
 	$(BIN)/semblance-train clip --preset demo
+	$(BIN)/semblance-train clip --preset demo-finish
 	$(BIN)/semblance-train scenes --out checkpoints/demo/scenes.tar.gz
 
 torture: .venv/.test
 	KILL_ROUNDS=500 $(BIN)/pytest tests/app/test_store.py -k kill_9
+
+bench-training: .venv/.test
+	$(BIN)/python tests/benchmarks/bench_training.py
 
 .venv/.serve: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

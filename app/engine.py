@@ -200,7 +200,9 @@ def find_models(settings: Settings) -> dict[str, str]:
     for entry in settings.models:
         name, equals, reference = entry.partition("=")
         if not (name and equals and reference):
-            raise CheckpointError(f"model {entry!r} must be name=reference, e.g. vit=open_clip:ViT-B-32/openai")
+            raise CheckpointError(
+                f"model {entry!r} must be name=reference, e.g. vit=open_clip:ViT-B-32/laion2b_s34b_b79k"
+            )
         found[name] = reference
     for config in sorted(settings.checkpoints.glob("*/config.json")):
         found.setdefault(config.parent.name, str(config.parent))

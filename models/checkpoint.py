@@ -28,7 +28,7 @@ from models.preprocess import Preprocess
 from models.tokenizers import TextTokenizer
 
 FORMAT = 1
-ARCHITECTURES = {"clip": "models.clip:CLIPModel"}
+ARCHITECTURES = {"clip": "models.clip:CLIPModel", "encoder": "models.vision:EncoderModel"}
 _KEYS = {"format", "architecture", "config", "preprocess", "context_length", "files", "provenance"}
 _PROVENANCE = ("data", "license", "command", "commit", "seed", "hardware", "metrics")
 HUB_PREFIXES = ("open_clip:", "hf-hub:")
@@ -196,7 +196,7 @@ def _card(name: str, architecture: str, model: nn.Module, record: Mapping[str, A
     lines += [f"- {key}: {record[key]}" for key in _PROVENANCE if key != "metrics" and record.get(key) is not None]
     metrics = record.get("metrics") or {}
     if metrics:
-        lines += ["", "Measured on these weights; shares are 0..1, training/evaluation.py says what each figure means."]
+        lines += ["", "Measured on these weights; shares are 0..1, training/figures.py says what each figure means."]
         lines += ["", "| figure | value |", "|---|---|"]
         lines += [
             f"| {key} | {value:.4g} |" if isinstance(value, float) else f"| {key} | {value} |"

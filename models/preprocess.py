@@ -72,11 +72,13 @@ class Preprocess:
 
     def normalize(self, images: Tensor) -> Tensor:
         """uint8 (B, 3, H, W) -> float (B, 3, H, W), (x / 255 - mean) / std; a float batch is taken as normalised."""
-        if images.is_floating_point():
-            return images
-        mean = torch.tensor(self.mean, device=images.device).view(3, 1, 1)
-        std = torch.tensor(self.std, device=images.device).view(3, 1, 1)
-        return (images.float() / 255 - mean) / std
+        return images if images.is_floating_point() else self.standardize(images.float() / 255)
+
+    def standardize(self, pixels: Tensor) -> Tensor:
+        """Float (B, 3, H, W) in 0..1 -> (x - mean) / std."""
+        mean = torch.tensor(self.mean, device=pixels.device).view(3, 1, 1)
+        std = torch.tensor(self.std, device=pixels.device).view(3, 1, 1)
+        return (pixels - mean) / std
 
     def to_config(self) -> dict[str, Any]:
         """As JSON-ready values."""

@@ -1,13 +1,17 @@
-"""Image encoders: ResNet (torchvision), a small convolutional one for CPUs, ViT, and any timm backbone by name."""
+"""Image encoders: ResNet (torchvision), a small convolutional one for CPUs, ViT, and any timm backbone by name; and
+the model that is an encoder alone."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.layers import Block, init_transformer
+from models.preprocess import Preprocess
+from models.tokenizers import TextTokenizer
 from models.torchvision import load_torchvision
 
 VIT_SIZES = {"vit-tiny": (192, 6, 3), "vit-small": (384, 12, 6), "vit-base": (768, 12, 12)}  # width, depth, heads
@@ -126,6 +130,33 @@ class ImageEncoder(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.trunk(images)
+
+
+class EncoderModel(nn.Module):
+    """An image encoder alone, as SimCLR, MoCo, BYOL and VICReg leave it: its features are what is kept.
+
+    image: options of ImageEncoder. truncatable: the lengths at which an embedding may be cut (Matryoshka,
+    arXiv:2205.13147), for the record. forward: normalised float (B, 3, S, S) -> features (B, D).
+    """
+
+    architecture = "encoder"
+
+    def __init__(self, *, image: dict[str, Any], truncatable: tuple[int, ...] = ()) -> None:
+        super().__init__()
+        self.config: dict[str, Any] = {"image": image, "truncatable": list(truncatable)}
+        self.encoder = ImageEncoder(**image)
+        self.feature_dim = self.embed_dim = self.encoder.feature_dim
+        self.preprocess = Preprocess(size=image.get("image_size", 64))
+        self.tokenizer: TextTokenizer | None = None
+        self.provenance: dict[str, Any] = {}
+        self.fingerprint = ""
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """uint8 (normalised here) or already normalised float (B, 3, S, S) -> unit rows (B, D)."""
+        return F.normalize(self.encoder(self.preprocess.normalize(images)), dim=-1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.encoder(images)
 
 
 def _build(name: str, image_size: int, options: dict[str, Any]) -> tuple[nn.Module, int]:

@@ -9,7 +9,7 @@ import pytest
 
 from app.__main__ import main as semblance
 from models.checkpoint import load_checkpoint
-from training.evaluation import evaluate_data
+from training.figures import evaluate_data
 
 DEMO = Path(__file__).parents[1] / "checkpoints" / "demo"
 

@@ -21,7 +21,15 @@ NAMES = {
     ],
     "models.checkpoint": ["load_checkpoint", "save_checkpoint"],
     "training.methods.clip": ["CLIPLoss", "CLIPDataset", "train_clip", "evaluate_clip"],
+    **{
+        f"training.methods.{name.lower()}": [
+            f"{name}Model", f"{name}Transform", f"{name}Loss", f"{name}Dataset", f"train_{name.lower()}",
+            f"evaluate_{name.lower()}",
+        ]
+        for name in ("SimCLR", "MoCo", "BYOL")
+    },
     "training.evaluation": ["extract_features", "linear_evaluation"],
+    "training.analysis": ["visualize_features", "analyze_features"],
 }  # fmt: skip
 
 _WITHOUT = """

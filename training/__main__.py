@@ -1,4 +1,4 @@
-"""The command line `semblance-train`: one subcommand per method, plus evaluate, export and scenes."""
+"""The command line `semblance-train`: one subcommand per method, plus evaluate, analyze, views, export and scenes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from models.checkpoint import load_model, save_checkpoint
 from models.errors import SemblanceError
 from training.method import discover
-from training.options import HELP
 
 _EPILOG = {
     "clip": """examples:
@@ -56,6 +55,14 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("model", help="checkpoint folder, open_clip:ARCH/TAG or hf-hub:REPO")
     evaluate.add_argument("--data", nargs="+", default=["scenes"], help="data sets, as in training")
     evaluate.add_argument("--data-root", help="folder of the named data sets (default: SEMBLANCE_DATA)")
+    evaluate.add_argument(
+        "--fine-tune",
+        nargs="+",
+        type=float,
+        default=[],
+        metavar="SHARE",
+        help="shares of the labels to fine-tune on too",
+    )
     evaluate.add_argument("--seed", type=int, default=0, help="of the scenes that are drawn")
     evaluate.add_argument("--json", action="store_true", help="print JSON in place of a table")
     evaluate.add_argument("--write", action="store_true", help="put the figures into the checkpoint and its card")
@@ -65,6 +72,26 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument("--out", required=True, help="checkpoint folder to write")
     export.add_argument("--dtype", choices=("fp32", "fp16"), default="fp16", help="of the weights (default: fp16)")
     export.set_defaults(run_command=_export)
+    analyze = subcommands.add_parser("analyze", help="Figures, maps and neighbours of a model's features")
+    analyze.add_argument("model", help="checkpoint folder, open_clip:ARCH/TAG or hf-hub:REPO")
+    analyze.add_argument("--data", required=True, help="a data set, as in training")
+    analyze.add_argument("--data-root", help="folder of the named data sets (default: SEMBLANCE_DATA)")
+    analyze.add_argument("--out", default="analysis", help="folder to write (default: analysis)")
+    analyze.add_argument("--maps", nargs="*", choices=("pca", "tsne", "umap"), default=["pca"], help="(default: pca)")
+    analyze.add_argument("--limit", type=int, default=2000, help="pictures, drawn at random (default: 2000)")
+    analyze.set_defaults(run_command=_analyze)
+    views = subcommands.add_parser(
+        "views", help="A contact sheet of what a method's augmentation does to your pictures"
+    )
+    views.add_argument("method", choices=[name for name, method in discover().items() if hasattr(method, "Transform")])
+    views.add_argument("--data", default="scenes", help="a data set, as in training (default: scenes)")
+    views.add_argument("--data-root", help="folder of the named data sets (default: SEMBLANCE_DATA)")
+    views.add_argument("--out", default="views.png", help="file to write (default: views.png)")
+    views.add_argument("--image-size", type=int, default=96, help="side of the views (default: 96)")
+    views.add_argument("--count", type=int, default=8, help="pictures (default: 8)")
+    views.add_argument("--draws", type=int, default=4, help="pairs of views of each (default: 4)")
+    views.add_argument("--seed", type=int, default=0, help="of everything that is drawn")
+    views.set_defaults(run_command=_views)
     shard = subcommands.add_parser("scenes", help="Write captioned scenes as a shard, to look at or to index")
     shard.add_argument("--out", default="scenes.tar.gz", help="file to write (default: scenes.tar.gz)")
     shard.add_argument("--each", type=int, default=10, help="single objects of each colour and shape (default: 10)")
@@ -86,7 +113,7 @@ def _add_options(parser: argparse.ArgumentParser, defaults: Any) -> None:
         parser.add_argument(
             f"--{item.name.replace('_', '-')}",
             default=MISSING,
-            help=f"{HELP[item.name]}{shown}".replace("%", "%%"),
+            help=f"{item.metadata['help']}{shown}".replace("%", "%%"),
             **_kind(item.name, hints[item.name], value),
         )
 
@@ -151,25 +178,56 @@ def _scenes(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _views(arguments: argparse.Namespace) -> int:
+    from training.pretraining import views_sheet
+
+    options = {name: getattr(arguments, name) for name in ("data_root", "image_size", "count", "draws", "seed")}
+    print(f"wrote {views_sheet(arguments.method, arguments.data, arguments.out, **options)}")  # noqa: T201
+    return 0
+
+
+def _analyze(arguments: argparse.Namespace) -> int:
+    from training.analysis import analyze_model
+
+    found = analyze_model(
+        load_model(arguments.model),
+        arguments.data,
+        arguments.out,
+        data_root=arguments.data_root,
+        maps=arguments.maps,
+        limit=arguments.limit,
+    )
+    _table({name: value for name, value in found.items() if isinstance(value, float)})
+    print(f"wrote {arguments.out}")  # noqa: T201
+    return 0
+
+
 def _evaluate(arguments: argparse.Namespace) -> int:
-    from training.methods.clip import evaluate_clip
+    from training.figures import evaluate_model, fine_tuned
 
     model = load_model(arguments.model)
-    metrics = evaluate_clip(model, arguments.data, arguments.data_root, arguments.seed)
+    metrics = evaluate_model(model, arguments.data, arguments.data_root, arguments.seed)
+    for name in arguments.data:
+        for share in arguments.fine_tune:
+            metrics |= fine_tuned(model, name, arguments.data_root, share, arguments.seed)
     if arguments.write:
         model.provenance["metrics"] = model.provenance.get("metrics", {}) | metrics
         save_checkpoint(model, arguments.model, dtype=model.stored_dtype)
     if arguments.json:
         print(json.dumps(metrics, indent=2))  # noqa: T201
         return 0
+    _table(metrics)
+    return 0
+
+
+def _table(figures: dict[str, float]) -> None:
     from rich.console import Console
     from rich.table import Table
 
     table = Table("figure", "value")
-    for name, value in metrics.items():
+    for name, value in figures.items():
         table.add_row(name, f"{value:.4f}")
     Console().print(table)
-    return 0
 
 
 if __name__ == "__main__":

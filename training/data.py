@@ -10,7 +10,7 @@ import logging
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -38,6 +38,10 @@ class Source(Protocol):
         """rows (n,) -> uint8 (n, 3, size, size), augmented, and the captions of each, the one to train on first."""
         ...
 
+    def pictures(self, rows: np.ndarray, size: int, rng: np.random.Generator) -> Tensor:
+        """rows (n,) -> uint8 (n, 3 or 4, size, size), as they are."""
+        ...
+
     def corpus(self) -> Iterator[str]:
         """Texts to learn a vocabulary from."""
         ...
@@ -52,7 +56,7 @@ class ArraySource:
 
     name: str
     images: Tensor
-    captions: list[list[str]]
+    captions: list[list[str]] = field(default_factory=list)
     augmentation: Augmentation = field(default_factory=Augmentation)
     labels: list[str] | None = None
 
@@ -63,6 +67,14 @@ class ArraySource:
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
         images = augment(self.images[torch.from_numpy(rows)], size, self.augmentation, generator)
         return images, [_shuffled_first(self.captions[row], rng) for row in rows]
+
+    def pictures(self, rows: np.ndarray, size: int, rng: np.random.Generator) -> Tensor:
+        images = self.images[torch.from_numpy(rows)]
+        if images.shape[-2:] != (size, size):
+            raise ValueError(
+                f"{self.name} is held at {images.shape[-2]} x {images.shape[-1]} pixels, {size} are wanted"
+            )
+        return images
 
     def corpus(self) -> Iterator[str]:
         for texts in self.captions:
@@ -89,22 +101,25 @@ class StreamSource:
 
     def draw(self, rows: np.ndarray, size: int, rng: np.random.Generator) -> tuple[Tensor, list[list[str]]]:
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-        decoded = [self._decode(int(row)) for row in rows]
+        decoded = [self._decode(int(row), self.side) for row in rows]
         pixels = torch.from_numpy(np.stack([picture for _, picture in decoded]))
         captions = [self.captions[row] for row, _ in decoded]
         images = augment(pixels, size, self.augmentation, generator)
         return images, [_shuffled_first(texts, rng) for texts in captions]
 
+    def pictures(self, rows: np.ndarray, size: int, rng: np.random.Generator) -> Tensor:
+        return torch.from_numpy(np.stack([self._decode(int(row), size)[1] for row in rows]))
+
     def corpus(self) -> Iterator[str]:
         for texts in self.captions:
             yield from texts
 
-    def _decode(self, row: int) -> tuple[int, np.ndarray]:
+    def _decode(self, row: int, side: int) -> tuple[int, np.ndarray]:
         for candidate in (*range(row, len(self.records)), *range(row)):
             if candidate in self._broken:
                 continue
             try:
-                return candidate, fit_rgba(open_picture(self.records[candidate].image), self.side)
+                return candidate, fit_rgba(open_picture(self.records[candidate].image), side)
             except UNREADABLE as error:
                 self._broken.add(candidate)
                 log.warning("%s is skipped: %s", self.records[candidate].where, error)
@@ -133,17 +148,20 @@ class SceneSource:
         ]
         return torch.cat([part.images for part in drawn]), [texts for part in drawn for texts in part.captions]
 
+    def pictures(self, rows: np.ndarray, size: int, rng: np.random.Generator) -> Tensor:
+        return scenes.sample(len(rows), size=size, seed=int(rng.integers(2**62)), captions=0).images
+
     def corpus(self) -> Iterator[str]:
         for texts in scenes.sample(4000, size=8, seed=1, captions=2).captions:
             yield from texts
 
 
-class Mixture(Dataset[Batch]):
-    """Batches of several sources, by weight. Item `step` is the batch of that step on this rank.
+class Batches(Dataset[Batch]):
+    """Which rows of which source each step's batch on this rank has, by weight; what is made of them is the heirs'.
 
     A batch is made of chunks, each from one source; every step has the same mixture but for rounding. Finite sources
     are gone through epoch by epoch in a fresh order without repeats. weights are shares of the chunks; they need not
-    sum to 1.
+    sum to 1. size: side in pixels of the pictures.
     batch_size counts the rows of all ranks together and must be a multiple of chunk x world_size.
     """
 
@@ -151,7 +169,6 @@ class Mixture(Dataset[Batch]):
         self,
         sources: Sequence[Source],
         weights: Sequence[float],
-        tokenize: Tokenize,
         *,
         size: int,
         batch_size: int,
@@ -164,7 +181,7 @@ class Mixture(Dataset[Batch]):
         chunk = min(chunk, batch_size // world_size)
         if batch_size % (chunk * world_size):
             raise ValueError(f"batch_size {batch_size} is no multiple of chunk {chunk} x {world_size} processes")
-        self.sources, self.tokenize, self.image_size = list(sources), tokenize, size
+        self.sources, self.image_size = list(sources), size
         self.steps, self.chunk, self.seed = steps, chunk, seed
         self.rank, self.world_size = rank, world_size
         self.chunks = batch_size // chunk
@@ -182,23 +199,15 @@ class Mixture(Dataset[Batch]):
     def __len__(self) -> int:
         return self.steps
 
-    def __getitem__(self, step: int) -> Batch:
-        images: list[Tensor] = []
-        captions: list[list[str]] = []
+    def drawn(self, step: int) -> Iterator[tuple[Source, np.ndarray, np.random.Generator]]:
+        """Each source that has a part in this step, its rows, and what to draw from for them."""
         share = self.chunks // self.world_size
         mine = slice(self.rank * share, (self.rank + 1) * share)
         plan, turns = self._plan[step, mine], self._turn[step, mine]
         for index in np.unique(plan).tolist():
             rng = np.random.default_rng([self.seed, 2, step, self.rank, index])
             rows = np.concatenate([self._rows(index, turn) for turn in turns[plan == index].tolist()])
-            part, texts = self.sources[index].draw(rows, self.image_size, rng)
-            images.append(part)
-            captions += texts
-        return {
-            "images": torch.cat(images),
-            "tokens": self.tokenize([texts[0] for texts in captions]),
-            "captions": torch.tensor([_ids(texts) for texts in captions]),
-        }
+            yield self.sources[index], rows, rng
 
     def _rows(self, index: int, turn: int) -> np.ndarray:
         places = np.arange(turn * self.chunk, (turn + 1) * self.chunk)
@@ -214,6 +223,44 @@ class Mixture(Dataset[Batch]):
             size = self.sources[index].size() or 0
             self._orders[key] = np.random.default_rng([self.seed, 3, index, int(epoch)]).permutation(size)
         return self._orders[key]
+
+
+class Mixture(Batches):
+    """Batches of augmented pictures with captions: {"images", "tokens", "captions"} as CLIP takes them."""
+
+    def __init__(self, sources: Sequence[Source], weights: Sequence[float], tokenize: Tokenize, **options: Any) -> None:
+        """options: of Batches."""
+        super().__init__(sources, weights, **options)
+        self.tokenize = tokenize
+
+    def __getitem__(self, step: int) -> Batch:
+        images: list[Tensor] = []
+        captions: list[list[str]] = []
+        for source, rows, rng in self.drawn(step):
+            part, texts = source.draw(rows, self.image_size, rng)
+            images.append(part)
+            captions += texts
+        return {
+            "images": torch.cat(images),
+            "tokens": self.tokenize([texts[0] for texts in captions]),
+            "captions": torch.tensor([_ids(texts) for texts in captions]),
+        }
+
+
+class PictureBatches(Batches):
+    """Batches of pictures as they are, {"images": uint8 (B, 3, size, size)}, for methods that draw views themselves."""
+
+    def __getitem__(self, step: int) -> Batch:
+        parts = [source.pictures(rows, self.image_size, rng) for source, rows, rng in self.drawn(step)]
+        return {"images": torch.cat([_opaque(part) for part in parts])}
+
+
+def _opaque(images: Tensor) -> Tensor:
+    """uint8 (B, 3 or 4, H, W), the fourth channel being opacity -> (B, 3, H, W) on white."""
+    if images.shape[1] == 3:
+        return images
+    opacity = images[:, 3:].float() / 255
+    return (images[:, :3] * opacity + 255 * (1 - opacity)).round().byte()
 
 
 def _shuffled_first(texts: list[str], rng: np.random.Generator) -> list[str]:

@@ -26,7 +26,7 @@ def export_run(run: str | Path, out: str | Path, dtype: torch.dtype = torch.floa
     model = load_checkpoint(run / SKELETON)
     state = torch.load(state_file, map_location="cpu", weights_only=True)
     weights = state["ema"] if state["ema"] is not None else state["method"]
-    # Every method keeps what it exports as its attribute `model`.
-    model.load_state_dict({k.removeprefix("model."): v for k, v in weights.items() if k.startswith("model.")})
+    prefix = f"{state['exported']}."
+    model.load_state_dict({k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)})
     record = {**model.provenance, "steps": state["step"], "training_seconds": round(state["spent"])}
     return save_checkpoint(model, out, provenance=record, dtype=dtype)

@@ -10,6 +10,11 @@ from torch.utils.checkpoint import checkpoint
 from training.distributed import gather, gather_without_gradient, rank
 
 
+def wide(rows: Tensor) -> Tensor:
+    """float32, or float64 where it is that already: losses are decided by small differences."""
+    return rows if rows.dtype == torch.float64 else rows.float()
+
+
 class CLIPLoss(nn.Module):
     """Symmetric InfoNCE, fig. 3 of arXiv:2103.00020. (B, D), (B, D), exp(scale) -> scalar.
 

@@ -35,15 +35,34 @@ def _emoji(record: Record) -> list[str]:
 
 
 def _grocery(record: Record) -> list[str]:
-    fine = record.captions[0].removeprefix("a photo of ")
-    coarse = record.meta["coarse"].replace("-", " ")
-    return [*record.captions, fine, f"a photo of {coarse}", f"{coarse} in a grocery store", coarse]
+    coarse = coarse_grocery(record)
+    return [*record.captions, fine_grocery(record), f"a photo of {coarse}", f"{coarse} in a grocery store", coarse]
 
 
 def _usda(record: Record) -> list[str]:
-    common = record.meta.get("common")
+    common = species_usda(record)
     extra = [common, f"a watercolor painting of {common}"] if common else []
     return [*record.captions, *extra]
+
+
+def own_label(record: Record) -> str | None:
+    """The class that the data set itself gives a picture."""
+    return record.label
+
+
+def fine_grocery(record: Record) -> str:
+    """The product, such as "Royal Gala Apple"."""
+    return record.captions[0].removeprefix("a photo of ")
+
+
+def coarse_grocery(record: Record) -> str:
+    """The kind of product, such as "Apple"."""
+    return str(record.meta["coarse"]).replace("-", " ")
+
+
+def species_usda(record: Record) -> str | None:
+    """The common name, None for the few paintings without."""
+    return record.meta.get("common")
 
 
 def _captions(record: Record) -> list[str]:
@@ -52,25 +71,38 @@ def _captions(record: Record) -> list[str]:
 
 @dataclass(frozen=True)
 class PictureSet:
-    """A named data set: shards under SEMBLANCE_DATA, its captions, augmentation and default share of a mixture."""
+    """A named data set: shards under SEMBLANCE_DATA, its captions, augmentation and default share of a mixture.
+
+    label: the class of a picture, for probes of its features; None where it has none.
+    """
 
     shards: tuple[str, ...]
     captions: Callable[[Record], list[str]] = _captions
     augmentation: Augmentation = field(default_factory=lambda: PHOTO)
     weight: float = 1.0
     license: str = ""
+    label: Callable[[Record], str | None] = own_label
 
 
 _STYLES = ("noto", "twemoji", "blobmoji", "fluent-3d", "fluent-flat", "fluent-mono", "fxemoji")
 EMOJI_LICENSE = "emoji: OFL 1.1 / Apache 2.0 (Noto, Blobmoji), CC BY 4.0 (Twemoji, FxEmojis), MIT (Fluent)"
 SETS: dict[str, PictureSet] = {
-    "emoji": PictureSet(tuple(f"emoji/{s}.tar.gz" for s in _STYLES), _emoji, DRAWING, 4.0, EMOJI_LICENSE),
-    "openclipart": PictureSet(("openclipart/openclipart.tar.gz",), _captions, DRAWING, 1.4, "OpenClipart: CC0"),
-    "usda": PictureSet(("usda-pomological/usda.tar.gz",), _usda, PAINTING, 0.6, "USDA: public domain"),
-    "grocery": PictureSet(
-        ("grocery/grocery-train.tar.gz", "grocery/grocery-val.tar.gz"), _grocery, PHOTO, 3.2, "Grocery: MIT"
+    "emoji": PictureSet(
+        tuple(f"emoji/{s}.tar.gz" for s in _STYLES), _emoji, DRAWING, 4.0, EMOJI_LICENSE, lambda r: r.meta["group"]
     ),
-    "crawl": PictureSet(("crawl-tiles/crawl-tiles.tar.gz",), _captions, DRAWING, 0.4, "crawl tiles: CC0"),
+    "openclipart": PictureSet(("openclipart/openclipart.tar.gz",), _captions, DRAWING, 1.4, "OpenClipart: CC0"),
+    "usda": PictureSet(("usda-pomological/usda.tar.gz",), _usda, PAINTING, 0.6, "USDA: public domain", species_usda),
+    "grocery": PictureSet(
+        ("grocery/grocery-train.tar.gz", "grocery/grocery-val.tar.gz"),
+        _grocery,
+        PHOTO,
+        3.2,
+        "Grocery: MIT",
+        fine_grocery,
+    ),
+    "crawl": PictureSet(
+        ("crawl-tiles/crawl-tiles.tar.gz",), _captions, DRAWING, 0.4, "crawl tiles: CC0", lambda r: r.meta["kind"]
+    ),
     "caltech101": PictureSet(("caltech101/caltech101.tar.gz",), _captions, PHOTO, 1.0, "Caltech-101: CC BY 4.0"),
     "cifar10": PictureSet(("cifar10/cifar10-train.tar.gz",), _captions, PHOTO, 1.0, "CIFAR-10: none stated"),
 }
@@ -104,11 +136,14 @@ def unseen_drawing(record: Record) -> bool:
     return zlib.crc32(record.meta["key"].encode()) % 20 == 0
 
 
-def open_source(spec: str, size: int, bad: BadRows, root: str | None = None, hold: float = 4.0) -> tuple[Source, float]:
+def open_source(
+    spec: str, size: int, bad: BadRows, root: str | None = None, hold: float = 4.0, *, captioned: bool = True
+) -> tuple[Source, float]:
     """A source and its weight from "name[=weight]": "scenes", a named set, or anything that `readers.read` takes.
 
     size: side in pixels at which pictures are held, somewhat above the model's, so that crops stay sharp.
-    hold: gigabytes of decoded pictures that are held; a larger set is decoded as it is drawn.
+    hold: gigabytes of decoded pictures that are held; a larger set is decoded as it is drawn. captioned: a picture
+    without a caption is a bad row.
     """
     name, _, share = spec.partition("=") if "=" in spec else (spec, "", "")
     try:
@@ -125,14 +160,17 @@ def open_source(spec: str, size: int, bad: BadRows, root: str | None = None, hol
     else:
         kind = PictureSet(())
         records = list(read(name, bad))
-    captioned = [record for record in records if kind.captions(record)]
-    for record in records:
-        if not kind.captions(record):
-            bad.add(record.where, "has no caption")
-    if len(captioned) * 4 * size * size > hold * 1e9:
-        captions = [kind.captions(record) for record in captioned]
-        return StreamSource(name, captioned, captions, size, bad, kind.augmentation), weight or kind.weight
-    images, kept = decode(captioned, size, bad)
-    labels = [record.label or "" for record in kept] if all(record.label for record in kept) else None
-    source = ArraySource(name, images, [kind.captions(record) for record in kept], kind.augmentation, labels)
+    if captioned:
+        for record in records:
+            if not kind.captions(record):
+                bad.add(record.where, "has no caption")
+        records = [record for record in records if kind.captions(record)]
+    if len(records) * 4 * size * size > hold * 1e9:
+        captions = [kind.captions(record) for record in records]
+        return StreamSource(name, records, captions, size, bad, kind.augmentation), weight or kind.weight
+    images, kept = decode(records, size, bad)
+    labels = [kind.label(record) or "" for record in kept]
+    source = ArraySource(
+        name, images, [kind.captions(record) for record in kept], kind.augmentation, labels if all(labels) else None
+    )
     return source, weight or kind.weight

@@ -6,24 +6,32 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from training.options import CLIPOptions
+from training.options import RunOptions
 from training.pictures import SETS
 
 
-def provenance(method: str, options: CLIPOptions, data: Sequence[str]) -> dict[str, Any]:
-    """{data, license, command, commit, seed, hardware} of a run that begins."""
+def provenance(method: str, options: RunOptions, data: Sequence[str], origin: Mapping[str, Any]) -> dict[str, Any]:
+    """{data, license, command, commit, seed, hardware} of a run that begins.
+
+    origin: the provenance of the model it goes on from, whose data and licences are this one's too; else empty.
+    """
     names = [spec.partition("=")[0] for spec in options.data]
     licences = [SETS[name].license for name in names if name in SETS]
     licences += ["scenes: made by training/scenes.py"] if "scenes" in names else []
+    licences = licences or ["that of your pictures"]
+    if origin:
+        data = [*data, f"before, {origin.get('command', 'elsewhere')}: {origin.get('data', 'unknown')}"]
+        known = str(origin.get("license", "unknown"))
+        licences = [known, *(licence for licence in licences if licence not in known)]
     return {
         "data": "; ".join(data),
-        "license": "; ".join(licences) or "that of your pictures",
+        "license": "; ".join(licences),
         "command": command(method),
         "commit": _commit(),
         "seed": options.trainer.seed,

@@ -24,7 +24,8 @@ from torch.utils.data import Dataset
 from models.errors import CheckpointError, DivergedError
 from training.data import batches_from
 from training.distributed import process_group, rank, world_size
-from training.method import Batch, Method
+from training.ema import update_ema
+from training.method import Batch, Method, option
 from training.optim import build_optimizer, warmup_cosine
 from training.progress import Journal, health
 
@@ -33,33 +34,30 @@ Evaluate = Callable[[nn.Module], dict[str, float]]
 
 @dataclass(frozen=True)
 class TrainerConfig:
-    """How to train. Sizes count pictures of all processes together.
+    """How to train. Sizes count pictures of all processes together."""
 
-    lr: peak rate. warmup: steps. precision "auto": bfloat16 where the device has it in hardware, else float32.
-    accumulate: batches whose gradients are averaged before a step. ema_decay: of the weights that are evaluated and
-    exported, 0 for none. save_every, evaluate_every, log_every: steps, 0 for never (the end always counts).
-    time_limit: seconds after which the run ends with its schedule on time (the rate follows the clock where that is
-    further on than the steps), 0 for none. threads: of torch on the CPU, 0 for torch's own choice.
-    """
-
-    steps: int = 1000
-    lr: float = 1e-3
-    weight_decay: float = 0.1
-    warmup: int = 100
-    optimizer: Literal["adamw", "lars", "sgd"] = "adamw"
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    accumulate: int = 1
-    clip_norm: float = 1.0
-    ema_decay: float = 0.0
-    compile: bool = False
-    device: str = "auto"
-    seed: int = 0
-    workers: int = 0
-    threads: int = 0
-    log_every: int = 20
-    save_every: int = 500
-    evaluate_every: int = 0
-    time_limit: float = 0.0
+    steps: int = option(1000, "optimizer steps")
+    lr: float = option(1e-3, "peak learning rate")
+    weight_decay: float = option(0.1, "decay of weights (not of norms, biases and scales)")
+    warmup: int = option(100, "steps of linear warm-up; half a cosine follows")
+    optimizer: Literal["adamw", "lars", "sgd"] = option("adamw", "adamw, lars or sgd")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = option(
+        "auto", "auto (bf16 where the device has it in hardware, else fp32), fp32, bf16 or fp16"
+    )
+    accumulate: int = option(1, "batches whose gradients make one step")
+    clip_norm: float = option(1.0, "largest norm of the gradient, 0 for any")
+    ema_decay: float = option(0.0, "decay of the averaged weights that are evaluated and exported, 0 for none")
+    compile: bool = option(False, "compile the method with torch.compile")
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
+    seed: int = option(0, "of everything that is drawn")
+    workers: int = option(0, "processes that prepare batches")
+    threads: int = option(0, "of torch on the CPU, 0 for its own choice")
+    log_every: int = option(20, "steps between log lines")
+    save_every: int = option(500, "steps between saved states, 0 for the end only")
+    evaluate_every: int = option(0, "steps between evaluations, 0 for the end only")
+    time_limit: float = option(
+        0.0, "seconds after which the run ends, its schedule with it (the rate follows the clock); 0 for none"
+    )
 
 
 @dataclass
@@ -137,7 +135,8 @@ class Trainer:
         if config.time_limit and world_size() > 1:
             raise ValueError("--time-limit needs a single process: clocks of several disagree about the last step")
         torch.manual_seed(config.seed * 1000 + rank())
-        if world_size() > 1 and self.device.type == "cuda":  # there is no synchronised batch norm on the CPU
+        # There is no synchronised batch norm on the CPU.
+        if world_size() > 1 and self.device.type == "cuda" and self.method.sync_batch_norm:
             self.method = nn.SyncBatchNorm.convert_sync_batchnorm(self.method)
         self.method.to(self.device)
         # Channels last is the layout that convolutions are fastest in, on CPUs and on tensor cores alike.
@@ -184,6 +183,7 @@ class Trainer:
             # Gradients cross between ranks once a step, after the last of the accumulated batches.
             waiting = world_size() > 1 and index < len(batches) - 1
             with self.model.no_sync() if waiting else nullcontext():  # type: ignore[operator]
+                batch = self.method.prepare(batch)  # pixels keep their precision
                 with self.autocast():
                     outputs = self.model(batch)
                 self.scaler.scale(outputs["loss"] / len(batches)).backward()
@@ -194,9 +194,9 @@ class Trainer:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        self.method.after_step(self.step / max(1, config.steps))
+        self.method.after_step(min(1.0, self._schedule_step() / max(1, config.steps)))
         if self.ema is not None:
-            _update_ema(self.ema, self.method, min(config.ema_decay, (1 + self.step) / (10 + self.step)))
+            update_ema(self.ema, self.method, min(config.ema_decay, (1 + self.step) / (10 + self.step)))
         return {name: value.detach() for name, value in outputs.items()} | {"grad_norm": norm.detach()}
 
     def _schedule_step(self) -> int:
@@ -255,6 +255,7 @@ class Trainer:
             "ema": None if self.ema is None else self.ema.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
+            "exported": self.method.exported,
             "step": self.step,
             "spent": self.spent,
             "rng": torch.get_rng_state(),
@@ -315,12 +316,3 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
 
 def _cpu_has_bf16() -> bool:
     return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-@torch.no_grad()
-def _update_ema(average: nn.Module, current: nn.Module, decay: float) -> None:
-    """average <- decay * average + (1 - decay) * current; buffers (batch statistics) are copied."""
-    mine, theirs = ([p.detach() for p in module.parameters()] for module in (average, current))
-    torch._foreach_lerp_(mine, theirs, 1 - decay)
-    for mean, buffer in zip(average.buffers(), current.buffers(), strict=True):
-        mean.copy_(buffer)

@@ -11,12 +11,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from starlette.testclient import TestClient
 from support import problem, tiny_clip
 
 from app.engine import Engine
+from models.checkpoint import save_checkpoint
 from models.retrieval import embed_images, embed_texts
+from models.vision import EncoderModel
 
 Encoded = Callable[..., bytes]
 Start = Callable[..., TestClient]
@@ -275,6 +278,29 @@ def test_an_image_only_model_names_those_that_take_text(start: Start, engines: d
     problem(client.post("/embed", json={"input": "a", "model": "simclr"}), 422, "models that take text: clip")
     client.put("/collections/pictures", json={"model": "simclr"})
     problem(client.get("/search?q=a&collection=pictures"), 422, "models that take text: clip")
+
+
+def test_a_checkpoint_of_an_encoder_is_searched_from_picture_to_picture(
+    start: Start, tmp_path: Path, encoded: Encoded
+) -> None:
+    from app.engine import in_order, load_engines
+    from app.settings import Settings
+
+    torch.manual_seed(0)
+    model = EncoderModel(image={"name": "conv", "image_size": 16, "channels": 16, "blocks": [1, 1], "depth": 0}).eval()
+    save_checkpoint(model, tmp_path / "checkpoints" / "simclr", provenance={"metrics": {"knn": 0.5}})
+    client = start(in_order(list(load_engines(Settings(checkpoints=tmp_path / "checkpoints", threads=1)))))
+    (entry,) = client.get("/models").json()["data"]
+    assert (entry["id"], entry["takes"], entry["metrics"]) == ("simclr", ["image"], {"knn": 0.5})
+    files = [("file", (f"{seed}.png", encoded(seed, "PNG"))) for seed in range(4)]
+    vectors = _vectors(client.post("/embed", files=files))
+    pictures = [Image.open(io.BytesIO(encoded(seed, "PNG"))) for seed in range(4)]
+    assert np.allclose(vectors, embed_images(model, pictures).numpy(), atol=2e-2)  # bfloat16 where there is some
+    client.put("/collections/pictures")
+    client.post("/collections/pictures/items", files=files, data={"id": ["a", "b", "c", "d"]})
+    found = client.post("/search", files={"file": encoded(2, "PNG")}, data={"collection": "pictures", "k": "2"}).json()
+    assert found["hits"][0]["id"] == "c"
+    problem(client.get("/search?q=a&collection=pictures"), 422, "models that take text: none")
 
 
 def test_openapi_documents_every_path_with_an_example(client: TestClient) -> None:

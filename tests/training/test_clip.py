@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -16,18 +17,14 @@ import torch
 from support import tiny_clip
 
 from models.checkpoint import load_checkpoint
-from models.errors import DataError
+from models.errors import CheckpointError, DataError
 from training.__main__ import main
-from training.evaluation import (
-    evaluate_scenes,
-    extract_features,
-    knn_evaluation,
-    linear_evaluation,
-)
+from training.evaluation import extract_features, knn_evaluation, linear_evaluation
 from training.export import export_run
+from training.figures import evaluate_scenes
 from training.method import discover
-from training.methods.clip import CLIPMethod, evaluate_clip, train_clip
-from training.options import HELP, CLIPOptions, presets
+from training.methods.clip import CLIPMethod, CLIPOptions, evaluate_clip, presets, train_clip
+from training.methods.simclr import train_simclr
 from training.trainer import TrainerConfig
 
 SMALL = {"channels": 8, "blocks": [1], "depth": 0}
@@ -46,8 +43,6 @@ OPTIONS = CLIPOptions(
 
 
 def _options(folder: Path, **changes: object) -> CLIPOptions:
-    from dataclasses import replace
-
     return replace(OPTIONS, out=str(folder / "out"), run_dir=str(folder / "run"), **changes)  # type: ignore[arg-type]
 
 
@@ -106,6 +101,23 @@ def test_options_train_and_round_trip(tmp_path: Path, changes: dict[str, object]
     assert torch.equal(exported.encode_text(exported.tokenizer(["a red star"])), texts)
 
 
+def test_a_run_goes_on_from_a_trained_model(tmp_path: Path) -> None:
+    """With a rate of zero it stays what it was; its tokenizer, size, data and licences come along."""
+    first = load_checkpoint(train_clip(_options(tmp_path / "first")))
+    still = replace(OPTIONS.trainer, lr=0.0, weight_decay=0.0, ema_decay=0.0, seed=5)
+    again = load_checkpoint(
+        train_clip(_options(tmp_path / "again", init=str(tmp_path / "first" / "out"), image_size=48, trainer=still))
+    )
+    tokens = first.tokenizer(["a red star"])
+    assert torch.equal(again.tokenizer(["a red star"]), tokens)
+    assert torch.equal(again.text_encoder.token.weight, first.text_encoder.token.weight)
+    assert again.preprocess.size == 32
+    assert again.provenance["data"].count("scenes: unlimited") == 2
+    assert again.provenance["license"] == first.provenance["license"]
+    with pytest.raises(CheckpointError, match="needs EncoderModel"):
+        train_simclr(data=("scenes",), init=str(tmp_path / "first" / "out"), out=str(tmp_path / "o"))
+
+
 def test_own_folder_from_the_command_line(
     tmp_path: Path, encoded: Callable[..., bytes], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -136,15 +148,14 @@ def test_errors_of_the_command_line_are_sentences(tmp_path: Path, capsys: pytest
         main(["clip", "--no-such-option"])
 
 
-def test_every_option_has_its_explanation() -> None:
-    from dataclasses import fields
-
-    names = {field.name for field in (*fields(CLIPOptions), *fields(TrainerConfig))} - {"trainer"}
-    assert names == set(HELP)
+@pytest.mark.parametrize("method", sorted(discover()))
+def test_every_option_has_its_explanation(method: str) -> None:
+    options = [*fields(discover()[method].Options), *fields(TrainerConfig)]
+    assert all(item.metadata.get("help") for item in options if item.name != "trainer")
 
 
 def test_presets_are_whole_options_and_methods_are_found() -> None:
-    assert set(presets()) == {"tiny-cpu", "demo"}
+    assert set(presets()) == {"tiny-cpu", "demo", "demo-finish"}
     assert "clip" in discover()
 
 

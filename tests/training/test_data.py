@@ -22,7 +22,7 @@ from PIL import Image
 from models.errors import DataError
 from models.readers import BadRows, decode, read
 from training.augment import Augmentation, augment
-from training.data import CAPTION_IDS, ArraySource, Mixture, SceneSource, StreamSource, batches_from
+from training.data import CAPTION_IDS, ArraySource, Mixture, PictureBatches, SceneSource, StreamSource, batches_from
 from training.pictures import open_source
 
 Encoded = Callable[..., bytes]
@@ -101,6 +101,20 @@ def test_batches_tell_all_captions_of_a_picture() -> None:
         assert torch.equal(batch["captions"][:, :1], batch["tokens"])
         assert {frozenset(row) for row in batch["captions"].tolist()} == known
     assert len({int(mixture[step]["tokens"].sum()) for step in range(20)}) == 3  # each of the three came first
+
+
+def test_pictures_come_as_they_are_and_transparency_on_white() -> None:
+    clear = ArraySource("clear", torch.zeros(5, 4, 8, 8, dtype=torch.uint8))
+    options = {"size": 8, "batch_size": 16, "steps": 10, "chunk": 4}
+    batches = PictureBatches([_source("a", 20), clear], [3.0, 1.0], **options)  # type: ignore[arg-type]
+    for step in range(10):
+        images = batches[step]["images"]
+        assert images.shape == (16, 3, 8, 8)
+        assert int((images == 255).all(1).all(1).all(1).sum()) == 4
+    numbers = torch.cat([batches[step]["images"][:, 0, 0, 0] for step in range(10)])
+    assert sorted(numbers[numbers != 255].tolist()) == sorted([*range(20)] * 6)
+    with pytest.raises(ValueError, match="8 x 8 pixels, 9 are wanted"):
+        PictureBatches([clear], [1.0], **(options | {"size": 9}))[0]  # type: ignore[arg-type]
 
 
 def test_batches_that_cannot_be_split_are_refused() -> None:

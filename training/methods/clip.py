@@ -8,30 +8,87 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from models.checkpoint import load_model, save_checkpoint
 from models.clip import CLIPModel
+from models.errors import CheckpointError
 from models.preprocess import Preprocess
-from models.readers import BadRows
 from models.tokenizers import TextTokenizer
 from training.data import ArraySource, Mixture, SceneSource
-from training.distributed import rank, world_size
-from training.evaluation import evaluate_data, evaluate_retrieval_source, evaluate_scenes
-from training.export import SKELETON
-from training.losses import CLIPLoss, SigLIPLoss, matryoshka
-from training.method import Batch, Losses, Method
-from training.options import CLIPOptions, presets
-from training.pictures import open_source
-from training.provenance import provenance
-from training.trainer import Trainer
+from training.distributed import world_size
+from training.figures import evaluate_model, evaluate_retrieval_source, evaluate_scenes
+from training.losses import CLIPLoss, SigLIPLoss, matryoshka, wide
+from training.method import Batch, Losses, Method, option
+from training.options import RunOptions
+from training.run import batch_options, open_data, run_training, starting_model
+from training.trainer import TrainerConfig
 
 CLIPDataset = ArraySource
+
+
+@dataclass(frozen=True)
+class CLIPOptions(RunOptions):
+    """Train CLIP on pictures with captions."""
+
+    out: str = option("checkpoints/clip", "checkpoint folder to write")
+    resize: Literal["pad", "crop", "squash"] = option("pad", "how pictures become square")
+    embed_dim: int = option(256, "length of the embeddings")
+    text_width: int = option(192, "width of the text transformer")
+    text_depth: int = option(4, "its number of blocks")
+    context_length: int = option(48, "tokens a text may have, longer ones are cut")
+    vocab_size: int = option(8192, "entries of the tokenizer that is learned from the captions, at most")
+    loss: Literal["infonce", "siglip"] = option("infonce", "infonce (CLIP) or siglip")
+    micro_batch: int = option(
+        0, "encode this many rows at a time and again on the way back (GradCache): less memory, more time"
+    )
+    chunk_size: int | None = option(None, "rows of the similarity matrix held at a time")
+
+
+def presets() -> dict[str, CLIPOptions]:
+    """Settings that were measured (training/README.md); any option given beside one wins over it."""
+    tiny = CLIPOptions(
+        data=("scenes",),
+        out="checkpoints/tiny-cpu",
+        encoder_options={"channels": 32, "blocks": [1, 1, 1], "depth": 1, "fine_blocks": 1},
+        text_width=128,
+        text_depth=2,
+        embed_dim=128,
+        vocab_size=1024,
+        batch_size=128,
+        chunk=128,
+        trainer=TrainerConfig(steps=3000, lr=1.5e-3, warmup=100, ema_decay=0.998, time_limit=285, save_every=0),
+    )
+    demo = CLIPOptions(
+        data=("scenes", "emoji", "openclipart", "usda", "grocery", "crawl"),
+        out="runs/demo/first",
+        run_dir="runs/demo",
+        encoder_options={"channels": 64, "blocks": [1, 1, 1], "depth": 1, "fine_blocks": 1},
+        vocab_size=6144,
+        embed_dim=192,
+        text_depth=3,
+        batch_size=192,
+        chunk=16,
+        trainer=TrainerConfig(
+            steps=12000, lr=1.5e-3, warmup=200, ema_decay=0.999, evaluate_every=2000, time_limit=5400, threads=2
+        ),
+    )
+    # The first run has many real pictures and few scenes in a batch, so few of them tell each other apart.
+    finish = replace(
+        demo,
+        data=("scenes=6", "emoji=2.6", "openclipart=0.8", "usda=0.4", "grocery=3.4", "crawl=0.2"),
+        init="runs/demo/first",
+        out="checkpoints/demo/clip",
+        run_dir="runs/demo-finish",
+        batch_size=256,
+        trainer=replace(demo.trainer, lr=8e-4, warmup=150, time_limit=1200),
+    )
+    return {"tiny-cpu": tiny, "demo": demo, "demo-finish": finish}
 
 
 class CLIPMethod(Method):
@@ -73,7 +130,7 @@ class CLIPMethod(Method):
         captions = batch.get("captions")
         # The loss is a small part of the arithmetic and decided by small differences: always float32.
         with torch.autocast(images.device.type, enabled=False):
-            loss = matryoshka(self.loss, self.lengths, _wide(images), _wide(texts), *arguments, captions)
+            loss = matryoshka(self.loss, self.lengths, wide(images), wide(texts), *arguments, captions)
         chance = math.log(len(images) * world_size())
         return {
             "loss": loss,
@@ -91,14 +148,6 @@ class CLIPMethod(Method):
         # Section 2.5 of the paper: the scale is kept from exceeding 100, or training becomes unstable.
         with torch.no_grad():
             self.model.logit_scale.clamp_(0, self.model.MAX_LOGIT_SCALE)
-
-    def export(self) -> nn.Module:
-        return self.model
-
-
-def _wide(rows: Tensor) -> Tensor:
-    """float32, or float64 where it is that already."""
-    return rows if rows.dtype == torch.float64 else rows.float()
 
 
 def build_clip(options: CLIPOptions, tokenizer: TextTokenizer) -> CLIPModel:
@@ -125,29 +174,18 @@ def build_clip(options: CLIPOptions, tokenizer: TextTokenizer) -> CLIPModel:
 def train_clip(config: CLIPOptions | None = None, **keywords: Any) -> Path:
     """Train a CLIP model from options (or their keywords) and return the checkpoint folder.
 
-    See CLIPOptions for every option. Raises DataError, DivergedError or ValueError with the way out.
+    See CLIPOptions for every option. Raises DataError, CheckpointError, DivergedError or ValueError with the way out.
     """
     options = config or CLIPOptions(**keywords)
     torch.manual_seed(options.trainer.seed)
-    bad = BadRows(options.max_bad)
-    held = options.image_size * 5 // 4
-    opened = [open_source(spec, held, bad, options.data_root, options.hold) for spec in options.data]
-    sources = [source for source, _ in opened]
-    corpus = [text for source in sources for text in source.corpus()]
-    tokenizer = TextTokenizer.train(corpus, options.vocab_size, options.context_length)
-    model = build_clip(options, tokenizer)
-    data = Mixture(
-        sources,
-        [weight for _, weight in opened],
-        tokenizer,
-        size=options.image_size,
-        batch_size=options.batch_size,
-        steps=options.trainer.steps * options.trainer.accumulate,
-        chunk=options.chunk,
-        seed=options.trainer.seed,
-        rank=rank(),
-        world_size=world_size(),
-    )
+    model = starting_model(options, CLIPModel)
+    size = model.preprocess.size if model else options.image_size
+    data = open_data(options, side=size * 5 // 4)
+    if model is None:
+        corpus = (text for source in data.sources for text in source.corpus())
+        model = build_clip(options, TextTokenizer.train(corpus, options.vocab_size, options.context_length))
+    if model.tokenizer is None:
+        raise CheckpointError(f"{options.init} has no tokenizer; train from random weights, or give another checkpoint")
     method = CLIPMethod(
         model,
         loss=options.loss,
@@ -155,30 +193,8 @@ def train_clip(config: CLIPOptions | None = None, **keywords: Any) -> Path:
         chunk_size=options.chunk_size,
         lengths=options.matryoshka,
     )
-    run = Path(options.run_dir or f"runs/{Path(options.out).name}")
-    sizes = [f"{source.name}: {source.size() or 'unlimited'}" for source in sources]
-    record = provenance("clip", options, sizes)  # now, for the code on the disk may be another when the run ends
-    if rank() == 0:
-        save_checkpoint(model, run / SKELETON, provenance=record)
-    trainer = Trainer(
-        method,
-        data,
-        options.trainer,
-        run,
-        evaluate=_quick_evaluation(sources),
-        extra={"data": list(options.data), "batch_size": options.batch_size, "model": model.config},
-    )
-    trained = trainer.fit()
-    out = Path(options.out)
-    if rank() != 0:
-        return out
-    record |= {"steps": trainer.step, "training_seconds": round(trainer.spent), "skipped_rows": len(bad.rows)}
-    save_checkpoint(trained, out, provenance=record, dtype=torch.float16)
-    if options.evaluate:
-        # What is measured is what was written, rounded to half precision.
-        record["metrics"] = evaluate_clip(out, data=options.data, data_root=options.data_root)
-        save_checkpoint(trained, out, provenance=record, dtype=torch.float16)
-    return out
+    batches = Mixture(data.sources, data.weights, model.tokenizer, size=size, **batch_options(options))
+    return run_training("clip", options, method, batches, data, _quick_evaluation(data.sources))
 
 
 def _quick_evaluation(sources: Sequence[Any]) -> Any:
@@ -190,23 +206,8 @@ def _quick_evaluation(sources: Sequence[Any]) -> Any:
     return None if held is None else lambda model: evaluate_retrieval_source(model, held)
 
 
-def evaluate_clip(
-    model: Any, data: Sequence[str] = ("scenes",), data_root: str | None = None, seed: int = 0
-) -> dict[str, float]:
-    """Figures of a model (or of a checkpoint folder or reference) on each data set, by name. Shares are 0..1.
-
-    Named sets are judged on their validation split; other data on what it is, which is training data if it was trained
-    on. See training/evaluation.py for what each figure means.
-    """
-    if isinstance(model, (str, Path)):
-        model = load_model(model)
-    metrics: dict[str, float] = {}
-    for spec in data:
-        metrics |= evaluate_data(model, spec.partition("=")[0], data_root, seed)
-    return metrics
-
-
 # What the command line finds here, as in every method's file.
+evaluate_clip = evaluate_model
 Options = CLIPOptions
 train = train_clip
 __all__ = [

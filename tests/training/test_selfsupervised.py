@@ -1,0 +1,341 @@
+"""SimCLR, MoCo, BYOL and VICReg as methods: what they move, what they keep, how they resume, what they export."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from models.checkpoint import load_checkpoint
+from models.vision import EncoderModel
+from training.__main__ import main
+from training.ema import cosine_decay
+from training.export import export_run
+from training.figures import evaluate_model
+from training.heads import ProjectedEncoder, SplitBatchNorm2d, split_batch_norm
+from training.method import discover
+from training.methods.byol import BYOLMethod, BYOLModel, BYOLTransform
+from training.methods.moco import MoCoMethod, MoCoModel, MoCoTransform
+from training.methods.simclr import SimCLRLoss, SimCLRMethod, SimCLRModel, SimCLRTransform
+from training.methods.vicreg import VICRegLoss, VICRegMethod
+from training.pretraining import ViewMethod
+from training.trainer import TrainerConfig
+
+SMALL = {"channels": 8, "blocks": [1], "depth": 0}
+METHODS = ("simclr", "moco", "byol", "vicreg")
+TRAINER = TrainerConfig(
+    steps=4, warmup=1, precision="fp32", ema_decay=0.9, log_every=1, save_every=0, device="cpu", threads=1
+)
+
+
+def _encoder() -> EncoderModel:
+    torch.manual_seed(0)
+    return EncoderModel(image={"name": "conv", "image_size": 16, **SMALL})
+
+
+def _method(name: str, **options: Any) -> ViewMethod:
+    model = _encoder()
+    match name:
+        case "simclr":
+            return SimCLRMethod(SimCLRModel(model, projection_dim=8), SimCLRTransform(16), SimCLRLoss(), **options)
+        case "byol":
+            return BYOLMethod(model, BYOLTransform(16), hidden_dim=16, projection_dim=8, **options)
+        case "vicreg":
+            return VICRegMethod(ProjectedEncoder(model, 16, (16, 8)), SimCLRTransform(16), VICRegLoss())
+    options = {"keys_per_step": 8, "queue_size": 16, "splits": 4, "projection_dim": 8} | options
+    return MoCoMethod(model, MoCoTransform(16, options.get("version", "v2")), **options)
+
+
+def _views(batch: int = 8, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    return {"views": torch.randn(2, batch, 3, 16, 16, generator=torch.Generator().manual_seed(2), dtype=dtype)}
+
+
+def _options(name: str, folder: Path, **changes: Any) -> Any:
+    changes = {
+        "data": ("scenes",),
+        "encoder_options": SMALL,
+        "image_size": 16,
+        "batch_size": 8,
+        "chunk": 4,
+        "hidden_dim": 16,
+        "projection_dim": 8,
+        "evaluate": False,
+        "out": str(folder / "out"),
+        "run_dir": str(folder / "run"),
+        "trainer": TRAINER,
+    } | changes
+    if name == "moco":
+        changes = {"queue_size": 16, "splits": 4} | changes
+    return discover()[name].Options(**changes)
+
+
+def test_models_give_features_and_projections() -> None:
+    images = torch.randn(4, 3, 32, 32)
+    for model in (SimCLRModel("resnet18"), MoCoModel("resnet18"), BYOLModel("resnet18", hidden_dim=64)):
+        features, projections = model(images)
+        assert features.shape == (4, 512)
+        assert projections.shape == (4, 256 if isinstance(model, BYOLModel) else 128)
+    assert len(MoCoModel(_encoder(), version="v1").projector) == 1
+    with pytest.raises(ValueError, match="choose v1, v2 or v3"):
+        MoCoModel("resnet18", version="v4")  # type: ignore[arg-type]
+
+
+def test_transforms_give_two_views_of_their_own() -> None:
+    images = torch.randint(0, 256, (4, 3, 40, 40), dtype=torch.uint8)
+    for transform in (SimCLRTransform(32), MoCoTransform(32, "v3"), BYOLTransform(32)):
+        one, two = transform(images)
+        assert one.shape == two.shape == (4, 3, 32, 32)
+        assert not torch.equal(one, two)
+    assert len(SimCLRTransform(32, views=4)(images)) == 4
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_ten_pictures_are_told_apart_by_overfitting(name: str) -> None:
+    method, batch = _method(name), _views()
+    optimizer = torch.optim.Adam([p for p in method.parameters() if p.requires_grad], 0.01)
+    losses = []
+    for step in range(60):
+        outputs = method(batch)
+        optimizer.zero_grad()
+        outputs["loss"].backward()
+        optimizer.step()
+        if isinstance(method, MoCoMethod):
+            method._keys.clear()  # or the queue would hold the same pictures as negatives
+        method.after_step(step / 60)
+        losses.append(float(outputs["loss"].detach()))
+    assert losses[-1] < 0.6 * losses[0]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_training_resumes_to_the_same_bits_and_exports(tmp_path: Path, name: str) -> None:
+    train = discover()[name].train
+    whole = load_checkpoint(train(_options(name, tmp_path / "a")))
+    stopped = _interrupting(name, _options(name, tmp_path / "b"), at=2)
+    torch.manual_seed(999)
+    resumed = load_checkpoint(train(_options(name, tmp_path / "b")))
+    assert stopped == 2
+    weights = resumed.state_dict()
+    assert all(torch.equal(value, weights[key]) for key, value in whole.state_dict().items())
+    states = [torch.load(tmp_path / run / "run" / "state.pt", weights_only=True) for run in "ab"]
+    for part in ("method", "ema"):
+        assert all(torch.equal(value, states[1][part][key]) for key, value in states[0][part].items())
+    exported = load_checkpoint(export_run(tmp_path / "b" / "run", tmp_path / "exported"))
+    images = torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8)
+    assert torch.equal(exported.encode_image(images), resumed.encode_image(images))
+    assert exported.encode_image(images).norm(dim=1).allclose(torch.ones(3), atol=1e-5)
+    assert resumed.provenance["steps"] == 4
+
+
+def _interrupting(name: str, options: Any, at: int) -> int:
+    """Trains until Ctrl-C comes in the midst of step `at`; how many steps were done."""
+    import os
+    import signal
+
+    module, calls = discover()[name], 0
+    method_class = next(value for key, value in vars(module).items() if key.endswith("Method") and key != "ViewMethod")
+    forward = method_class.forward
+
+    def watched(self: Any, batch: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == at:
+            os.kill(os.getpid(), signal.SIGINT)
+        return forward(self, batch)
+
+    method_class.forward = watched
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            module.train(options)
+    finally:
+        method_class.forward = forward
+    return calls
+
+
+def test_matryoshka_and_more_views_train(tmp_path: Path) -> None:
+    changes = {"matryoshka": (4, 8), "views": 3, "learn_temperature": True, "layers": 3, "variant": "hard"}
+    model = load_checkpoint(discover()["simclr"].train(_options("simclr", tmp_path, **changes)))
+    assert model.config["truncatable"] == [4, 8]
+
+
+@pytest.mark.parametrize(
+    "changes", [{"version": "v1"}, {"version": "v3"}, {"batch_norm": "sync"}, {"batch_norm": "split"}]
+)
+def test_versions_of_moco_train(tmp_path: Path, changes: dict[str, str]) -> None:
+    assert discover()["moco"].train(_options("moco", tmp_path, **changes)).is_dir()
+
+
+def test_moco_v3_leaves_the_patch_projection_of_a_vit_as_it_was(tmp_path: Path) -> None:
+    model = EncoderModel(image={"name": "vit-tiny", "image_size": 16})
+    method = MoCoMethod(model, MoCoTransform(16, "v3"), version="v3", batch_norm="sync", projection_dim=8)
+    assert not model.encoder.trunk.patch.weight.requires_grad
+    assert model.encoder.trunk.position.requires_grad
+    method(_views())["loss"].backward()
+
+
+def test_a_queue_that_the_batch_does_not_divide_is_refused_with_one_that_it_does() -> None:
+    with pytest.raises(ValueError, match="choose 24"):
+        _method("moco", queue_size=22)
+
+
+def test_the_queue_is_a_ring_of_the_latest_keys() -> None:
+    method = _method("moco", batch_norm="sync")
+    assert isinstance(method, MoCoMethod)
+    seen: list[Tensor] = []
+    for step in range(3):
+        generator = torch.Generator().manual_seed(step)
+        method({"views": torch.randn(2, 8, 3, 16, 16, generator=generator)})
+        seen.append(method._keys[0].clone())
+        before = method.queue.clone()
+        method.after_step(0.0)
+        place = (8 * step) % 16
+        assert torch.equal(method.queue[place : place + 8], seen[-1])
+        assert int((method.queue != before).any(1).sum()) == 8
+    assert torch.allclose(method.queue.norm(dim=1), torch.ones(16), atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "base"), [("moco", 0.999), ("byol", 0.996)])
+def test_the_target_is_the_average_of_the_online_network(name: str, base: float) -> None:
+    method: Any = _method(name)
+    before = [p.clone() for p in method.target.parameters()]
+    with torch.no_grad():
+        for p in method.online.parameters():
+            p.add_(1.0)
+    method.after_step(0.5)
+    decay = cosine_decay(base, 0.5) if name == "byol" else base
+    for old, new, online in zip(before, method.target.parameters(), method.online.parameters(), strict=True):
+        assert torch.allclose(new, decay * old + (1 - decay) * online, atol=1e-6)
+        assert not new.requires_grad
+
+
+def test_the_schedule_of_the_average_is_the_papers() -> None:
+    from models.torchvision import load_torchvision
+
+    load_torchvision()
+    from lightly.utils.scheduler import cosine_schedule
+
+    for step in range(101):
+        assert cosine_decay(0.996, step / 100) == pytest.approx(cosine_schedule(step, 101, 0.996, 1), abs=1e-12)
+
+
+def test_shuffled_keys_have_other_company_and_come_back_in_order() -> None:
+    """In evaluation mode company does not matter, so that only the order could differ."""
+    shuffled, plain = _method("moco", batch_norm="shuffle"), _method("moco", batch_norm="split")
+    images = _views()["views"][1]
+    assert not torch.allclose(shuffled._key(images), plain._key(images))  # type: ignore[operator]
+    for method in (shuffled, plain):
+        method.eval()
+        for module in method.modules():
+            if isinstance(module, nn.BatchNorm2d | nn.BatchNorm1d):
+                module.reset_running_stats()
+    assert torch.allclose(shuffled._key(images), plain._key(images), atol=1e-5)  # type: ignore[operator]
+
+
+def test_split_batch_norm_is_batch_norm_of_each_part() -> None:
+    images = torch.randn(12, 5, 4, 4)
+    whole = nn.Sequential(nn.BatchNorm2d(5))
+    split = split_batch_norm(nn.Sequential(nn.BatchNorm2d(5)), 3)
+    assert isinstance(split[0], SplitBatchNorm2d)  # type: ignore[index]
+    out = split(images)
+    for part in range(3):
+        assert torch.allclose(out[part::3], nn.BatchNorm2d(5)(images[part::3]), atol=1e-6)
+    whole(images)
+    assert torch.allclose(split[0].running_mean, whole[0].running_mean, atol=1e-6)  # type: ignore[index, union-attr]
+    assert torch.allclose(split.eval()(images), whole.eval()(images), atol=0.2)  # the variances of parts are smaller
+    with pytest.raises(ValueError, match="does not split"):
+        split.train()(images[:10])
+
+
+def _worker(rank: int, port: int, out: str, name: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    method: Any = DistributedDataParallel(_frozen_statistics(name))
+    views = _views(dtype=torch.float64)["views"][:, rank * 4 : rank * 4 + 4]
+    loss = method({"views": views})["loss"]
+    loss.backward()
+    mean = loss.detach().clone()
+    dist.all_reduce(mean)
+    method.module.after_step(0.0)
+    if rank == 0:
+        gradients = {name: p.grad for name, p in method.module.named_parameters() if p.grad is not None}
+        torch.save({"gradients": gradients, "loss": mean / 2, "queue": getattr(method.module, "queue", None)}, out)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _frozen_statistics(name: str) -> ViewMethod:
+    name, _, version = name.partition(" ")
+    options = {"version": version, "batch_norm": "sync"} if version else {}
+    method = _method(name, **options).double().train()
+    for module in method.modules():  # statistics of a part are not those of the whole; everything else must agree
+        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
+            module.eval()
+    return method
+
+
+@pytest.mark.parametrize("name", ["simclr", "moco v2", "moco v3", "byol", "vicreg"])
+def test_two_ranks_have_the_gradient_and_the_queue_of_the_whole_batch(tmp_path: Path, name: str) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(_worker, (port, str(tmp_path / "out.pt"), name), nprocs=2)
+    got = torch.load(tmp_path / "out.pt", weights_only=True)
+    method = _frozen_statistics(name)
+    whole = method(_views(dtype=torch.float64))["loss"]
+    whole.backward()
+    method.after_step(0.0)
+    assert abs(float(whole.detach() - got["loss"])) < 1e-10
+    expected = {name: p.grad for name, p in method.named_parameters() if p.grad is not None}
+    assert got["gradients"].keys() == expected.keys()
+    assert max(float((got["gradients"][key] - expected[key]).abs().max()) for key in expected) < 1e-10
+    if isinstance(method, MoCoMethod) and len(method.queue):
+        assert torch.allclose(got["queue"], method.queue, atol=1e-12)
+
+
+def test_own_folder_from_the_command_line(
+    tmp_path: Path, encoded: Callable[..., bytes], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for index in range(20):
+        folder = tmp_path / "photos" / ("cats" if index % 2 else "dogs")
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{index}.jpg").write_bytes(encoded(index))
+    arguments = ["simclr", "--data", f"{tmp_path}/photos", "--out", f"{tmp_path}/out", "--run-dir", f"{tmp_path}/run"]
+    arguments += ["--steps", "3", "--batch-size", "8", "--chunk", "4", "--image-size", "16", "--precision", "fp32"]
+    arguments += ["--encoder-options", json.dumps(SMALL), "--evaluate-every", "2"]
+    assert main(arguments) == 0
+    metrics = load_checkpoint(tmp_path / "out").provenance["metrics"]
+    assert set(metrics) == {f"{tmp_path}/photos_knn", f"{tmp_path}/photos_linear"}
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert any(f"{tmp_path}/photos_knn" in line for line in log if line["kind"] == "evaluation")
+    evaluate = ["evaluate", f"{tmp_path}/out", "--data", f"{tmp_path}/photos", "--json", "--fine-tune", "0.1", "0.5"]
+    assert main(evaluate) == 0
+    printed = capsys.readouterr().out
+    shares = {f"{tmp_path}/photos_fine_tuned_{share}_percent" for share in (10, 50)}
+    assert json.loads(printed[printed.index("{") :]).keys() == metrics.keys() | shares
+
+
+def test_an_image_encoder_is_judged_by_what_has_classes(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = EncoderModel(image={"name": "conv", "image_size": 32, "channels": 32, "blocks": [1, 1], "depth": 0}).eval()
+    figures = evaluate_model(model, ["scenes"])
+    assert set(figures) == {"scenes_colour_linear", "scenes_shape_linear"}
+    assert figures["scenes_colour_linear"] > 0.2  # guessing is 0.1, and colours show through random weights
+
+
+def test_one_seed_gives_one_run(tmp_path: Path) -> None:
+    train = discover()["byol"].train
+    one, two, other = (
+        load_checkpoint(train(_options("byol", tmp_path / name, trainer=replace(TRAINER, seed=seed)))).state_dict()
+        for name, seed in (("a", 0), ("b", 0), ("c", 1))
+    )
+    assert all(torch.equal(value, two[key]) for key, value in one.items())
+    assert not all(torch.equal(value, other[key]) for key, value in one.items())

@@ -1,0 +1,111 @@
+"""A run from its data sets to a checkpoint folder: what every method's `train` does around its own model."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from models.checkpoint import load_checkpoint, save_checkpoint
+from models.errors import CheckpointError
+from models.readers import BadRows
+from training.data import Batches, Source
+from training.distributed import rank, world_size
+from training.export import SKELETON
+from training.figures import evaluate_model
+from training.method import Method
+from training.options import RunOptions
+from training.pictures import open_source
+from training.provenance import provenance
+from training.trainer import Evaluate, Trainer
+
+M = TypeVar("M", bound=nn.Module)
+
+
+@dataclass
+class RunData:
+    """The opened data sets of a run. side: in pixels, at which pictures are held."""
+
+    sources: list[Source]
+    weights: list[float]
+    side: int
+    bad: BadRows
+
+    @property
+    def described(self) -> list[str]:
+        """Each data set's name and size, for the model card."""
+        return [f"{source.name}: {source.size() or 'unlimited'}" for source in self.sources]
+
+
+def open_data(options: RunOptions, side: int, *, captioned: bool = True) -> RunData:
+    """Open the data sets that the options name. Raises DataError with the way out."""
+    bad = BadRows(options.max_bad)
+    opened = [
+        open_source(spec, side, bad, options.data_root, options.hold, captioned=captioned) for spec in options.data
+    ]
+    return RunData([source for source, _ in opened], [weight for _, weight in opened], side, bad)
+
+
+def batch_options(options: RunOptions) -> dict[str, Any]:
+    """What `training.data.Batches` needs to know of the options and of this process."""
+    return {
+        "batch_size": options.batch_size,
+        "steps": options.trainer.steps * options.trainer.accumulate,
+        "chunk": options.chunk,
+        "seed": options.trainer.seed,
+        "rank": rank(),
+        "world_size": world_size(),
+    }
+
+
+def starting_model(options: RunOptions, kind: type[M]) -> M | None:
+    """The model of `init`, ready to be trained on; None where the run starts from nothing.
+
+    Raises CheckpointError for a checkpoint of another kind.
+    """
+    if options.init is None:
+        return None
+    model: Any = load_checkpoint(options.init)
+    if options.matryoshka:
+        model.config["truncatable"] = list(options.matryoshka)
+    if isinstance(model, kind):
+        return model.train()
+    raise CheckpointError(
+        f"{options.init} holds another kind of model ({type(model).__name__}); this method needs {kind.__name__}"
+    )
+
+
+def run_training(
+    name: str, options: RunOptions, method: Method, batches: Batches, data: RunData, evaluate: Evaluate | None
+) -> Path:
+    """Train to the end, or go on with a run that was interrupted; write what the method keeps, and its figures.
+
+    evaluate: for the log, while training. -> the checkpoint folder. Raises what Trainer.fit raises.
+    """
+    model = method.export()
+    run, out = Path(options.run_dir or f"runs/{Path(options.out).name}"), Path(options.out)
+    # Now, for the code on the disk may be another when the run ends.
+    record = provenance(name, options, data.described, getattr(model, "provenance", {}))
+    if rank() == 0:
+        save_checkpoint(model, run / SKELETON, provenance=record)
+    trainer = Trainer(method, batches, options.trainer, run, evaluate=evaluate, extra=_identity(options))
+    trained = trainer.fit()
+    if rank() != 0:
+        return out
+    record |= {"steps": trainer.step, "training_seconds": round(trainer.spent), "skipped_rows": len(data.bad.rows)}
+    save_checkpoint(trained, out, provenance=record, dtype=torch.float16)
+    if options.evaluate:
+        # What is measured is what was written, rounded to half precision.
+        record["metrics"] = evaluate_model(out, data=options.data, data_root=options.data_root)
+        save_checkpoint(trained, out, provenance=record, dtype=torch.float16)
+    return out
+
+
+def _identity(options: RunOptions) -> dict[str, Any]:
+    """What a run that goes on must have in common with the one that began."""
+    free = {"trainer", "out", "run_dir", "data_root", "max_bad", "hold", "evaluate"}
+    values = asdict(options)
+    return {item.name: values[item.name] for item in fields(options) if item.name not in free}
