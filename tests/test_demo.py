@@ -54,5 +54,5 @@ def test_a_red_star_is_found_at_once(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert semblance(["search", "a red star", "--json", *place]) == 0
     hits = json.loads(capsys.readouterr().out)["hits"]
     shown = ["red star" in hit["caption"] for hit in hits]
-    assert all(shown[:3])
-    assert sum(shown) >= 8
+    assert all(shown[:5])
+    assert sum(shown) >= 7  # of the fourteen that the collection has

@@ -129,16 +129,14 @@ def visualize_features(
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     if out.suffix == ".html":
-        import plotly.express as express
+        from plotly.graph_objects import Figure as Page
+        from plotly.graph_objects import Scattergl
 
-        page = express.scatter(
-            x=places[:, 0],
-            y=places[:, 1],
-            color=names,
-            hover_name=[f"{name} ({row})" for row, name in enumerate(names)],
-            title=title or method,
-            labels={"color": "label", "x": "", "y": ""},
-        )
+        page = Page(layout={"title": title or method})
+        for name in sorted(set(names)):
+            rows = [row for row, other in enumerate(names) if other == name]
+            texts = [f"{name} ({row})" for row in rows]
+            page.add_trace(Scattergl(x=places[rows, 0], y=places[rows, 1], mode="markers", name=name, text=texts))
         page.write_html(out, include_plotlyjs=True)
         return out
     from matplotlib.backends.backend_agg import FigureCanvasAgg

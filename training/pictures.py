@@ -118,17 +118,21 @@ def data_root(option: str | None = None) -> Path:
 
 
 def records_of(name: str, root: Path, split: str, bad: BadRows) -> list[Record]:
-    """The records of a named set whose split is "train" or "val"."""
-    found = []
+    """The records of a named set whose split is "train" or "val".
+
+    Some emoji styles draw two concepts alike, one of either split: such a picture counts as validation alone.
+    """
+    splits: dict[str, list[Record]] = {"train": [], "val": []}
     for shard in SETS[name].shards:
         # Most sets write the split into each record; the others list the keys of the validation split in their index.
         index = root / Path(shard).parent / "index.json"
         held = set(json.loads(index.read_text()).get("val_keys", ())) if index.is_file() else set()
         for record in read(str(root / shard), bad):
             of = record.meta.get("split") or ("val" if record.meta["key"] in held else "train")
-            if of == split:
-                found.append(record)
-    return found
+            splits[of].append(record)
+    validation = {record.image for record in splits["val"]}
+    splits["train"] = [record for record in splits["train"] if record.image not in validation]
+    return splits[split]
 
 
 def unseen_drawing(record: Record) -> bool:

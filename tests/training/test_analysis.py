@@ -80,7 +80,8 @@ def test_maps_keep_classes_together_and_are_the_same_again(tmp_path: Path) -> No
         assert float((choice == torch.arange(3).repeat_interleave(20)).float().mean()) > 0.9
     with pytest.raises(ValueError, match="choose pca, tsne or umap"):
         project_features(rows, "lda")  # type: ignore[arg-type]
-    assert Image.open(visualize_features(rows, labels, out=tmp_path / "map.png")).size[0] > 500
+    with Image.open(visualize_features(rows, labels, out=tmp_path / "map.png")) as picture:
+        assert picture.size[0] > 500
     page = visualize_features(rows, labels, out=tmp_path / "map.html").read_text()
     assert "ant" in page
     assert "<script src=" not in page  # it works without a network
@@ -98,7 +99,8 @@ def test_neighbour_sheets_show_the_query_first(tmp_path: Path) -> None:
     images = torch.zeros(12, 3, 8, 8, dtype=torch.uint8)
     images[:6, 0], images[6:, 2] = 255, 255
     features = F.one_hot(torch.arange(12) // 6, 2).float()
-    sheet = Image.open(neighbour_sheet(features, images, tmp_path / "sheet.png", queries=12, k=5))
+    with Image.open(neighbour_sheet(features, images, tmp_path / "sheet.png", queries=12, k=5)) as file:
+        sheet = file.copy()
     for row in range(12):
         colours = {sheet.getpixel((4 + place * 100 + 48, row * 100 + 4 + 48)) for place in range(6)}
         assert len(colours) == 1
@@ -112,7 +114,7 @@ def test_fine_tuning_takes_a_share_of_each_class() -> None:
     torch.manual_seed(0)
     encoder = EncoderModel(image={"name": "conv", "image_size": 16, "channels": 8, "blocks": [1], "depth": 0})
     before = {name: value.clone() for name, value in encoder.state_dict().items()}
-    found = fine_tuning_evaluation(encoder, images, labels, images, labels, share=0.2, epochs=20, batch_size=6)
+    found = fine_tuning_evaluation(encoder, images, labels, images, labels, share=0.2, epochs=60, batch_size=6, lr=0.01)
     assert found == {"accuracy": 1.0, "labels": 12.0}
     assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
     assert fine_tuning_evaluation(encoder, images, labels, images, labels, share=0.001, epochs=1)["labels"] == 3
@@ -135,5 +137,6 @@ def test_analysis_and_contact_sheets_from_the_command_line(
     for method in ("simclr", "moco", "byol", "vicreg"):
         arguments = ["views", method, "--data", f"{tmp_path}/photos", "--out", sheet, "--image-size", "48"]
         assert main([*arguments, "--count", "3", "--draws", "2"]) == 0
-        assert Image.open(sheet).size == (5 * 52 + 4, 3 * 52 + 4)
+        with Image.open(sheet) as picture:
+            assert picture.size == (5 * 52 + 4, 3 * 52 + 4)
     assert "views.png" in capsys.readouterr().out
