@@ -26,6 +26,7 @@ format: .venv/.test
 train-demo: .venv/.test
 	$(BIN)/semblance-train clip --preset demo
 	$(BIN)/semblance-train clip --preset demo-finish
+	$(BIN)/semblance-train clip --preset demo-refine
 	$(BIN)/semblance-train scenes --out checkpoints/demo/scenes.tar.gz
 
 torture: .venv/.test

@@ -24,7 +24,8 @@ class Augmentation:
     scale: range of the crop's share of the area; above 1 the picture shrinks onto the background. ratio: range of the
     crop's aspect (log-uniform). flip: probability of a horizontal flip. turn: degrees either way. brightness, contrast,
     saturation: factors from 1-x to 1+x. hue: turns of the colour circle either way, in YIQ. grayscale: probability.
-    background: probability that transparent parts lie on a random colour in place of white.
+    background: probability that transparent parts lie on a random colour in place of white. collage: probability that
+    one side of the picture, up to half of it, shows another of the same batch (CutMix, arXiv:1905.04899).
     """
 
     scale: tuple[float, float] = (1.0, 1.0)
@@ -37,6 +38,7 @@ class Augmentation:
     hue: float = 0.0
     grayscale: float = 0.0
     background: float = 0.0
+    collage: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,28 @@ def apply_parameters(images: Tensor, size: int, parameters: Parameters) -> Tenso
     mean = coloured.mean((1, 2, 3), keepdim=True)
     coloured = (coloured - mean) * parameters.contrast.view(-1, 1, 1, 1) + mean
     return coloured.mul(255).round().clamp(0, 255).byte()
+
+
+def collage(images: Tensor, probability: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Some pictures with a strip, two to three fifths wide or high, of another, in its place. (B, C, H, W) -> the same
+    shape, and for each the row that the strip is of, its own where there is none: int64 (B,).
+
+    The strip is about a half, so that both pictures are shown alike and no share needs to be kept; CutMix draws it
+    uniformly.
+    """
+
+    def drawn() -> Tensor:
+        return torch.rand(len(images), generator=generator, device=generator.device)
+
+    rows = torch.arange(len(images), device=images.device)
+    others = torch.where(drawn() < probability, torch.randperm(len(images), generator=generator), rows)
+    share, turned, upright = 0.4 + 0.2 * drawn(), drawn() < 0.5, drawn() < 0.5
+    height, width = images.shape[-2:]
+    across = ((torch.arange(width) + 0.5) / width).view(1, 1, -1)
+    along = ((torch.arange(height) + 0.5) / height).view(1, -1, 1)
+    place = torch.where(upright.view(-1, 1, 1), along, across)
+    strip = torch.where(turned.view(-1, 1, 1), 1 - place, place) < share.view(-1, 1, 1)
+    return torch.where(strip[:, None], images[others], images), others
 
 
 def _colour_matrix(saturation: Tensor, hue: Tensor) -> Tensor:

@@ -20,11 +20,11 @@ from torch.utils.data import DataLoader, Dataset
 from models.errors import DataError
 from models.readers import UNREADABLE, BadRows, Record, fit_rgba, open_picture
 from training import scenes
-from training.augment import Augmentation, augment
+from training.augment import Augmentation, augment, collage
 from training.method import Batch
 
 log = logging.getLogger(__name__)
-CAPTION_IDS = 8  # of a picture's captions, so many are told apart from negatives; batches need one width on all ranks
+CAPTION_IDS = 16  # of a picture's captions, so many are told apart from negatives; batches need one width on all ranks
 Tokenize = Callable[[Sequence[str]], Tensor]
 
 
@@ -64,9 +64,9 @@ class ArraySource:
         return len(self.images)
 
     def draw(self, rows: np.ndarray, size: int, rng: np.random.Generator) -> tuple[Tensor, list[list[str]]]:
-        generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-        images = augment(self.images[torch.from_numpy(rows)], size, self.augmentation, generator)
-        return images, [_shuffled_first(self.captions[row], rng) for row in rows]
+        return _changed(
+            self.images[torch.from_numpy(rows)], [self.captions[row] for row in rows], size, self.augmentation, rng
+        )
 
     def pictures(self, rows: np.ndarray, size: int, rng: np.random.Generator) -> Tensor:
         images = self.images[torch.from_numpy(rows)]
@@ -100,12 +100,10 @@ class StreamSource:
         return len(self.records)
 
     def draw(self, rows: np.ndarray, size: int, rng: np.random.Generator) -> tuple[Tensor, list[list[str]]]:
-        generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
         decoded = [self._decode(int(row), self.side) for row in rows]
         pixels = torch.from_numpy(np.stack([picture for _, picture in decoded]))
         captions = [self.captions[row] for row, _ in decoded]
-        images = augment(pixels, size, self.augmentation, generator)
-        return images, [_shuffled_first(texts, rng) for texts in captions]
+        return _changed(pixels, captions, size, self.augmentation, rng)
 
     def pictures(self, rows: np.ndarray, size: int, rng: np.random.Generator) -> Tensor:
         return torch.from_numpy(np.stack([self._decode(int(row), size)[1] for row in rows]))
@@ -261,6 +259,22 @@ def _opaque(images: Tensor) -> Tensor:
         return images
     opacity = images[:, 3:].float() / 255
     return (images[:, :3] * opacity + 255 * (1 - opacity)).round().byte()
+
+
+def _changed(
+    pixels: Tensor, captions: list[list[str]], size: int, recipe: Augmentation, rng: np.random.Generator
+) -> tuple[Tensor, list[list[str]]]:
+    """Augmented pictures, and the captions of each, the one to train on first; a collage has those of both pictures."""
+    generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+    images = augment(pixels, size, recipe, generator)
+    texts = [_shuffled_first(own, rng) for own in captions]
+    if recipe.collage:
+        images, others = collage(images, recipe.collage, generator)
+        texts = [
+            own if other == row else [own[0], *captions[other], *own[1:]]
+            for row, (own, other) in enumerate(zip(texts, others.tolist(), strict=True))
+        ]
+    return images, texts
 
 
 def _shuffled_first(texts: list[str], rng: np.random.Generator) -> list[str]:

@@ -55,19 +55,24 @@ RELATIONS = {
 }
 
 
-def caption(key: SceneKey, row: int, rng: np.random.Generator | None = None) -> str:
-    """One caption of a scene: colours and shapes always, the rest sometimes. Without rng the canonical one.
+def caption(key: SceneKey, row: int, rng: np.random.Generator | None = None, whole: bool = False) -> str:
+    """One caption of a scene: colours and shapes always, the rest sometimes or, if `whole`, always. Without rng the
+    canonical one.
 
     The canonical caption names everything but sizes of rows and columns, first slot first, without synonyms; of a scene
     with one object inside another it tells the inner one first.
     """
+
+    def sometimes(share: float) -> bool:
+        return rng is None or rng.random() < share or whole
+
     kind = int(key.kind[row])
     count = int((key.shapes[row] >= 0).sum())
-    sized = count < 3 and (rng is None or rng.random() < 0.5)
+    sized = count < 3 and sometimes(0.5)
     objects = [_object(key, row, slot, sized, rng) for slot in range(count)]
     if count == 1:
         text = objects[0]
-        if rng is None or rng.random() < 0.5:
+        if sometimes(0.5):
             text += " " + PLACE_WORDS[int(key.place[row])]
     elif count == 2:
         turned = kind == 3 if rng is None else bool(rng.random() < 0.5)
@@ -77,8 +82,11 @@ def caption(key: SceneKey, row: int, rng: np.random.Generator | None = None) -> 
     else:
         line = "row" if kind == 4 else "column"
         text = f"{objects[0]}, {objects[1]} and {objects[2]} in a {line}"
-    if rng is None or rng.random() < 0.5:
-        text += f" on {_background(key, row, rng)}"
+    if sometimes(0.5):
+        words = [BACKGROUND_WORDS[key.background[row]], "background"]
+        if sometimes(0.6):
+            words.insert(0, PATTERN_WORDS[key.pattern[row]])
+        text += " on " + _article(" ".join(words))
     if rng is not None and rng.random() < 0.15:
         text = f"a picture of {text}"
     return text
@@ -103,13 +111,6 @@ def _object(key: SceneKey, row: int, slot: int, sized: bool, rng: np.random.Gene
     words = [_choose(COLOUR_WORDS[key.colours[row, slot]], rng), _choose(SHAPE_WORDS[key.shapes[row, slot]], rng)]
     if sized:
         words.insert(0, _choose(SIZE_WORDS[key.sizes[row, slot]], rng))
-    return _article(" ".join(words))
-
-
-def _background(key: SceneKey, row: int, rng: np.random.Generator | None) -> str:
-    words = [BACKGROUND_WORDS[key.background[row]], "background"]
-    if rng is None or rng.random() < 0.6:
-        words.insert(0, PATTERN_WORDS[key.pattern[row]])
     return _article(" ".join(words))
 
 

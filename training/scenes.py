@@ -107,16 +107,18 @@ def sample(
     """Draw n scenes; the same arguments give the same pixels and captions.
 
     holdout: "exclude" the held-out colour x shape pairs (for training), "only" scenes with such a pair, or "any".
-    group: runs of this many scenes share background, arrangement and colours and differ in shapes or in which object is
-    where: the hard negatives of contrastive training. Raises ValueError for an unknown kind or holdout.
+    group: runs of this many scenes differ in little, the hard negatives of contrastive training: half of the runs in
+    shapes or in which object is where, half of them in pattern, size and place, or background, and their captions then
+    tell all of it. Raises ValueError for an unknown kind or holdout.
     """
     unknown = set(kinds) - set(KINDS)
     if unknown or holdout not in ("exclude", "only", "any"):
         raise ValueError(f"unknown kinds {sorted(unknown)} or holdout {holdout!r}; kinds are {', '.join(KINDS)}")
     rng = np.random.default_rng([seed, n, 64, group])
     key = sample_key(n, rng, holdout, kinds, group)
+    same_objects = _same_objects(key, group)
     images = torch.cat([render(key.take(rows), size, rng) for rows in np.split(np.arange(n), range(256, n, 256))])
-    texts = [[caption(key, i, rng) for _ in range(captions)] for i in range(n)]
+    texts = [[caption(key, i, rng, whole=same_objects[i]) for _ in range(captions)] for i in range(n)]
     return Scenes(images, key, texts, [caption(key, i) for i in range(n)])
 
 
@@ -150,25 +152,39 @@ def _propose(n: int, rng: np.random.Generator, kinds: tuple[str, ...], group: in
     colours = grouped(rng.integers(0, 10, (bases, 3)))
     # In a group the first scene is the base; of the others one has fresh shapes, one its colours exchanged and one its
     # objects, with nothing else changed that a caption could tell: what is left is the binding and the place.
+    # Half of the groups keep their objects: one scene has a fresh pattern, one fresh sizes and places, one a fresh
+    # background. Without these, patterns and places were what unseen scenes were mistaken in.
     shapes = grouped(rng.integers(0, 10, (bases, 3)))
-    sizes, positions, radii, place = _arrange(kind, rng, n, group)
+    mode = np.tile(np.arange(group) % 4, bases)
+    if group > 1:
+        mode += 4 * grouped(rng.random(bases) < 0.35)  # half of what is left, for fewer of these are rejected
+    keeps = mode >= 4
+    sizes, positions, radii, place = _arrange(kind, rng, n, group, mode == 6)
     if group > 1:
         order = _EXCHANGE[np.where(COUNTS[kind] == 3, rng.integers(1, 6, n), np.where(COUNTS[kind] == 2, 1, 0))]
-        mode = np.tile(np.arange(group) % 4, bases)
         fresh = rng.integers(0, 10, (n, 3))
-        shapes = np.where((mode == 1)[:, None] | ((mode > 1) & (COUNTS[kind] == 1))[:, None], fresh, shapes)
+        shapes = np.where(((mode == 1) | (~keeps & (mode > 1) & (COUNTS[kind] == 1)))[:, None], fresh, shapes)
         moved = np.take_along_axis(colours, order, 1)
-        colours = np.where((mode >= 2)[:, None], moved, colours)
+        colours = np.where((~keeps & (mode >= 2))[:, None], moved, colours)
         shapes = np.where((mode == 3)[:, None], np.take_along_axis(shapes, order, 1), shapes)
         move = ((mode == 3) & (kind != KINDS.index("inside")))[:, None]  # what is inside stays the smaller one
         sizes = np.where(move, np.take_along_axis(sizes, order, 1), sizes)
         radii = np.where(move, np.take_along_axis(radii, order, 1), radii)
     outer = kind == KINDS.index("inside")
     shapes[outer, 0] = np.array(OUTER_SHAPES)[rng.integers(0, len(OUTER_SHAPES), outer.sum())]
+    shapes = np.where(keeps[:, None], grouped(shapes[::group]), shapes)
     if plant:
         slot = rng.integers(0, COUNTS[kind])
         rows = np.arange(n)
         colours[rows, slot] = held_out_colour(shapes[rows, slot])
+    background = grouped(rng.integers(0, len(BACKGROUNDS), bases))
+    pattern = grouped(rng.integers(0, len(PATTERNS), bases))
+    style = rng.random((n, 4))
+    if group > 1:
+        # Of three in a row or column no caption tells sizes or places.
+        patterned = (mode == 5) | ((mode == 6) & (COUNTS[kind] == 3))
+        pattern = np.where(patterned, rng.integers(0, len(PATTERNS), n), pattern)
+        background = np.where(mode == 7, rng.integers(0, len(BACKGROUNDS), n), background)
     hide = ~used
     return SceneKey(
         kind=kind,
@@ -178,9 +194,9 @@ def _propose(n: int, rng: np.random.Generator, kinds: tuple[str, ...], group: in
         positions=np.where(hide[..., None], np.nan, positions),
         radii=np.where(hide, np.nan, radii),
         place=place,
-        background=grouped(rng.integers(0, len(BACKGROUNDS), bases)),
-        pattern=grouped(rng.integers(0, len(PATTERNS), bases)),
-        style=rng.random((n, 4)),
+        background=background,
+        pattern=pattern,
+        style=style,
     )
 
 
@@ -197,11 +213,26 @@ def _allowed(key: SceneKey, holdout: Holdout) -> np.ndarray:
     return fine & held.any(1) if holdout == "only" else fine
 
 
-def _arrange(kind: np.ndarray, rng: np.random.Generator, n: int, group: int) -> tuple[np.ndarray, ...]:
-    """Sizes, centres and radii for each arrangement, and the place of single objects; groups share sizes, place."""
+def _same_objects(key: SceneKey, group: int) -> np.ndarray:
+    """Whether a scene's whole group has the same objects, so that its captions must tell what is different. (N,)"""
+    if group == 1:
+        return np.zeros(len(key), bool)
+    first = np.arange(len(key)) // group * group
+    same = ((key.shapes == key.shapes[first]) & (key.colours == key.colours[first])).all(1)
+    return np.logical_and.reduceat(same, np.arange(0, len(key), group))[first // group]
+
+
+def _arrange(
+    kind: np.ndarray, rng: np.random.Generator, n: int, group: int, alone: np.ndarray
+) -> tuple[np.ndarray, ...]:
+    """Sizes, centres and radii for each arrangement, and the place of single objects. Groups share sizes and place but
+    for the scenes that are `alone`."""
 
     def drawn(high: int, *shape: int) -> np.ndarray:
-        return np.repeat(rng.integers(0, high, (n // group, *shape)), group, axis=0)
+        values = np.repeat(rng.integers(0, high, (n // group, *shape)), group, axis=0)
+        if alone.any():
+            values[alone] = rng.integers(0, high, (int(alone.sum()), *shape))
+        return values
 
     sizes = drawn(3, 3)
     centres = np.full((n, 3, 2), 32.0)

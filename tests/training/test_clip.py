@@ -155,7 +155,7 @@ def test_every_option_has_its_explanation(method: str) -> None:
 
 
 def test_presets_are_whole_options_and_methods_are_found() -> None:
-    assert set(presets()) == {"tiny-cpu", "demo", "demo-finish"}
+    assert set(presets()) == {"tiny-cpu", "demo", "demo-finish", "demo-refine"}
     assert "clip" in discover()
 
 

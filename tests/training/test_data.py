@@ -286,3 +286,23 @@ def test_hub_sets_where_the_package_is_installed(
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(DataError, match=r"semblance\[hub\]"):
         list(read("hf:owner/name", bad))
+
+
+def test_a_collage_shows_two_pictures_and_goes_by_the_captions_of_both() -> None:
+    """Rows of one grey value each: what a picture shows can be read off it."""
+    values = torch.arange(1, 9, dtype=torch.uint8) * 20
+    pictures = values.view(8, 1, 1, 1).expand(8, 3, 20, 20).contiguous()
+    captions = [[f"{value}", f"grey {value}"] for value in values.tolist()]
+    drawn = 0
+    for seed in range(10):
+        source = ArraySource("grey", pictures, captions, Augmentation(collage=0.5))
+        images, texts = source.draw(np.arange(8), 20, np.random.default_rng(seed))
+        for row, (image, own) in enumerate(zip(images, texts, strict=True)):
+            shown, counts = image[0].unique(return_counts=True)
+            share = (counts / 400)[shown == values[row]]
+            assert {text.removeprefix("grey ") for text in own} == {str(value) for value in shown.tolist()}
+            assert own[0] in captions[row]  # trained on a caption of the picture whose turn it is
+            if len(shown) == 2:
+                drawn += 1
+                assert 0.35 <= float(share) <= 0.65
+    assert 15 < drawn < 60

@@ -7,7 +7,15 @@ import pytest
 import torch
 
 from training import scenes
-from training.scene_captions import COLOUR_WORDS, SHAPE_WORDS, caption, swapped_colours, swapped_relation
+from training.scene_captions import (
+    BACKGROUND_WORDS,
+    COLOUR_WORDS,
+    PATTERN_WORDS,
+    SHAPE_WORDS,
+    caption,
+    swapped_colours,
+    swapped_relation,
+)
 
 
 def test_the_same_seed_gives_the_same_pixels_and_words() -> None:
@@ -59,12 +67,25 @@ def test_sizes_scale_and_objects_stay_inside() -> None:
     assert scenes.sample(3, size=96).images.shape == (3, 3, 96, 96)
 
 
-def test_groups_share_background_and_kind_and_differ_in_their_words() -> None:
-    drawn = scenes.sample(400, seed=2, group=4, captions=0)
-    for name in ("background", "pattern", "kind"):
-        assert (getattr(drawn.key, name).reshape(-1, 4) == getattr(drawn.key, name).reshape(-1, 4)[:, :1]).all()
-    different = [len(set(drawn.canonical[i : i + 4])) for i in range(0, 400, 4)]
+def test_groups_differ_in_their_objects_or_in_all_around_them() -> None:
+    drawn = scenes.sample(800, seed=2, group=4, captions=1)
+    kind, background, pattern = (getattr(drawn.key, n).reshape(-1, 4) for n in ("kind", "background", "pattern"))
+    objects = np.concatenate([drawn.key.shapes, drawn.key.colours], 1).reshape(-1, 4, 6)
+    same = (objects == objects[:, :1]).all((1, 2))
+    assert 0.4 < same.mean() < 0.6
+    assert (kind == kind[:, :1]).all()
+    for around in (background, pattern):
+        assert (around[~same] == around[~same][:, :1]).all()
+    # Base, pattern, size and place (of three in a line: pattern), background.
+    assert (background[same][:, :3] == background[same][:, :1]).all()
+    assert 0.7 < (background[same][:, 3] != background[same][:, 0]).mean() < 0.95
+    assert 0.7 < (pattern[same][:, 1] != pattern[same][:, 0]).mean() < 0.9
+    different = [len(set(drawn.canonical[i : i + 4])) for i in range(0, 800, 4)]
     assert np.mean(different) > 3
+    for row in np.flatnonzero(np.repeat(same, 4)):  # a caption that leaves out what is different would be two scenes'
+        text = drawn.captions[row][0]
+        assert BACKGROUND_WORDS[drawn.key.background[row]] in text
+        assert PATTERN_WORDS[drawn.key.pattern[row]] in text
 
 
 def test_captions_name_every_colour_and_shape() -> None:

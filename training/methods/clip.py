@@ -62,7 +62,7 @@ def presets() -> dict[str, CLIPOptions]:
         vocab_size=1024,
         batch_size=128,
         chunk=128,
-        trainer=TrainerConfig(steps=3000, lr=1.5e-3, warmup=100, ema_decay=0.998, time_limit=285, save_every=0),
+        trainer=TrainerConfig(steps=3000, lr=1.5e-3, warmup=100, ema_decay=0.998, time_limit=275, save_every=0),
     )
     demo = CLIPOptions(
         data=("scenes", "emoji", "openclipart", "usda", "grocery", "crawl"),
@@ -83,12 +83,20 @@ def presets() -> dict[str, CLIPOptions]:
         demo,
         data=("scenes=6", "emoji=2.6", "openclipart=0.8", "usda=0.4", "grocery=3.4", "crawl=0.2"),
         init="runs/demo/first",
-        out="checkpoints/demo/clip",
+        out="runs/demo/second",
         run_dir="runs/demo-finish",
         batch_size=256,
         trainer=replace(demo.trainer, lr=8e-4, warmup=150, time_limit=1200),
     )
-    return {"tiny-cpu": tiny, "demo": demo, "demo-finish": finish}
+    refine = replace(
+        finish,
+        init="runs/demo/second",
+        out="checkpoints/demo/clip",
+        run_dir="runs/demo-refine",
+        batch_size=192,
+        trainer=replace(finish.trainer, lr=1e-3, evaluate_every=500, time_limit=5000),
+    )
+    return {"tiny-cpu": tiny, "demo": demo, "demo-finish": finish, "demo-refine": refine}
 
 
 class CLIPMethod(Method):
@@ -180,7 +188,8 @@ def train_clip(config: CLIPOptions | None = None, **keywords: Any) -> Path:
     torch.manual_seed(options.trainer.seed)
     model = starting_model(options, CLIPModel)
     size = model.preprocess.size if model else options.image_size
-    data = open_data(options, side=size * 5 // 4)
+    # Held at twice the side, crops are as sharp as the pictures that the model is shown later.
+    data = open_data(options, side=2 * size)
     if model is None:
         corpus = (text for source in data.sources for text in source.corpus())
         model = build_clip(options, TextTokenizer.train(corpus, options.vocab_size, options.context_length))
