@@ -61,6 +61,12 @@ def _shown(default: object) -> str:
     return "none" if default == () else f"{default:,}" if type(default) is int and default >= 10_000 else str(default)
 
 
+@pytest.mark.parametrize("folder", ["", "app", "training", "checkpoints/demo/clip"])
+def test_no_placeholder_waits_for_its_figure(folder: str) -> None:
+    prose = re.sub(r"```.*?```|`[^`]*`", "", (ROOT / folder / "README.md").read_text(), flags=re.DOTALL)
+    assert not re.findall(r"\b[A-Z]+(?:_[A-Z]+)+\b|\b(?:TODO|TBD|FIXME)\b", prose)
+
+
 def test_the_licence_is_whole() -> None:
     assert "Apache License" in (ROOT / "LICENSE").read_text()
     assert len((ROOT / "LICENSE").read_text().splitlines()) > 190
