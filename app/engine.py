@@ -205,7 +205,8 @@ def find_models(settings: Settings) -> dict[str, str]:
             )
         found[name] = reference
     for config in sorted(settings.checkpoints.glob("*/config.json")):
-        found.setdefault(config.parent.name, str(config.parent))
+        if describe_checkpoint(str(config.parent)).get("architecture") != "dvae":  # it embeds nothing
+            found.setdefault(config.parent.name, str(config.parent))
     return found
 
 
@@ -213,7 +214,10 @@ def load_engine(name: str, reference: str, settings: Settings) -> TorchEngine:
     """One model, on its device. Raises CheckpointError if it cannot be loaded."""
     from models.checkpoint import load_model  # brings open_clip with it, which takes a second
 
-    return TorchEngine(name, load_model(reference), device=settings.device, batch_size=settings.batch_size)
+    model = load_model(reference)
+    if not hasattr(model, "encode_image"):
+        raise CheckpointError(f"model {name!r} ({model.architecture}) embeds neither pictures nor texts; leave it out")
+    return TorchEngine(name, model, device=settings.device, batch_size=settings.batch_size)
 
 
 def load_engines(settings: Settings) -> Iterator[TorchEngine]:

@@ -28,7 +28,11 @@ from models.preprocess import Preprocess
 from models.tokenizers import TextTokenizer
 
 FORMAT = 1
-ARCHITECTURES = {"clip": "models.clip:CLIPModel", "encoder": "models.vision:EncoderModel"}
+ARCHITECTURES = {
+    "clip": "models.clip:CLIPModel",
+    "encoder": "models.vision:EncoderModel",
+    "dvae": "models.dvae:DiscreteVAE",
+}
 _KEYS = {"format", "architecture", "config", "preprocess", "context_length", "files", "provenance"}
 _PROVENANCE = ("data", "license", "command", "commit", "seed", "hardware", "metrics")
 HUB_PREFIXES = ("open_clip:", "hf-hub:")

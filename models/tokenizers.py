@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from models.dvae import DiscreteVAE
 
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
 
@@ -75,3 +79,28 @@ class TextTokenizer:
             line[1 : len(row) + 1] = row
             line[len(row) + 1] = self.eos_id
         return torch.from_numpy(tokens)
+
+
+class ImageTokenizer:
+    """Pictures as rows of ids, over a DiscreteVAE of any kind; row by row from the top left.
+
+    length: ids of a picture. grid: of its rows. vocab_size: how many ids there are.
+    """
+
+    def __init__(self, model: DiscreteVAE) -> None:
+        self.model = model
+        self.grid = model.grid
+        self.length = model.grid**2
+        self.vocab_size = model.codes
+        self.fingerprint = model.fingerprint
+
+    @torch.inference_mode()
+    def encode(self, images: Tensor) -> Tensor:
+        """uint8 (B, 3, S, S) -> int64 (B, length)."""
+        return self.model.encode(images).flatten(1)
+
+    @torch.inference_mode()
+    def decode(self, ids: Tensor) -> Tensor:
+        """int64 (B, length) -> uint8 (B, 3, S, S). Raises ValueError for an id that does not exist."""
+        pixels = self.model.decode(ids.view(len(ids), self.grid, self.grid))
+        return pixels.mul(255).round().byte()

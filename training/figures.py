@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.checkpoint import load_model
+from models.dvae import DiscreteVAE
 from models.errors import DataError
 from models.readers import BadRows, Record, decode, read
 from models.retrieval import compute_similarity, embed_images, embed_texts, image_text_retrieval, label_embeddings
@@ -31,6 +32,7 @@ from training.pictures import (
     species_usda,
     unseen_drawing,
 )
+from training.reconstruction import reconstruction_figures
 from training.scene_captions import swapped_colours, swapped_relation
 
 GROCERY_TEMPLATES = ("a photo of {}", "{} in a grocery store", "{}")
@@ -56,6 +58,8 @@ def evaluate_model(
 
 def evaluate_data(model: Any, name: str, root: str | None = None, seed: int = 0) -> dict[str, float]:
     """The figures of one data set, each named after it. Raises DataError for one that cannot judge this model."""
+    if isinstance(model, DiscreteVAE):
+        return reconstruction_figures(model, _pictures(model, name, root, seed), name)
     if model.tokenizer is None:
         return _features(model, name, root, seed)
     if name == "scenes":
@@ -67,6 +71,13 @@ def evaluate_data(model: Any, name: str, root: str | None = None, seed: int = 0)
     images, records = _decoded(model, read(name, BadRows()))
     source = ArraySource(name, images, [record.captions for record in records], labels=[r.label or "" for r in records])
     return evaluate_retrieval_source(model, source)
+
+
+def _pictures(model: Any, name: str, root: str | None, seed: int) -> Tensor:
+    """Pictures to judge a model by that takes no notice of texts and classes: uint8 (N, 3, S, S)."""
+    if name != "scenes":
+        return labelled_pictures(model, name, root)[0]
+    return scenes.sample(1000, size=model.preprocess.size, seed=_UNSEEN_SEED + 10 * seed + 6, captions=0).images
 
 
 def evaluate_scenes(model: Any, count: int = 1000, seed: int = 0) -> dict[str, float]:

@@ -11,7 +11,7 @@ from training.trainer import TrainerConfig
 
 @dataclass(frozen=True)
 class RunOptions:
-    """What to train on, with which encoder, and where to write; the methods add their own."""
+    """What to train on and where to write; the methods add their own."""
 
     data: tuple[str, ...] = option(
         ("scenes",),
@@ -29,14 +29,20 @@ class RunOptions:
         None, "checkpoint folder to go on from; its architecture, size and tokenizer stay (default: random weights)"
     )
     image_size: int = option(64, "side of the model's pictures in pixels")
-    encoder: str = option("conv", "image encoder: conv, resnet18/34/50, vit-tiny/small/base, timm:NAME")
-    encoder_options: dict[str, Any] = option({}, "its options as JSON, such as '{\"channels\": 48}'")
     batch_size: int = option(256, "pictures a step, of all processes together")
     chunk: int = option(64, "pictures that a batch takes from one data set at a time")
-    matryoshka: tuple[int, ...] = option((), "lengths at which embeddings shall be usable when cut, such as 64 128 256")
     max_bad: int = option(100, "rows that may be unreadable before the run stops")
     hold: float = option(
         4.0, "gigabytes a data set may take decoded; a larger one is decoded as it is drawn (by --workers)"
     )
     evaluate: bool = option(True, "measure the trained model and write the figures into its card")
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+
+
+@dataclass(frozen=True)
+class EncoderOptions(RunOptions):
+    """Options of every method whose models embed pictures."""
+
+    encoder: str = option("conv", "image encoder: conv, resnet18/34/50, vit-tiny/small/base, timm:NAME")
+    encoder_options: dict[str, Any] = option({}, "its options as JSON, such as '{\"channels\": 48}'")
+    matryoshka: tuple[int, ...] = option((), "lengths at which embeddings shall be usable when cut, such as 64 128 256")

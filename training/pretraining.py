@@ -16,7 +16,7 @@ from training.data import ArraySource, PictureBatches
 from training.figures import nearest_of_source
 from training.heads import ProjectedEncoder
 from training.method import Batch, Method, discover, option
-from training.options import RunOptions
+from training.options import EncoderOptions
 from training.pictures import open_source
 from training.run import batch_options, open_data, run_training, starting_model
 from training.trainer import TrainerConfig
@@ -24,7 +24,7 @@ from training.views import Recipe, ViewTransform
 
 
 @dataclass(frozen=True)
-class PretrainingOptions(RunOptions):
+class PretrainingOptions(EncoderOptions):
     """Options of every method that learns from views of pictures without labels."""
 
     held_size: int = option(

@@ -17,7 +17,7 @@ from training.distributed import rank, world_size
 from training.export import SKELETON
 from training.figures import evaluate_model
 from training.method import Method
-from training.options import RunOptions
+from training.options import EncoderOptions, RunOptions
 from training.pictures import open_source
 from training.provenance import provenance
 from training.trainer import Evaluate, Trainer
@@ -69,13 +69,18 @@ def starting_model(options: RunOptions, kind: type[M]) -> M | None:
     if options.init is None:
         return None
     model: Any = load_checkpoint(options.init)
-    if options.matryoshka:
+    if isinstance(options, EncoderOptions) and options.matryoshka:
         model.config["truncatable"] = list(options.matryoshka)
     if isinstance(model, kind):
         return model.train()
     raise CheckpointError(
         f"{options.init} holds another kind of model ({type(model).__name__}); this method needs {kind.__name__}"
     )
+
+
+def run_folder(options: RunOptions) -> Path:
+    """Where a run keeps its logs and its state."""
+    return Path(options.run_dir or f"runs/{Path(options.out).name}")
 
 
 def run_training(
@@ -86,7 +91,7 @@ def run_training(
     evaluate: for the log, while training. -> the checkpoint folder. Raises what Trainer.fit raises.
     """
     model = method.export()
-    run, out = Path(options.run_dir or f"runs/{Path(options.out).name}"), Path(options.out)
+    run, out = run_folder(options), Path(options.out)
     # Now, for the code on the disk may be another when the run ends.
     record = provenance(name, options, data.described, getattr(model, "provenance", {}))
     if rank() == 0:

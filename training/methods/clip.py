@@ -25,7 +25,7 @@ from training.distributed import world_size
 from training.figures import evaluate_model, evaluate_retrieval_source, evaluate_scenes
 from training.losses import CLIPLoss, SigLIPLoss, matryoshka, wide
 from training.method import Batch, Losses, Method, option
-from training.options import RunOptions
+from training.options import EncoderOptions
 from training.run import batch_options, open_data, run_training, starting_model
 from training.trainer import TrainerConfig
 
@@ -33,7 +33,7 @@ CLIPDataset = ArraySource
 
 
 @dataclass(frozen=True)
-class CLIPOptions(RunOptions):
+class CLIPOptions(EncoderOptions):
     """Train CLIP on pictures with captions."""
 
     out: str = option("checkpoints/clip", "checkpoint folder to write")

@@ -1,0 +1,35 @@
+"""What is left of pictures that went through an image tokenizer, and how its codes are used."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_BATCH = 128
+
+
+def psnr(images: Tensor, pixels: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in decibels, the mean over pictures. Both float (B, 3, S, S) in 0..1 -> scalar."""
+    error = (images.float() - pixels.float()).square().mean((1, 2, 3)).clamp(min=1e-10)
+    return (-10 * error.log10()).mean()
+
+
+def code_figures(codes: Tensor, count: int) -> dict[str, Tensor]:
+    """How evenly `count` codes are used: the exponential of the entropy of their shares (1 when one is all of them,
+    `count` when all are alike), and how many occur. codes: int64, any shape."""
+    shares = torch.bincount(codes.flatten(), minlength=count).float() / codes.numel()
+    entropy = -torch.xlogy(shares, shares).sum()
+    return {"perplexity": entropy.exp(), "codes_used": (shares > 0).sum().float()}
+
+
+@torch.inference_mode()
+def reconstruction_figures(model: Any, images: Tensor, name: str) -> dict[str, float]:
+    """PSNR of what a DiscreteVAE leaves of pictures, uint8 (N, 3, S, S), and the use of its codes over all of them."""
+    device = next(model.parameters()).device
+    codes = torch.cat([model.encode(part.to(device)) for part in images.split(_BATCH)])
+    pairs = zip(codes.split(_BATCH), images.split(_BATCH), strict=True)
+    ratios = [float(psnr(model.decode(c), part.to(device) / 255)) * len(part) for c, part in pairs]
+    used = {figure: float(value) for figure, value in code_figures(codes, model.codes).items()}
+    return {f"{name}_psnr": sum(ratios) / len(images)} | {f"{name}_{figure}": value for figure, value in used.items()}
