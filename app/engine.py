@@ -205,7 +205,7 @@ def find_models(settings: Settings) -> dict[str, str]:
             )
         found[name] = reference
     for config in sorted(settings.checkpoints.glob("*/config.json")):
-        if describe_checkpoint(str(config.parent)).get("architecture") != "dvae":  # it embeds nothing
+        if describe_checkpoint(str(config.parent)).get("architecture") not in ("dvae", "dalle"):  # they embed nothing
             found.setdefault(config.parent.name, str(config.parent))
     return found
 

@@ -32,6 +32,7 @@ ARCHITECTURES = {
     "clip": "models.clip:CLIPModel",
     "encoder": "models.vision:EncoderModel",
     "dvae": "models.dvae:DiscreteVAE",
+    "dalle": "models.dalle:DALLETransformer",
 }
 _KEYS = {"format", "architecture", "config", "preprocess", "context_length", "files", "provenance"}
 _PROVENANCE = ("data", "license", "command", "commit", "seed", "hardware", "metrics")

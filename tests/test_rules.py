@@ -14,7 +14,9 @@ ROOT = Path(__file__).parents[1]
 SOURCES = [file for package in ("app", "models", "training") for file in (ROOT / package).rglob("*.py")]
 NAMES = {
     "models.clip": ["CLIPModel", "CLIPImageEncoder", "CLIPTextEncoder"],
+    "models.dalle": ["DALLETransformer"],
     "models.dvae": ["DiscreteVAE"],
+    "models.generation": ["generate_image"],
     "models.tokenizers": ["ImageTokenizer", "TextTokenizer"],
     "models.retrieval": [
         "zero_shot_classification", "image_text_retrieval", "text_to_image_retrieval", "image_to_text_retrieval",

@@ -1,0 +1,236 @@
+"""DALL-E (arXiv:2102.12092): one causal transformer over the tokens of a text and then of its picture.
+
+Departures from the paper: rotary positions (arXiv:2104.09864), two-dimensional for the picture's tokens, in place of
+learned ones; normalised queries and keys (arXiv:2302.05442), which keep large learning rates stable; dense attention.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.dvae import DiscreteVAE
+from models.layers import init_transformer
+from models.tokenizers import TextTokenizer
+
+ROTARY_BASE = 100.0  # positions go to a few hundred; the 10,000 of language models would leave most pairs unturned
+
+
+@dataclass
+class KVCache:
+    """Keys and values of every layer, (layers, B, H, L, D) each, allocated once for the whole sequence."""
+
+    keys: Tensor
+    values: Tensor
+
+    def rows(self, kept: Tensor) -> KVCache:
+        """The cache of some rows, for when others have finished. kept: int64 (B',)."""
+        return KVCache(self.keys[:, kept], self.values[:, kept])
+
+
+class CausalAttention(nn.Module):
+    """Self-attention with rotary positions and normalised queries and keys. (B, L, W) -> (B, L, W).
+
+    cache: this layer's keys and values (B, H, T, D) and where each row's tokens stand in them, (B,). Without one, the
+    tokens are the whole sequence.
+    """
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        if width % heads or width // heads % 4:
+            raise ValueError(
+                f"width {width} over {heads} heads: a head needs a multiple of 4 numbers, for rows and columns"
+            )
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.out = nn.Linear(width, width, bias=False)
+        self.query_scale, self.key_scale = (nn.Parameter(torch.ones(width // heads)) for _ in range(2))
+
+    def forward(self, x: Tensor, turns: Tensor, cache: tuple[Tensor, Tensor, Tensor] | None = None) -> Tensor:
+        batch, length, width = x.shape
+        q, k, v = self.qkv(x).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        size = (q.shape[-1],)
+        q = _turned(F.rms_norm(q, size, self.query_scale.to(q.dtype)), turns)
+        k = _turned(F.rms_norm(k, size, self.key_scale.to(k.dtype)), turns)
+        if cache is None:
+            mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        else:
+            mixed = self._with_cache(q, k, v, *cache)
+        return self.out(mixed.transpose(1, 2).reshape(batch, length, width))
+
+    def _with_cache(self, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, start: Tensor) -> Tensor:
+        batch, _, length, _ = q.shape
+        places = start[:, None] + torch.arange(length, device=q.device)  # (B, L)
+        rows = torch.arange(batch, device=q.device)[:, None]
+        keys[rows, :, places] = k.transpose(1, 2).to(keys.dtype)
+        values[rows, :, places] = v.transpose(1, 2).to(values.dtype)
+        end = int(places.max()) + 1
+        seen = torch.arange(end, device=q.device) <= places[..., None]  # (B, L, end)
+        return F.scaled_dot_product_attention(
+            q, keys[:, :, :end].to(q.dtype), values[:, :, :end].to(q.dtype), attn_mask=seen[:, None]
+        )
+
+
+class CausalBlock(nn.Module):
+    """Pre-norm block: causal attention, then an MLP of four times the width. (B, L, W) -> (B, L, W)."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attention = CausalAttention(width, heads)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor, turns: Tensor, cache: tuple[Tensor, Tensor, Tensor] | None = None) -> Tensor:
+        x = x + self.attention(self.norm1(x), turns, cache)
+        return x + self.mlp(self.norm2(x))
+
+
+class DALLETransformer(nn.Module):
+    """A text's tokens, then its picture's, each predicted from all before it.
+
+    image: options of the DiscreteVAE whose codes are the picture's tokens; it is part of the checkpoint. vocab_size,
+    text_length: of the text; shorter ones are padded, longer ones cut. tied: the output weights are the embeddings.
+    styles: kinds of picture that may be asked for by number, such as emoji vendors; 0 for none.
+    forward: text int64 (B, T), ids int64 (B, N) -> logits of the text's tokens 1..T-1, (B, T - 1, vocab_size), and of
+    the picture's tokens, (B, N, codes). Raises ValueError.
+    """
+
+    architecture = "dalle"
+
+    def __init__(
+        self,
+        *,
+        image: dict[str, Any],
+        vocab_size: int,
+        text_length: int = 32,
+        width: int = 256,
+        depth: int = 6,
+        heads: int = 4,
+        tied: bool = False,
+        styles: int = 0,
+    ) -> None:
+        super().__init__()
+        self.config: dict[str, Any] = {
+            "image": image,
+            "vocab_size": vocab_size,
+            "text_length": text_length,
+            "width": width,
+            "depth": depth,
+            "heads": heads,
+            "tied": tied,
+            "styles": styles,
+        }
+        self.dvae = DiscreteVAE(**image).requires_grad_(False)
+        self.text_length, self.styles = text_length, styles
+        self.grid, self.image_length, self.codes = self.dvae.grid, self.dvae.grid**2, self.dvae.codes
+        self.text_embedding = nn.Embedding(vocab_size, width)
+        self.image_embedding = nn.Embedding(self.codes, width)
+        # Style 0 is "none was asked for".
+        self.style_embedding = nn.Embedding(styles + 1, width) if styles else None
+        self.blocks = nn.ModuleList(CausalBlock(width, heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(width)
+        self.text_head = None if tied else nn.Linear(width, vocab_size, bias=False)
+        self.image_head = None if tied else nn.Linear(width, self.codes, bias=False)
+        for part in (self.text_embedding, self.image_embedding, self.blocks, self.text_head, self.image_head):
+            if part is not None:
+                init_transformer(part, depth)
+        if self.style_embedding is not None:
+            nn.init.zeros_(self.style_embedding.weight)
+        self.register_buffer("turns", self._turns(width // heads), persistent=False)
+        self.preprocess = self.dvae.preprocess
+        self.tokenizer: TextTokenizer | None = None
+        self.provenance: dict[str, Any] = {}
+        self.fingerprint = ""
+
+    turns: Tensor
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longest input: the text and all but the picture's last."""
+        return self.text_length + self.image_length - 1
+
+    def forward(self, text: Tensor, ids: Tensor, style: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        self._check(text, ids)
+        x = torch.cat([self._embedded_text(text, style), self.image_embedding(ids[:, :-1])], 1)
+        for block in self.blocks:
+            x = block(x, self.turns[: x.shape[1]])
+        x = self.norm(x)
+        return self._text_logits(x[:, : self.text_length - 1]), self._image_logits(x[:, self.text_length - 1 :])
+
+    def new_cache(self, rows: int) -> KVCache:
+        """An empty cache for that many sequences."""
+        weight, heads = self.image_embedding.weight, self.config["heads"]
+        shape = (len(self.blocks), rows, heads, self.length, weight.shape[1] // heads)
+        return KVCache(*(torch.zeros(shape, dtype=weight.dtype, device=weight.device) for _ in range(2)))
+
+    def read_text(self, text: Tensor, cache: KVCache, style: Tensor | None = None) -> Tensor:
+        """text int64 (B, T) -> logits of the picture's first token, (B, codes); fills the cache."""
+        start = torch.zeros(len(text), dtype=torch.int64, device=text.device)
+        return self._advance(self._embedded_text(text, style), start, cache)
+
+    def read_ids(self, ids: Tensor, places: Tensor, cache: KVCache) -> Tensor:
+        """One more token of each picture -> logits of the next, (B, codes).
+
+        ids, places: int64 (B,), the tokens and their numbers in the picture, which may differ from row to row.
+        """
+        return self._advance(self.image_embedding(ids[:, None]), self.text_length + places, cache)
+
+    def tokens_of(self, texts: list[str]) -> Tensor:
+        """B strings -> int64 (B, text_length), padded. Raises ValueError where the model has no tokenizer."""
+        if self.tokenizer is None:
+            raise ValueError("this model has no text tokenizer")
+        tokens = self.tokenizer(texts)[:, : self.text_length]
+        return F.pad(tokens, (0, self.text_length - tokens.shape[1]), value=TextTokenizer.pad_id)
+
+    def _advance(self, x: Tensor, start: Tensor, cache: KVCache) -> Tensor:
+        places = start[:, None] + torch.arange(x.shape[1], device=x.device)
+        turns = self.turns[places][:, None]  # (B, 1, L, D / 2): the same for all heads
+        for layer, block in enumerate(self.blocks):
+            x = block(x, turns, (cache.keys[layer], cache.values[layer], start))
+        return self._image_logits(self.norm(x[:, -1]))
+
+    def _text_logits(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.text_embedding.weight) if self.text_head is None else self.text_head(x)
+
+    def _image_logits(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.image_embedding.weight) if self.image_head is None else self.image_head(x)
+
+    def _embedded_text(self, text: Tensor, style: Tensor | None) -> Tensor:
+        x = self.text_embedding(text)
+        if style is None:
+            return x
+        if self.style_embedding is None:
+            raise ValueError("this model knows no styles")
+        return x + self.style_embedding(style)[:, None]
+
+    def _check(self, text: Tensor, ids: Tensor) -> None:
+        if text.shape[1] != self.text_length or ids.shape[1] != self.image_length:
+            raise ValueError(
+                f"{text.shape[1]} text and {ids.shape[1]} image tokens given, {self.text_length} and "
+                f"{self.image_length} expected"
+            )
+
+    def _turns(self, size: int) -> Tensor:
+        """Angles (T + N - 1, D / 2) by which each pair of a head's numbers is turned at each place of the sequence.
+
+        Half of the pairs turn with the row, half with the column. A text's token stands in the row and the column of
+        its number; the picture begins after the text on both axes.
+        """
+        pairs = size // 4
+        speeds = ROTARY_BASE ** (-torch.arange(pairs) / pairs)
+        text = torch.arange(self.text_length)
+        picture = torch.arange(self.image_length - 1)
+        rows = torch.cat([text, self.text_length + picture // self.grid])
+        columns = torch.cat([text, self.text_length + picture % self.grid])
+        return torch.cat([rows[:, None] * speeds, columns[:, None] * speeds], 1)
+
+
+def _turned(x: Tensor, turns: Tensor) -> Tensor:
+    """Rotary positions, eq. 34 of arXiv:2104.09864. x: (B, H, L, D), turns: (L, D / 2) or (B, 1, L, D / 2)."""
+    first, second = x.chunk(2, dim=-1)
+    cos, sin = turns.cos().to(x.dtype), turns.sin().to(x.dtype)
+    return torch.cat([first * cos - second * sin, first * sin + second * cos], -1)

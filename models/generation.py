@@ -1,0 +1,149 @@
+"""Sampling: token by token from a DALLETransformer, many prompts at a time, each row by its own seed."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from models.dalle import DALLETransformer
+from models.tokenizers import ImageTokenizer
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen.
+
+    temperature: divides the logits, 0 takes the likeliest. top_k: of so many likeliest only, 0 for all. top_p: of the
+    fewest that have this share together (arXiv:1904.09751). guidance_scale: how far the logits are moved from those
+    without a text towards those with it (arXiv:2207.12598); 1 is the text's own.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    guidance_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1 or self.guidance_scale < 0:
+            raise ValueError(
+                f"temperature {self.temperature} and guidance_scale {self.guidance_scale} must be 0 or more, top_k "
+                f"{self.top_k} 0 or more, top_p {self.top_p} above 0 and at most 1"
+            )
+
+
+def filtered(logits: Tensor, sampling: Sampling) -> Tensor:
+    """Logits (B, K) -> probabilities (B, K) in float64 by temperature, then top_k, then top_p."""
+    scores = logits.double()
+    if sampling.temperature == 0:
+        return F.one_hot(scores.argmax(-1), scores.shape[-1]).double()
+    scores = scores / sampling.temperature
+    if 0 < sampling.top_k < scores.shape[-1]:
+        least = scores.topk(sampling.top_k, dim=-1).values[..., -1:]
+        scores = scores.masked_fill(scores < least, -torch.inf)
+    shares = scores.softmax(-1)
+    if sampling.top_p < 1:
+        ordered, places = shares.sort(-1, descending=True)
+        before = ordered.cumsum(-1) - ordered
+        ordered = ordered.masked_fill(before >= sampling.top_p, 0.0)
+        shares = torch.zeros_like(shares).scatter(-1, places, ordered)
+        shares = shares / shares.sum(-1, keepdim=True)
+    return shares
+
+
+def draw(shares: Tensor, points: Tensor) -> Tensor:
+    """Probabilities (B, K) and uniform numbers (B,) -> the ids whose shares the numbers fall in, int64 (B,)."""
+    edges = shares.cumsum(-1)
+    end = edges[:, -1]
+    # Below the end, whatever rounding does, so that an id without a share is never taken.
+    points = torch.minimum(points * end, torch.nextafter(end, torch.zeros_like(end)))
+    return torch.searchsorted(edges, points[:, None], right=True)[:, 0]
+
+
+@torch.inference_mode()
+def generate_ids(
+    model: DALLETransformer,
+    texts: Sequence[str],
+    seeds: Sequence[int],
+    sampling: Sampling | None = None,
+    *,
+    known: Tensor | None = None,
+    styles: Sequence[int] | None = None,
+) -> Iterator[Tensor]:
+    """The picture of each text, a token at a time: yields int64 (B,) image_length times; stop iterating to stop.
+
+    A row depends on its text, seed and options alone, whatever else is in the batch: each row draws one number a token
+    from its own generator. known: int64 (B, image_length), tokens that are given, -1 where one is to be drawn: what
+    completes a picture, or varies it. Raises ValueError.
+    """
+    sampling = sampling or Sampling()
+    if len(seeds) != len(texts):
+        raise ValueError(f"{len(seeds)} seeds for {len(texts)} texts: give one each")
+    device = model.image_embedding.weight.device
+    count, guided = len(texts), sampling.guidance_scale != 1
+    prompts = model.tokens_of([*texts, *([""] * count if guided else [])]).to(device)
+    style = None
+    if styles is not None:
+        style = torch.tensor([*styles, *([0] * count if guided else [])], device=device)
+    # Drawn at once, so that a token's number does not depend on which tokens were given.
+    points = torch.stack([_uniform(seed, model.image_length) for seed in seeds]).to(device)
+    cache = model.new_cache(len(prompts))
+    logits = model.read_text(prompts, cache, style)
+    for place in range(model.image_length):
+        if guided:
+            with_text, without = logits.chunk(2)
+            logits = without + sampling.guidance_scale * (with_text - without)
+        ids = draw(filtered(logits, sampling), points[:, place])
+        if known is not None:
+            given = known[:, place].to(device)
+            ids = torch.where(given >= 0, given, ids)
+        yield ids
+        if place + 1 < model.image_length:
+            both = ids.repeat(2) if guided else ids
+            logits = model.read_ids(both, torch.full_like(both, place), cache)
+
+
+def generate_image(
+    model: DALLETransformer,
+    prompt: str | Sequence[str],
+    *,
+    n: int = 1,
+    seed: int | None = None,
+    sampling: Sampling | None = None,
+    image: Image.Image | None = None,
+    keep: float = 0.5,
+) -> list[Image.Image]:
+    """n pictures of each prompt, in order; picture i of a prompt has the seed `seed` + i (default: a fresh one).
+
+    image: a picture to go on from, of which the first `keep` share of the rows stays (arXiv:2102.12092, figure 2c).
+    Raises ValueError.
+    """
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    if n < 1 or not prompts or not 0 <= keep <= 1:
+        raise ValueError(f"n {n} must be at least 1, keep {keep} from 0 to 1, and there must be a prompt")
+    first = secrets.randbelow(2**31) if seed is None else seed
+    texts = [text for text in prompts for _ in range(n)]
+    seeds = [first + number for _ in prompts for number in range(n)]
+    tokenizer = ImageTokenizer(model.dvae)
+    known = None
+    if image is not None:
+        known = tokenizer.encode(model.preprocess(image)[None].to(model.image_embedding.weight.device))
+        known = known.repeat(len(texts), 1)
+        known[:, round(keep * model.grid) * model.grid :] = -1
+    ids = torch.stack(list(generate_ids(model, texts, seeds, sampling, known=known)), 1)
+    return [to_picture(pixels) for pixels in tokenizer.decode(ids).cpu()]
+
+
+def to_picture(pixels: Tensor) -> Image.Image:
+    """uint8 (3, S, S) -> a PIL picture."""
+    return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+
+
+def _uniform(seed: int, count: int) -> Tensor:
+    """That many numbers in [0, 1), float64, from the seed alone; on the CPU, so that every device draws the same."""
+    return torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
