@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from models.checkpoint import load_model, save_checkpoint
 from models.errors import SemblanceError
+from training.distributed import rank
 from training.method import discover
 
 _EPILOG = {
@@ -156,7 +157,8 @@ def _train(arguments: argparse.Namespace) -> int:
     method = discover()[arguments.method]
     options = _given(method.presets()[arguments.preset] if arguments.preset else method.Options(), arguments)
     folder = method.train(options)
-    print(f"wrote {folder}: serve it with `semblance serve --checkpoints {Path(folder).parent}`")  # noqa: T201
+    if rank() == 0:
+        print(f"wrote {folder}: serve it with `semblance serve --checkpoints {Path(folder).parent}`")  # noqa: T201
     return 0
 
 

@@ -164,11 +164,15 @@ def test_two_processes_train_as_one_run(tmp_path: Path) -> None:
     command += ["clip", "--data", "scenes", "--steps", "3", "--batch-size", "16", "--chunk", "4", "--image-size", "32"]
     command += ["--encoder-options", json.dumps(SMALL), "--text-depth", "1", "--text-width", "32", "--no-evaluate"]
     command += ["--out", str(tmp_path / "out"), "--run-dir", str(tmp_path / "run"), "--threads", "1", "--device", "cpu"]
-    command += ["--precision", "fp32"]
+    command += ["--precision", "fp32", "--log-every", "1"]
     done = subprocess.run(
         command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300
     )
     assert done.returncode == 0, done.stderr
+    assert done.stdout.count("wrote") == 1  # by the first of them, not by each
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    # Guessing among the 16 of both ranks: each has its half of the batch, and the other's as negatives.
+    assert [line["chance_loss"] for line in lines if line["kind"] == "train"] == pytest.approx([math.log(16)] * 3)
     states = [torch.load(tmp_path / "run" / f"state-{rank}.pt", weights_only=True) for rank in range(2)]
     weights = [{n: t for n, t in state["method"].items() if "running" not in n} for state in states]
     assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
