@@ -94,7 +94,6 @@ class DALLETransformer(nn.Module):
 
     image: options of the DiscreteVAE whose codes are the picture's tokens; it is part of the checkpoint. vocab_size,
     text_length: of the text; shorter ones are padded, longer ones cut. tied: the output weights are the embeddings.
-    styles: kinds of picture that may be asked for by number, such as emoji vendors; 0 for none.
     forward: text int64 (B, T), ids int64 (B, N) -> logits of the text's tokens 1..T-1, (B, T - 1, vocab_size), and of
     the picture's tokens, (B, N, codes). Raises ValueError.
     """
@@ -111,7 +110,6 @@ class DALLETransformer(nn.Module):
         depth: int = 6,
         heads: int = 4,
         tied: bool = False,
-        styles: int = 0,
     ) -> None:
         super().__init__()
         self.config: dict[str, Any] = {
@@ -122,15 +120,12 @@ class DALLETransformer(nn.Module):
             "depth": depth,
             "heads": heads,
             "tied": tied,
-            "styles": styles,
         }
         self.dvae = DiscreteVAE(**image).requires_grad_(False)
-        self.text_length, self.styles = text_length, styles
+        self.text_length = text_length
         self.grid, self.image_length, self.codes = self.dvae.grid, self.dvae.grid**2, self.dvae.codes
         self.text_embedding = nn.Embedding(vocab_size, width)
         self.image_embedding = nn.Embedding(self.codes, width)
-        # Style 0 is "none was asked for".
-        self.style_embedding = nn.Embedding(styles + 1, width) if styles else None
         self.blocks = nn.ModuleList(CausalBlock(width, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
         self.text_head = None if tied else nn.Linear(width, vocab_size, bias=False)
@@ -138,8 +133,6 @@ class DALLETransformer(nn.Module):
         for part in (self.text_embedding, self.image_embedding, self.blocks, self.text_head, self.image_head):
             if part is not None:
                 init_transformer(part, depth)
-        if self.style_embedding is not None:
-            nn.init.zeros_(self.style_embedding.weight)
         self.register_buffer("turns", self._turns(width // heads), persistent=False)
         self.preprocess = self.dvae.preprocess
         self.tokenizer: TextTokenizer | None = None
@@ -153,13 +146,20 @@ class DALLETransformer(nn.Module):
         """Tokens of the longest input: the text and all but the picture's last."""
         return self.text_length + self.image_length - 1
 
-    def forward(self, text: Tensor, ids: Tensor, style: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, text: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
         self._check(text, ids)
-        x = torch.cat([self._embedded_text(text, style), self.image_embedding(ids[:, :-1])], 1)
+        x = torch.cat([self.text_embedding(text), self.image_embedding(ids[:, :-1])], 1)
         for block in self.blocks:
             x = block(x, self.turns[: x.shape[1]])
         x = self.norm(x)
         return self._text_logits(x[:, : self.text_length - 1]), self._image_logits(x[:, self.text_length - 1 :])
+
+    def flops(self) -> int:
+        """Multiplications and additions of a forward pass of one text and picture, attention counted in full."""
+        width, length = int(self.config["width"]), self.length
+        block = 2 * length * 12 * width**2 + 4 * length**2 * width
+        text, image = (self.text_length - 1) * int(self.config["vocab_size"]), self.image_length * self.codes
+        return len(self.blocks) * block + 2 * width * (text + image)
 
     def new_cache(self, rows: int) -> KVCache:
         """An empty cache for that many sequences."""
@@ -167,10 +167,10 @@ class DALLETransformer(nn.Module):
         shape = (len(self.blocks), rows, heads, self.length, weight.shape[1] // heads)
         return KVCache(*(torch.zeros(shape, dtype=weight.dtype, device=weight.device) for _ in range(2)))
 
-    def read_text(self, text: Tensor, cache: KVCache, style: Tensor | None = None) -> Tensor:
+    def read_text(self, text: Tensor, cache: KVCache) -> Tensor:
         """text int64 (B, T) -> logits of the picture's first token, (B, codes); fills the cache."""
         start = torch.zeros(len(text), dtype=torch.int64, device=text.device)
-        return self._advance(self._embedded_text(text, style), start, cache)
+        return self._advance(self.text_embedding(text), start, cache)
 
     def read_ids(self, ids: Tensor, places: Tensor, cache: KVCache) -> Tensor:
         """One more token of each picture -> logits of the next, (B, codes).
@@ -198,14 +198,6 @@ class DALLETransformer(nn.Module):
 
     def _image_logits(self, x: Tensor) -> Tensor:
         return F.linear(x, self.image_embedding.weight) if self.image_head is None else self.image_head(x)
-
-    def _embedded_text(self, text: Tensor, style: Tensor | None) -> Tensor:
-        x = self.text_embedding(text)
-        if style is None:
-            return x
-        if self.style_embedding is None:
-            raise ValueError("this model knows no styles")
-        return x + self.style_embedding(style)[:, None]
 
     def _check(self, text: Tensor, ids: Tensor) -> None:
         if text.shape[1] != self.text_length or ids.shape[1] != self.image_length:

@@ -73,7 +73,6 @@ def generate_ids(
     sampling: Sampling | None = None,
     *,
     known: Tensor | None = None,
-    styles: Sequence[int] | None = None,
 ) -> Iterator[Tensor]:
     """The picture of each text, a token at a time: yields int64 (B,) image_length times; stop iterating to stop.
 
@@ -87,13 +86,10 @@ def generate_ids(
     device = model.image_embedding.weight.device
     count, guided = len(texts), sampling.guidance_scale != 1
     prompts = model.tokens_of([*texts, *([""] * count if guided else [])]).to(device)
-    style = None
-    if styles is not None:
-        style = torch.tensor([*styles, *([0] * count if guided else [])], device=device)
     # Drawn at once, so that a token's number does not depend on which tokens were given.
     points = torch.stack([_uniform(seed, model.image_length) for seed in seeds]).to(device)
     cache = model.new_cache(len(prompts))
-    logits = model.read_text(prompts, cache, style)
+    logits = model.read_text(prompts, cache)
     for place in range(model.image_length):
         if guided:
             with_text, without = logits.chunk(2)

@@ -250,10 +250,10 @@ class PictureBatches(Batches):
 
     def __getitem__(self, step: int) -> Batch:
         parts = [source.pictures(rows, self.image_size, rng) for source, rows, rng in self.drawn(step)]
-        return {"images": torch.cat([_opaque(part) for part in parts])}
+        return {"images": torch.cat([opaque(part) for part in parts])}
 
 
-def _opaque(images: Tensor) -> Tensor:
+def opaque(images: Tensor) -> Tensor:
     """uint8 (B, 3 or 4, H, W), the fourth channel being opacity -> (B, 3, H, W) on white."""
     if images.shape[1] == 3:
         return images

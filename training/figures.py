@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.checkpoint import load_model
+from models.dalle import DALLETransformer
 from models.dvae import DiscreteVAE
 from models.errors import DataError
 from models.readers import BadRows, Record, decode, read
@@ -32,7 +33,7 @@ from training.pictures import (
     species_usda,
     unseen_drawing,
 )
-from training.reconstruction import reconstruction_figures
+from training.reconstruction import generation_figures, reconstruction_figures
 from training.scene_captions import swapped_colours, swapped_relation
 
 GROCERY_TEMPLATES = ("a photo of {}", "{} in a grocery store", "{}")
@@ -58,6 +59,8 @@ def evaluate_model(
 
 def evaluate_data(model: Any, name: str, root: str | None = None, seed: int = 0) -> dict[str, float]:
     """The figures of one data set, each named after it. Raises DataError for one that cannot judge this model."""
+    if isinstance(model, DALLETransformer):
+        return generation_figures(model, *_captioned(model, name, root, seed), name)
     if isinstance(model, DiscreteVAE):
         return reconstruction_figures(model, _pictures(model, name, root, seed), name)
     if model.tokenizer is None:
@@ -71,6 +74,18 @@ def evaluate_data(model: Any, name: str, root: str | None = None, seed: int = 0)
     images, records = _decoded(model, read(name, BadRows()))
     source = ArraySource(name, images, [record.captions for record in records], labels=[r.label or "" for r in records])
     return evaluate_retrieval_source(model, source)
+
+
+def _captioned(model: Any, name: str, root: str | None, seed: int, count: int = 1000) -> tuple[Tensor, list[str]]:
+    """Pictures, uint8 (N, 3, S, S), and a caption of each, that a generator was not trained on."""
+    if name == "scenes":
+        drawn = _distinct(count, model.preprocess.size, _UNSEEN_SEED + 10 * seed + 7, "exclude")
+        return drawn.images, drawn.canonical
+    named = SETS.get(name)
+    records = list(read(name, BadRows())) if named is None else records_of(name, data_root(root), "val", BadRows())
+    texts = named.captions if named else (lambda record: record.captions)
+    images, records = _decoded(model, [record for record in records if texts(record)][:count])
+    return images, [texts(record)[0] for record in records]
 
 
 def _pictures(model: Any, name: str, root: str | None, seed: int) -> Tensor:

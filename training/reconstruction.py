@@ -1,11 +1,16 @@
-"""What is left of pictures that went through an image tokenizer, and how its codes are used."""
+"""What image tokenizers leave of pictures, how their codes are used, and how well a generator foresees them."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from models.tokenizers import TextTokenizer
 
 _BATCH = 128
 
@@ -33,3 +38,23 @@ def reconstruction_figures(model: Any, images: Tensor, name: str) -> dict[str, f
     ratios = [float(psnr(model.decode(c), part.to(device) / 255)) * len(part) for c, part in pairs]
     used = {figure: float(value) for figure, value in code_figures(codes, model.codes).items()}
     return {f"{name}_psnr": sum(ratios) / len(images)} | {f"{name}_{figure}": value for figure, value in used.items()}
+
+
+@torch.inference_mode()
+def generation_figures(model: Any, images: Tensor, texts: Sequence[str], name: str) -> dict[str, float]:
+    """Perplexity of each segment under a DALLETransformer: the exponential of the nats a token. images: uint8
+    (N, 3, S, S), with a caption each."""
+    device = next(model.parameters()).device
+    nats, counts = [0.0, 0.0], [0, 0]
+    for start in range(0, len(images), _BATCH):
+        text = model.tokens_of(list(texts[start : start + _BATCH])).to(device)
+        ids = model.dvae.encode(images[start : start + _BATCH].to(device)).flatten(1)
+        logits = model(text, ids)
+        for part, (scores, targets) in enumerate(zip(logits, (text[:, 1:], ids), strict=True)):
+            kept = targets != TextTokenizer.pad_id if part == 0 else torch.ones_like(targets, dtype=torch.bool)
+            nats[part] += float(F.cross_entropy(scores[kept].float(), targets[kept], reduction="sum"))
+            counts[part] += int(kept.sum())
+    return {
+        f"{name}_{segment}_perplexity": math.exp(total / count)
+        for segment, total, count in zip(("text", "image"), nats, counts, strict=True)
+    }

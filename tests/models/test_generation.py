@@ -37,16 +37,15 @@ def _sample(model: DALLETransformer, texts: list[str], seeds: list[int], *args: 
     return torch.stack(list(generate_ids(model, texts, seeds, *args, **options)), 1)
 
 
-@pytest.mark.parametrize("options", [{}, {"tied": True}, {"styles": 3}])
+@pytest.mark.parametrize("options", [{}, {"tied": True}])
 def test_logits_with_a_cache_are_those_of_the_whole_sequence(options: dict[str, Any]) -> None:
     model = _model(**options)
     texts = model.tokens_of(["a red star", "two hearts on a gray background"])
     ids = torch.randint(0, model.codes, (2, model.image_length), generator=torch.Generator().manual_seed(1))
-    style = torch.tensor([1, 3]) if model.styles else None
     with torch.inference_mode():
-        text_logits, image_logits = model(texts, ids, style)
+        text_logits, image_logits = model(texts, ids)
         cache = model.new_cache(2)
-        found = [model.read_text(texts, cache, style)]
+        found = [model.read_text(texts, cache)]
         for place in range(model.image_length - 1):
             found.append(model.read_ids(ids[:, place], torch.full((2,), place), cache))
     assert text_logits.shape == (2, 9, model.config["vocab_size"])
@@ -164,7 +163,7 @@ def test_pictures_in_one_line(picture: Callable[..., Image.Image]) -> None:
         generate_image(model, "a", n=0)
 
 
-@pytest.mark.parametrize("options", [{}, {"tied": True, "styles": 2}])
+@pytest.mark.parametrize("options", [{}, {"tied": True}])
 def test_a_checkpoint_draws_the_same_pictures(tmp_path: Path, options: dict[str, Any]) -> None:
     model = _model(**options)
     again = load_checkpoint(save_checkpoint(model, tmp_path / "dalle"))

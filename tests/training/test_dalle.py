@@ -1,0 +1,199 @@
+"""DALL-E in training: the loss of both segments, tokens encoded once, runs that resume to the bit."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from models.checkpoint import load_checkpoint
+from models.dvae import DiscreteVAE
+from models.generation import generate_image
+from models.tokenizers import TextTokenizer
+from training.__main__ import main
+from training.data import ArraySource, SceneSource
+from training.figures import evaluate_model
+from training.methods.dalle import (
+    DALLELoss,
+    DALLEMethod,
+    DALLEOptions,
+    TokenBatches,
+    TokenSource,
+    build_dalle,
+    token_source,
+    train_dalle,
+)
+from training.methods.dvae import train_dvae
+from training.trainer import Trainer, TrainerConfig
+
+TRAINER = TrainerConfig(
+    steps=4, warmup=1, precision="fp32", ema_decay=0.9, log_every=1, save_every=0, device="cpu", threads=1
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint of an image tokenizer that has seen four steps."""
+    folder = tmp_path_factory.mktemp("dvae")
+    return train_dvae(
+        data=("scenes",), levels=(5, 4), channels=(8, 8), blocks=(0, 1), image_size=16, batch_size=8, chunk=8,
+        evaluate=False, out=str(folder / "out"), run_dir=str(folder / "run"), trainer=TRAINER,
+    )  # fmt: skip
+
+
+def _options(tokenizer: Path, folder: Path, **changes: Any) -> DALLEOptions:
+    options = DALLEOptions(
+        data=("scenes",), tokenizer=str(tokenizer), vocab_size=400, text_length=12, width=16, depth=2, heads=2,
+        batch_size=8, chunk=8, evaluate=False, out=str(folder / "out"), run_dir=str(folder / "run"),
+        token_cache=str(folder / "tokens"), trainer=TRAINER,
+    )  # fmt: skip
+    return replace(options, **changes)
+
+
+def _source(count: int = 20) -> ArraySource:
+    images = torch.randint(0, 256, (count, 4, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
+    return ArraySource("mine", images, [[f"picture {row}", f"number {row}"] for row in range(count)])
+
+
+def test_the_loss_is_the_weighted_mean_of_a_loop() -> None:
+    generator = torch.Generator().manual_seed(0)
+    text_logits, image_logits = torch.randn(2, 4, 6, generator=generator), torch.randn(2, 3, 5, generator=generator)
+    text = torch.tensor([[1, 4, 5, 2, 0], [1, 3, 2, 0, 0]])
+    ids = torch.tensor([[0, 4, 2], [1, 1, 3]])
+    texts, images = [], []
+    for row in range(2):
+        for place in range(4):
+            if text[row, place + 1] != TextTokenizer.pad_id:
+                texts.append(-math.log(float(text_logits[row, place].softmax(0)[text[row, place + 1]])))
+        for place in range(3):
+            images.append(-math.log(float(image_logits[row, place].softmax(0)[ids[row, place]])))
+    expected = np.mean(texts) / 8 + np.mean(images) * 7 / 8
+    assert float(DALLELoss()(text_logits, image_logits, text, ids)) == pytest.approx(expected, rel=1e-5)
+    with pytest.raises(ValueError, match="one above 0"):
+        DALLELoss(0, 0)
+
+
+def test_pictures_are_encoded_once_and_kept_by_what_they_are(tokenizer: Path, tmp_path: Path) -> None:
+    dvae = load_checkpoint(tokenizer)
+    source = _source()
+    encoded = token_source(source, dvae, tmp_path)
+    assert isinstance(encoded, TokenSource)
+    assert encoded.ids.shape == (20, 16)
+    white = source.images[:, :3].float() * (source.images[:, 3:] / 255) + 255 - source.images[:, 3:].float()
+    assert torch.equal(encoded.ids, dvae.encode(white.round().byte()).flatten(1))
+    calls = []
+    dvae.encoder.register_forward_hook(lambda *_: calls.append(1))
+    again = token_source(_source(), dvae, tmp_path)
+    assert isinstance(again, TokenSource)
+    assert torch.equal(again.ids, encoded.ids)
+    assert not calls
+    changed = _source()
+    changed.images[3] ^= 255
+    token_source(changed, dvae, tmp_path)
+    assert calls
+    assert len(list(tmp_path.glob("mine-*.safetensors"))) == 2
+
+
+def test_batches_hold_ids_or_pictures_and_leave_captions_out(tokenizer: Path, tmp_path: Path) -> None:
+    dvae = load_checkpoint(tokenizer)
+    encoded = token_source(_source(), dvae, tmp_path)
+    model = build_dalle(_options(tokenizer, tmp_path), dvae, encoded.corpus())
+    none = model.tokens_of([""])[0]
+    shares = []
+    for step in range(40):
+        batches = TokenBatches(
+            [encoded, SceneSource(grouped_share=0.0)], [1, 1], model, 0.25, size=16, batch_size=16, steps=40, chunk=8
+        )
+        batch = batches[step]
+        assert torch.equal(batch["tokens"], batches[step]["tokens"])
+        missing = batch["ids"][:, 0] < 0
+        assert int(missing.sum()) == len(batch["images"]) == 8
+        ready = DALLEMethod(model).prepare(batch)
+        assert torch.equal(ready["ids"][missing], dvae.encode(batch["images"]).flatten(1))
+        assert torch.equal(ready["ids"][~missing], batch["ids"][~missing])
+        shares.append((batch["tokens"] == none).all(1).float().mean())
+    assert 0.19 < float(torch.stack(shares).mean()) < 0.31
+
+
+def test_four_pictures_are_learned_by_heart(tokenizer: Path, tmp_path: Path) -> None:
+    dvae = load_checkpoint(tokenizer)
+    encoded = token_source(_source(4), dvae, tmp_path)
+    model = build_dalle(_options(tokenizer, tmp_path, width=32), dvae, encoded.corpus())
+    batch = {"tokens": model.tokens_of([f"picture {row}" for row in range(4)]), "ids": encoded.ids}
+    method = DALLEMethod(model)
+    optimizer = torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], 5e-3)
+    for _ in range(150):
+        outputs = method(batch)
+        optimizer.zero_grad()
+        outputs["loss"].backward()
+        optimizer.step()
+    assert float(outputs["image_loss"]) < 0.1
+    assert float(outputs["chance_loss"]) > 2
+    made = generate_image(model.eval(), [f"picture {row}" for row in range(4)], seed=0)
+    expected = dvae.decode(encoded.ids.view(4, 4, 4)).mul(255).round().byte()
+    shown = torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in made])
+    assert float((shown.float() - expected.float()).abs().mean((1, 2, 3)).median()) < 2
+
+
+def test_flops_are_those_that_torch_counts(tokenizer: Path, tmp_path: Path) -> None:
+    model = build_dalle(_options(tokenizer, tmp_path), load_checkpoint(tokenizer), ["a red star"])
+    text, ids = model.tokens_of(["a red star"]), torch.zeros(1, model.image_length, dtype=torch.int64)
+    # Written out, attention is two products, which the counter sees; it passes over the fused one of CPUs.
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(text, ids)
+    assert model.flops() == counter.get_total_flops()
+
+
+def test_a_run_resumes_to_the_same_bits_and_is_measured(
+    tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = load_checkpoint(train_dalle(_options(tokenizer, tmp_path / "a")))
+    with monkeypatch.context() as patch:
+        step = Trainer._step
+
+        def interrupted(trainer: Trainer, batches: Any) -> Any:
+            trainer._interrupted = trainer.step == 1
+            return step(trainer, batches)
+
+        patch.setattr(Trainer, "_step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train_dalle(_options(tokenizer, tmp_path / "b"))
+    torch.manual_seed(999)
+    resumed = load_checkpoint(train_dalle(_options(tokenizer, tmp_path / "b")))
+    weights = resumed.state_dict()
+    assert all(torch.equal(value, weights[key]) for key, value in whole.state_dict().items())
+    assert (tmp_path / "a" / "run" / "samples.png").stat().st_size > 0
+    dvae = load_checkpoint(tokenizer)
+    assert isinstance(dvae, DiscreteVAE)
+    images = torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8)
+    assert torch.equal(resumed.dvae.encode(images), dvae.encode(images))  # the folder includes its tokenizer
+    figures = evaluate_model(resumed)
+    assert set(figures) == {"scenes_text_perplexity", "scenes_image_perplexity"}
+    # Four steps from nothing: near guessing, 20 codes and some hundred words.
+    assert 10 < figures["scenes_image_perplexity"] < 30
+
+
+def test_own_folder_from_the_command_line(
+    tokenizer: Path, tmp_path: Path, encoded: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for label in ("apples", "pears"):
+        (tmp_path / "photos" / label).mkdir(parents=True)
+        for number in range(4):
+            (tmp_path / "photos" / label / f"{number}.jpg").write_bytes(encoded(number))
+    arguments = ["--tokenizer", str(tokenizer), "--width", "16", "--depth", "1", "--heads", "2", "--text-length", "8"]
+    arguments += ["--batch-size", "8", "--chunk", "8", "--steps", "2", "--warmup", "1", "--tied"]
+    arguments += ["--run-dir", str(tmp_path / "run"), "--token-cache", str(tmp_path / "tokens")]
+    folder = tmp_path / "out"
+    assert main(["dalle", "--data", str(tmp_path / "photos"), "--out", str(folder), *arguments]) == 0
+    assert "image_perplexity" in (folder / "README.md").read_text()
+    shown = capsys.readouterr()
+    assert "FLOPs a picture" in shown.err
+    assert main(["dalle", "--tokenizer", str(folder), "--out", str(tmp_path / "b"), "--steps", "1"]) == 1
+    assert "is no image tokenizer" in capsys.readouterr().err

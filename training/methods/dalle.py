@@ -1,0 +1,288 @@
+"""DALL-E: a transformer over text and image tokens (arXiv:2102.12092, section 2.2), on a trained image tokenizer.
+
+from training.methods.dalle import train_dalle
+folder = train_dalle(data=["./photos"], tokenizer="checkpoints/dvae", out="checkpoints/dalle")
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from models.checkpoint import load_checkpoint
+from models.dalle import DALLETransformer
+from models.dvae import DiscreteVAE
+from models.errors import CheckpointError, DataError
+from models.generation import Sampling, generate_ids
+from models.tokenizers import ImageTokenizer, TextTokenizer
+from training.analysis import picture_sheet
+from training.data import ArraySource, Batches, SceneSource, Source, StreamSource, opaque
+from training.distributed import rank
+from training.figures import evaluate_model
+from training.losses import wide
+from training.method import Batch, Losses, Method, option
+from training.options import RunOptions
+from training.run import RunData, batch_options, open_data, run_folder, run_training, starting_model
+from training.trainer import TrainerConfig
+
+DALLEDataset = ArraySource
+
+
+class DALLELoss(torch.nn.Module):
+    """Cross entropies of the two segments, weighted: 1/8 text and 7/8 picture in the paper (section 2.2). -> scalar.
+
+    text_logits: (B, T - 1, V) for text[:, 1:], padding left out. image_logits: (B, N, K) for ids.
+    """
+
+    def __init__(self, text_weight: float = 1 / 8, image_weight: float = 7 / 8) -> None:
+        super().__init__()
+        if min(text_weight, image_weight) < 0 or text_weight + image_weight == 0:
+            raise ValueError(f"weights {text_weight} and {image_weight} must be 0 or more, and one above 0")
+        total = text_weight + image_weight
+        self.text_weight, self.image_weight = text_weight / total, image_weight / total
+
+    def parts(self, text_logits: Tensor, image_logits: Tensor, text: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """The cross entropy of each segment, in nats a token."""
+        of_text = F.cross_entropy(
+            wide(text_logits).flatten(0, 1), text[:, 1:].flatten(), ignore_index=TextTokenizer.pad_id
+        )
+        return of_text, F.cross_entropy(wide(image_logits).flatten(0, 1), ids.flatten())
+
+    def forward(self, text_logits: Tensor, image_logits: Tensor, text: Tensor, ids: Tensor) -> Tensor:
+        of_text, of_image = self.parts(text_logits, image_logits, text, ids)
+        return self.text_weight * of_text + self.image_weight * of_image
+
+
+class DALLEMethod(Method):
+    """batch {"tokens": (B, T), "ids": (B, N), "images": (M, 3, S, S)} -> {"loss", "text_loss", "image_loss", ...}.
+
+    Rows whose ids are -1 have their picture among "images", in order: those are encoded here, on the device.
+    """
+
+    def __init__(self, model: DALLETransformer, loss: DALLELoss | None = None) -> None:
+        super().__init__()
+        self.model = model
+        self.loss = loss or DALLELoss()
+        vocabulary = int(model.config["vocab_size"])
+        self.chance = self.loss.text_weight * math.log(vocabulary) + self.loss.image_weight * math.log(model.codes)
+
+    @torch.no_grad()
+    def prepare(self, batch: Batch) -> Batch:
+        ids = batch["ids"].clone()
+        missing = ids[:, 0] < 0
+        if missing.any():
+            ids[missing] = self.model.dvae.encode(batch["images"]).flatten(1)
+        return {"tokens": batch["tokens"], "ids": ids}
+
+    def forward(self, batch: Batch) -> Losses:
+        logits = self.model(batch["tokens"], batch["ids"])
+        text, image = self.loss.parts(logits[0], logits[1], batch["tokens"], batch["ids"])
+        loss = self.loss.text_weight * text + self.loss.image_weight * image
+        chance = loss.new_tensor(self.chance)
+        return {"loss": loss, "text_loss": text.detach(), "image_loss": image.detach(), "chance_loss": chance}
+
+
+@dataclass
+class TokenSource:
+    """Pictures as ids. ids: int64 (N, length). captions: any number a picture; one is drawn each time."""
+
+    name: str
+    ids: Tensor
+    captions: list[list[str]]
+
+    def size(self) -> int:
+        return len(self.ids)
+
+    def corpus(self) -> Any:
+        for texts in self.captions:
+            yield from texts
+
+
+class TokenBatches(Batches):
+    """Batches of text and image tokens. Pictures without an end (scenes) come as they are, with ids of -1.
+
+    dropout: share of the captions that are left out, so that guidance has a "no text" to start from
+    (arXiv:2207.12598, section 3.2).
+    """
+
+    def __init__(
+        self, sources: Sequence[Any], weights: Sequence[float], model: DALLETransformer, dropout: float, **options: Any
+    ) -> None:
+        super().__init__(sources, weights, **options)
+        self.tokens_of, self.length, self.dropout = model.tokens_of, model.image_length, dropout
+
+    def __getitem__(self, step: int) -> Batch:
+        ids, images, texts = [], [], []
+        for source, rows, rng in self.drawn(step):
+            if isinstance(source, TokenSource):
+                ids.append(source.ids[torch.from_numpy(rows)])
+                own = [source.captions[row] for row in rows]
+                chosen = [each[int(rng.integers(len(each)))] for each in own]
+            else:
+                drawn, captions = source.draw(rows, self.image_size, rng)
+                images.append(drawn)
+                ids.append(torch.full((len(rows), self.length), -1))
+                chosen = [each[0] for each in captions]
+            left_out = rng.random(len(rows)) < self.dropout
+            texts += ["" if out else text for out, text in zip(left_out, chosen, strict=True)]
+        size = self.image_size
+        pictures = torch.cat(images) if images else torch.zeros(0, 3, size, size, dtype=torch.uint8)
+        return {"ids": torch.cat(ids), "tokens": self.tokens_of(texts), "images": pictures}
+
+
+def token_source(source: Source, dvae: DiscreteVAE, folder: str | Path) -> TokenSource | SceneSource:
+    """A source's pictures as ids, encoded once and kept in `folder` under the tokenizer's and the pictures' hash.
+
+    Scenes have no end and stay what they are. Raises DataError for a source without captions.
+    """
+    if isinstance(source, SceneSource):
+        return SceneSource(grouped_share=0.0)
+    if not isinstance(source, (ArraySource, StreamSource)):
+        raise DataError(f"{source.name} cannot be encoded: it has neither pictures nor records")
+    file = Path(folder) / f"{source.name.replace('/', '_')[-40:]}-{dvae.fingerprint}-{_digest(source)}.safetensors"
+    if file.is_file():
+        return TokenSource(source.name, load_file(file)["ids"].long(), source.captions)
+    tokenizer, size = ImageTokenizer(dvae.eval()), dvae.preprocess.size
+    rng, parts = np.random.default_rng(0), []
+    for rows in np.array_split(np.arange(source.size()), max(1, source.size() // 128)):
+        parts.append(tokenizer.encode(opaque(source.pictures(rows, size, rng))))
+    ids = torch.cat(parts)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_suffix(f".{rank()}.tmp")
+    save_file({"ids": ids.int()}, temporary)
+    temporary.replace(file)
+    return TokenSource(source.name, ids, source.captions)
+
+
+def _digest(source: ArraySource | StreamSource) -> str:
+    digest = hashlib.sha256()
+    if isinstance(source, ArraySource):
+        digest.update(source.images.contiguous().numpy().data)
+    else:
+        for record in source.records:
+            content = record.image
+            digest.update(content if isinstance(content, bytes) else str(content).encode())
+            if isinstance(content, Path):
+                digest.update(content.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class DALLEOptions(RunOptions):
+    """Train a transformer that makes pictures of texts, on pictures with captions and a trained image tokenizer."""
+
+    out: str = option("checkpoints/dalle", "checkpoint folder to write")
+    tokenizer: str = option("checkpoints/dvae", "checkpoint folder of the image tokenizer, from `semblance-train dvae`")
+    text_from: str | None = option(
+        None,
+        "checkpoint folder whose text tokenizer is taken, such as a CLIP's (default: one learned from the captions)",
+    )
+    vocab_size: int = option(4096, "entries of a text tokenizer that is learned, at most")
+    text_length: int = option(32, "tokens of a text, longer ones are cut")
+    width: int = option(256, "width of the transformer")
+    depth: int = option(6, "its number of blocks")
+    heads: int = option(4, "its attention heads")
+    tied: bool = option(False, "let the output weights be the embeddings")
+    text_weight: float = option(1 / 8, "weight of the text's loss beside the picture's")
+    image_weight: float = option(7 / 8, "weight of the picture's loss")
+    caption_dropout: float = option(0.1, "share of the captions that are left out, for guidance")
+    token_cache: str = option("runs/tokens", "folder where encoded pictures are kept")
+
+
+def presets() -> dict[str, DALLEOptions]:
+    """Settings to start from; any option given beside one wins over it."""
+    tiny = DALLEOptions(
+        data=("scenes",),
+        batch_size=64,
+        chunk=64,
+        trainer=TrainerConfig(steps=20_000, lr=1e-3, warmup=200, ema_decay=0.999, time_limit=1800),
+    )
+    return {"tiny-cpu": tiny}
+
+
+def build_dalle(options: DALLEOptions, dvae: DiscreteVAE, corpus: Any) -> DALLETransformer:
+    """The model that the options describe. corpus: texts to learn a tokenizer from, if none is given."""
+    if options.text_from is not None:
+        tokenizer = load_checkpoint(options.text_from).tokenizer
+        if tokenizer is None:
+            raise CheckpointError(f"{options.text_from} has no text tokenizer; give a CLIP checkpoint, or none")
+    else:
+        tokenizer = TextTokenizer.train(corpus, options.vocab_size, options.text_length)
+    model = DALLETransformer(
+        image=dvae.config,
+        vocab_size=tokenizer.vocab_size,
+        text_length=options.text_length,
+        width=options.width,
+        depth=options.depth,
+        heads=options.heads,
+        tied=options.tied,
+    )
+    model.dvae.load_state_dict(dvae.state_dict())
+    model.preprocess = model.dvae.preprocess = dvae.preprocess
+    model.tokenizer = tokenizer
+    return model
+
+
+def train_dalle(config: DALLEOptions | None = None, **keywords: Any) -> Path:
+    """Train a transformer from options (or their keywords) and return the checkpoint folder. See DALLEOptions.
+
+    Raises DataError, CheckpointError, DivergedError or ValueError with the way out.
+    """
+    options = config or DALLEOptions(**keywords)
+    torch.manual_seed(options.trainer.seed)
+    model = starting_model(options, DALLETransformer)
+    dvae = load_checkpoint(options.tokenizer) if model is None else model.dvae
+    if not isinstance(dvae, DiscreteVAE):
+        raise CheckpointError(f"{options.tokenizer} is no image tokenizer; train one with `semblance-train dvae`")
+    if model is not None:  # its pictures are those of this very tokenizer
+        dvae.fingerprint = model.fingerprint
+    data = open_data(options, side=dvae.preprocess.size)
+    sources = [token_source(source, dvae, options.token_cache) for source in data.sources]
+    if model is None:
+        model = build_dalle(options, dvae, (text for source in sources for text in source.corpus()))
+    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    size = f"{parameters:,} parameters, {model.flops():,} FLOPs a picture"
+    Console(stderr=True).print(f"{size}, {model.image_length} tokens of {model.codes} codes", highlight=False)
+    method = DALLEMethod(model, DALLELoss(options.text_weight, options.image_weight))
+    batches = TokenBatches(
+        sources, data.weights, model, options.caption_dropout, size=dvae.preprocess.size, **batch_options(options)
+    )
+    return run_training("dalle", options, method, batches, data, _samples(options, data, batches))
+
+
+def _samples(options: DALLEOptions, data: RunData, batches: TokenBatches) -> Any:
+    """For the log: a sheet of pictures of fixed prompts, always with the same seeds."""
+    source, rows, rng = next(iter(batches.drawn(0)))
+    if isinstance(source, TokenSource):
+        prompts = [source.captions[row][0] for row in rows[:8]]
+    else:
+        prompts = [texts[0] for texts in source.draw(rows[:8], 8, rng)[1]]
+    sheet = run_folder(options) / "samples.png"
+
+    def evaluate(model: Any) -> dict[str, float]:
+        chosen = Sampling(guidance_scale=2.0 if options.caption_dropout else 1.0)
+        made = [
+            ImageTokenizer(model.dvae).decode(torch.stack(list(generate_ids(model, [prompt] * 6, range(6), chosen)), 1))
+            for prompt in prompts
+        ]
+        picture_sheet([row.cpu() for row in made], sheet, prompts)
+        return {"sampled": float(len(prompts) * 6)}
+
+    return evaluate
+
+
+# What the command line finds here, as in every method's file.
+evaluate_dalle = evaluate_model
+Options = DALLEOptions
+train = train_dalle
