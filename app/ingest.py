@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 
 from app.client import AnswerError, call
-from models.readers import BadRows, Record, read
+from models.readers import BadRows, Record, file_bytes, read
 
 BATCH, BATCH_BYTES = 16, 6_000_000
 IN_FLIGHT = 4  # requests at once: some decode while others are embedded
@@ -38,8 +38,7 @@ class _Picture:
     metadata: dict[str, Any]
 
     def content(self) -> bytes:
-        image = self.record.image
-        return image.read_bytes() if isinstance(image, Path) else bytes(image)  # type: ignore[arg-type]
+        return file_bytes(self.record.image)  # type: ignore[arg-type]
 
 
 async def ingest(
@@ -149,6 +148,8 @@ def _picture(record: Record, source: Path) -> _Picture:
     if record.label:
         metadata["label"] = record.label
     name = str(record.meta.get("key", record.where))
+    if source.is_dir() and "key" in record.meta:  # shards may count their keys from the same number on
+        name = f"{Path(record.where.removesuffix(f':{name}')).relative_to(source)}/{name}"
     if isinstance(record.image, Path):
         base = source if source.is_dir() else source.parent
         inside = record.image.is_relative_to(base)

@@ -34,12 +34,30 @@ CAPTION_COLUMNS = ("captions", "caption", "text", "title")
 LABEL_COLUMNS = ("label", "class", "category")
 
 
+@dataclass(frozen=True)
+class Member:
+    """A file in an uncompressed tar archive, read when it is wanted, so that a large shard is never held in memory."""
+
+    archive: Path
+    offset: int
+    size: int
+
+    def read(self) -> bytes:
+        """Its content."""
+        with self.archive.open("rb") as file:
+            file.seek(self.offset)
+            return file.read(self.size)
+
+
+Picture = bytes | Path | Member | Image.Image
+
+
 @dataclass
 class Record:
     """One picture: its bytes, path or decoded form, its texts and what else is known. where: for error messages."""
 
     where: str
-    image: bytes | Path | Image.Image
+    image: Picture
     captions: list[str] = field(default_factory=list)
     label: str | None = None
     meta: dict[str, Any] = field(default_factory=dict)
@@ -121,14 +139,18 @@ def decode(
     return torch.stack(arrays), kept
 
 
-def open_picture(source: bytes | Path | Image.Image) -> Image.Image:
-    """Bytes, a path or a picture -> upright RGB or RGBA. Training data is the operator's own; `app` is stricter."""
-    if isinstance(source, Image.Image):
-        image = source
-    else:
-        image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)
+def open_picture(source: Picture) -> Image.Image:
+    """A picture of any kind -> upright RGB or RGBA. Training data is the operator's own; `app` is stricter."""
+    image = source if isinstance(source, Image.Image) else Image.open(io.BytesIO(file_bytes(source)), formats=FORMATS)
     has_alpha = "A" in image.getbands() or "transparency" in image.info
     return upright(image.convert("RGBA" if has_alpha else "RGB"), image)
+
+
+def file_bytes(source: bytes | Path | Member) -> bytes:
+    """The file behind a picture that is not decoded."""
+    if isinstance(source, Path):
+        return source.read_bytes()
+    return source.read() if isinstance(source, Member) else source
 
 
 def fit_rgba(image: Image.Image, size: int) -> np.ndarray:
@@ -161,10 +183,14 @@ def _read_folder(folder: Path) -> Iterator[Record]:
 
 
 def _read_shard(path: Path, bad: BadRows) -> Iterator[Record]:
-    """WebDataset layout: members KEY.png|jpg..., KEY.json, KEY.txt, KEY.cls; a key's members lie side by side."""
+    """WebDataset layout: members KEY.png|jpg..., KEY.json, KEY.txt, KEY.cls; a key's members lie side by side.
+
+    Pictures of an uncompressed archive are not read but pointed at.
+    """
     try:
         with tarfile.open(path) as tar:
-            key, parts = "", dict[str, bytes]()
+            plain = isinstance(tar.fileobj, io.BufferedReader)
+            key, parts = "", dict[str, Any]()
             for member in tar:
                 if not member.isfile():
                     continue
@@ -175,14 +201,17 @@ def _read_shard(path: Path, bad: BadRows) -> Iterator[Record]:
                     parts = {}
                 key = f"{folder}/{stem}"
                 file = tar.extractfile(member)
-                parts[suffix.lower()] = file.read() if file else b""
+                if plain and f".{suffix.lower()}" in SUFFIXES:
+                    parts[suffix.lower()] = Member(path, member.offset_data, member.size)
+                else:
+                    parts[suffix.lower()] = file.read() if file else b""
             if parts:
                 yield from _shard_record(path, key, parts, bad)
     except (tarfile.TarError, EOFError, OSError) as error:
         raise DataError(f"{path} cannot be read as a tar archive: {error}") from error
 
 
-def _shard_record(path: Path, key: str, parts: dict[str, bytes], bad: BadRows) -> Iterator[Record]:
+def _shard_record(path: Path, key: str, parts: dict[str, Any], bad: BadRows) -> Iterator[Record]:
     where = f"{path}:{key.lstrip('/')}"
     image = next((parts[suffix[1:]] for suffix in SUFFIXES if suffix[1:] in parts), None)
     if image is None:

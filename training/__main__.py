@@ -14,6 +14,7 @@ from models.checkpoint import load_model, save_checkpoint
 from models.errors import SemblanceError
 from training.distributed import rank
 from training.method import discover
+from training.options import EncoderOptions
 
 _EPILOG = {
     "clip": """examples:
@@ -158,7 +159,9 @@ def _train(arguments: argparse.Namespace) -> int:
     options = _given(method.presets()[arguments.preset] if arguments.preset else method.Options(), arguments)
     folder = method.train(options)
     if rank() == 0:
-        print(f"wrote {folder}: serve it with `semblance serve --checkpoints {Path(folder).parent}`")  # noqa: T201
+        served = isinstance(options, EncoderOptions)
+        hint = f": serve it with `semblance serve --checkpoints {Path(folder).parent}`" if served else ""
+        print(f"wrote {folder}{hint}")  # noqa: T201
     return 0
 
 

@@ -79,6 +79,13 @@ def test_index_of_a_table_and_of_shards(run: Run, photos: Path, encoded: Encoded
     with Collections(tmp_path / "data") as collections:
         (item,) = collections.get("shard").page(10)
         assert (item.caption, item.metadata["year"]) == ("from a shard", 1999)
+    # Keys of several shards may be alike; each picture keeps its place.
+    (tmp_path / "shards").mkdir()
+    for name in ("0.tar", "1.tar"):
+        (tmp_path / "shards" / name).write_bytes((tmp_path / "shard.tar").read_bytes())
+    assert "2 added" in run("index", str(tmp_path / "shards"), "--collection", "shards")
+    with Collections(tmp_path / "data") as collections:
+        assert [item.id for item in collections.get("shards").page(10)] == ["0.tar:x", "1.tar:x"]
 
 
 def test_search_embed_and_models(run: Run, photos: Path) -> None:

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 from models.errors import DataError
-from models.readers import BadRows, decode, read
+from models.readers import BadRows, Member, decode, file_bytes, read
 from training.augment import Augmentation, augment
 from training.data import CAPTION_IDS, ArraySource, Mixture, PictureBatches, SceneSource, StreamSource, batches_from
 from training.pictures import open_source
@@ -225,7 +225,11 @@ def test_shards(tmp_path: Path, encoded: Encoded, name: str) -> None:
     _, kept = decode(read(str(tmp_path / name), bad), 16, bad)
     assert [record.captions for record in kept] == [["one", "two"], ["three"]]
     assert len(bad.rows) == 2
-    assert [record.meta["key"] for record in read(str(tmp_path), BadRows(), "train")] == ["a", "b", "d"]
+    records = list(read(str(tmp_path), BadRows(), "train"))
+    assert [record.meta["key"] for record in records] == ["a", "b", "d"]
+    # Of a plain archive nothing but the texts is held.
+    assert all(isinstance(record.image, Member if name == "shard.tar" else bytes) for record in records)
+    assert [file_bytes(record.image) for record in records] == [members[f] for f in ("a.jpg", "b.png", "d.jpg")]  # type: ignore[arg-type]
 
 
 def test_broken_archives_and_unknown_specs_name_the_way_out(tmp_path: Path) -> None:

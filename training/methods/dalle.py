@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -25,6 +26,7 @@ from models.dalle import DALLETransformer
 from models.dvae import DiscreteVAE
 from models.errors import CheckpointError, DataError
 from models.generation import Sampling, generate_ids
+from models.readers import file_bytes
 from models.tokenizers import ImageTokenizer, TextTokenizer
 from training.analysis import picture_sheet
 from training.data import ArraySource, Batches, SceneSource, Source, StreamSource, opaque
@@ -171,10 +173,8 @@ def _digest(source: ArraySource | StreamSource) -> str:
         digest.update(source.images.contiguous().numpy().data)
     else:
         for record in source.records:
-            content = record.image
-            digest.update(content if isinstance(content, bytes) else str(content).encode())
-            if isinstance(content, Path):
-                digest.update(content.read_bytes())
+            picture = record.image
+            digest.update(picture.tobytes() if isinstance(picture, Image.Image) else file_bytes(picture))
     return digest.hexdigest()[:16]
 
 
