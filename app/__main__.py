@@ -80,7 +80,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     generate = _command(commands, "generate", _generate, "Make pictures from a text, on a server that can")
     generate.add_argument("prompt", help="what to show")
-    generate.add_argument("--out", default="generated.png", help="file to write (default: generated.png)")
+    generate.add_argument(
+        "--out", default="generated.png", help="file, or folder for files named by seed (default: generated.png)"
+    )
     generate.add_argument("-n", type=int, default=1, help="pictures (default: 1)")
     generate.add_argument("--seed", type=int, help="for the same pictures again")
 
@@ -131,7 +133,7 @@ def _serve(options: argparse.Namespace) -> int:
 
     from app.collections import Collections
     from app.demo import fill_demo
-    from app.engine import in_order, load_engines
+    from app.engine import in_order, load_engines, load_generators
     from app.main import create_app
 
     settings = _settings_of(options)
@@ -143,8 +145,8 @@ def _serve(options: argparse.Namespace) -> int:
     started = time.monotonic()
     address = f"http://{settings.host}:{settings.port}"
     with Collections(settings.store, note=address) as collections:
-        engines = in_order(list(load_engines(settings)))
-        if not engines:
+        engines, generators = in_order(list(load_engines(settings))), load_generators(settings)
+        if not engines and not generators:
             raise SemblanceError(
                 f"no model to serve in {settings.checkpoints}: train one, or give --checkpoints or --model"
             )
@@ -152,11 +154,11 @@ def _serve(options: argparse.Namespace) -> int:
             added = asyncio.run(fill_demo(settings, engines, collections))
             if added is not None:
                 log.info("filled the collection %r with %d pictures", settings.default_collection, added)
-        log.info("%s ready on %s after %.1f s", ", ".join(engines), address, time.monotonic() - started)
+        log.info("%s ready on %s after %.1f s", ", ".join((*engines, *generators)), address, time.monotonic() - started)
         # uvicorn raises the signal again when it has drained, and the default handler would make that a failure.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
         uvicorn.run(
-            create_app(settings, engines, collections),
+            create_app(settings, engines, collections, generators),
             host=settings.host,
             port=settings.port,
             log_level="warning",
@@ -259,23 +261,32 @@ def _embed(options: argparse.Namespace) -> int:
 
 
 def _generate(options: argparse.Namespace) -> int:
-    from app.client import AnswerError, call
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from app.client import events
 
     async def work(client: Any) -> int:
-        body = {"prompt": options.prompt, "n": options.n}
+        body = {"prompt": options.prompt, "n": options.n, "stream": True, "partial_images": 16}
         if options.seed is not None:
             body["seed"] = options.seed
-        try:
-            answer = await call(client, "POST", "/generate", json=body)
-        except AnswerError as error:
-            if error.status != 404:
-                raise
-            raise SemblanceError("none of the loaded models generates pictures; see `semblance models`") from error
+        made = []
+        with Progress(console=Console(stderr=True)) as progress:
+            task = progress.add_task(options.prompt[:40], total=None)
+            async for event in events(client, "/generate", body):
+                if event["type"] == "image_generation.completed":
+                    made.append(event)
+                else:
+                    progress.update(task, total=event["steps"], completed=event["step"])
         out = Path(options.out)
-        for number, entry in enumerate(answer["data"]):
-            file = out if not number else out.with_stem(f"{out.stem}-{number + 1}")
-            file.write_bytes(base64.b64decode(entry["b64_json"]))
-            print(file)  # noqa: T201
+        for number, event in enumerate(made):
+            if out.is_dir():
+                file = out / f"{event['seed']}.png"
+            else:
+                file = out if not number else out.with_stem(f"{out.stem}-{number + 1}")
+            file.write_bytes(base64.b64decode(event["b64_json"]))
+            score = "" if event["score"] is None else f", score {event['score']:.3f}"
+            print(f"{file}: seed {event['seed']}{score}")  # noqa: T201
         return 0
 
     return _with_client(options, work)
@@ -292,10 +303,11 @@ def _models(options: argparse.Namespace) -> int:
         from rich.console import Console
         from rich.table import Table
 
-        table = Table("model", "takes", "dimensions", "pixels", "figures")
+        table = Table("model", "takes", "makes", "dimensions", "pixels", "figures")
         for model in answer["data"]:
             figures = ", ".join(f"{name} {value:.3g}" for name, value in list(model["metrics"].items())[:4])
-            table.add_row(model["id"], ", ".join(model["takes"]), str(model["dimensions"]), str(model["size"]), figures)
+            row = (", ".join(model["takes"]), ", ".join(model["makes"]), str(model["dimensions"] or ""))
+            table.add_row(model["id"], *row, str(model["size"]), figures)
         Console().print(table)
         return 0
 

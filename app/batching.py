@@ -157,9 +157,9 @@ class Batcher(Generic[In, Out]):
             return [failure]
 
 
-def late() -> DeadlineError:
-    """What a caller is told whose time ran out."""
-    return DeadlineError("the time for this request ran out before its inputs were embedded; send fewer, or later")
+def late(what: str = "embedded") -> DeadlineError:
+    """What a caller is told whose time ran out before all of it was `what`."""
+    return DeadlineError(f"the time for this request ran out before all of it was {what}; ask for less, or later")
 
 
 def _settle(job: _Job[In, Out], result: Out | Exception) -> None:

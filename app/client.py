@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -41,12 +42,13 @@ async def connect(settings: Settings, server: str | None = None) -> AsyncIterato
         async with httpx.AsyncClient(base_url=str(server), headers=headers, timeout=120) as client:
             yield client
         return
-    from app.engine import in_order, load_engines
+    from app.engine import in_order, load_engines, load_generators
     from app.main import create_app
 
     with collections:
         engines = in_order(list(await asyncio.to_thread(lambda: list(load_engines(settings)))))
-        app = create_app(settings, engines, collections)
+        generators = await asyncio.to_thread(load_generators, settings)
+        app = create_app(settings, engines, collections, generators)
         async with app.router.lifespan_context(app):
             transport = httpx.ASGITransport(app)
             async with httpx.AsyncClient(transport=transport, base_url=LOCAL, headers=headers, timeout=None) as client:
@@ -60,6 +62,20 @@ class AnswerError(SemblanceError):
         super().__init__(message)
         self.status = status
         self.input = input
+
+
+async def events(client: httpx.AsyncClient, url: str, body: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+    """The server-sent events that answer a POST. Raises AnswerError as `call` does, and for an error among them."""
+    async with client.stream("POST", url, json=body) as answer:
+        if not answer.is_success:
+            await answer.aread()
+            raise _refused(answer)
+        async for line in answer.aiter_lines():
+            if line.startswith("data: "):
+                content: dict[str, Any] = json.loads(line.removeprefix("data: "))
+                if error := content.get("error"):
+                    raise AnswerError(error["detail"], error["status"])
+                yield content
 
 
 async def call(client: httpx.AsyncClient, method: str, url: str, *, patience: int = 60, **options: Any) -> Any:
@@ -77,10 +93,13 @@ async def call(client: httpx.AsyncClient, method: str, url: str, *, patience: in
         await asyncio.sleep(min(30.0, float(answer.headers.get("retry-after", 1))))
     if answer.is_success:
         return answer.json() if answer.content else None
+    raise _refused(answer)
+
+
+def _refused(answer: httpx.Response) -> AnswerError:
     try:
         problem = answer.json()
     except ValueError:
         problem = {}
-    raise AnswerError(
-        problem.get("detail") or f"the server answered {answer.status_code}", answer.status_code, problem.get("input")
-    )
+    text = problem.get("detail") or f"the server answered {answer.status_code}"
+    return AnswerError(text, answer.status_code, problem.get("input"))

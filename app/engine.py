@@ -21,6 +21,7 @@ from torch import Tensor
 
 from app.batching import Batcher, late
 from app.settings import Settings
+from models.dalle import DALLETransformer
 from models.errors import BusyError, CheckpointError, InputError, ModelError
 from models.retrieval import label_probabilities
 
@@ -52,7 +53,7 @@ class TorchEngine:
     """An `Engine` over any model of `models`; one forward runs at a time."""
 
     def __init__(self, name: str, model: Any, *, device: str = "auto", batch_size: int = 32) -> None:
-        self.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+        self.device = choose_device(device)
         self.name = name
         self.model = model.to(self.device).eval()
         self.fingerprint: str = model.fingerprint
@@ -193,6 +194,8 @@ class ServedEngine:
 def find_models(settings: Settings) -> dict[str, str]:
     """Name -> reference of every model the settings name: the list first, then the subfolders of `checkpoints`.
 
+    Image tokenizers are passed over: they neither embed nor generate by themselves.
+
     Raises:
         CheckpointError: an entry of `models` is not `name=reference`.
     """
@@ -205,13 +208,13 @@ def find_models(settings: Settings) -> dict[str, str]:
             )
         found[name] = reference
     for config in sorted(settings.checkpoints.glob("*/config.json")):
-        if describe_checkpoint(str(config.parent)).get("architecture") not in ("dvae", "dalle"):  # they embed nothing
+        if describe_checkpoint(str(config.parent)).get("architecture") != "dvae":
             found.setdefault(config.parent.name, str(config.parent))
     return found
 
 
 def load_engine(name: str, reference: str, settings: Settings) -> TorchEngine:
-    """One model, on its device. Raises CheckpointError if it cannot be loaded."""
+    """One model that embeds, on its device. Raises CheckpointError if it cannot be loaded."""
     from models.checkpoint import load_model  # brings open_clip with it, which takes a second
 
     model = load_model(reference)
@@ -221,10 +224,32 @@ def load_engine(name: str, reference: str, settings: Settings) -> TorchEngine:
 
 
 def load_engines(settings: Settings) -> Iterator[TorchEngine]:
-    """Every model the settings name, one by one. Raises CheckpointError as find_models and load_engine do."""
+    """Every model that embeds, one by one. Raises CheckpointError as find_models and load_engine do."""
     torch.set_num_threads(thread_count(settings))
     for name, reference in find_models(settings).items():
-        yield load_engine(name, reference, settings)
+        if not _generates(reference):
+            yield load_engine(name, reference, settings)
+
+
+def load_generators(settings: Settings) -> dict[str, DALLETransformer]:
+    """Every model that makes pictures, by name, on its device. Raises CheckpointError."""
+    from models.checkpoint import load_checkpoint
+
+    found = find_models(settings)
+    return {
+        name: load_checkpoint(reference).to(choose_device(settings.device))
+        for name, reference in found.items()
+        if _generates(reference)
+    }
+
+
+def choose_device(name: str) -> torch.device:
+    """ "auto": CUDA if there is any, else the CPU."""
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+
+
+def _generates(reference: str) -> bool:
+    return describe_checkpoint(reference).get("architecture") == "dalle"
 
 
 def in_order(engines: Sequence[Engine]) -> dict[str, Engine]:

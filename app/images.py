@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from io import BytesIO
 
 import numpy as np
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from models.errors import ImageError, MediaTypeError, TooLargeError
 from models.preprocess import upright
@@ -54,6 +56,15 @@ def reencode(image: Image.Image, longest: int) -> bytes:
     out = BytesIO()
     # Small pictures are drawings more often than photos, and full colour resolution costs them little.
     image.save(out, "JPEG", quality=90, subsampling="4:4:4" if max(image.size) <= 256 else "4:2:0")
+    return out.getvalue()
+
+
+def png(image: Image.Image, texts: Mapping[str, str]) -> bytes:
+    """A picture that was made here -> a PNG with texts in it, such as what it was made from."""
+    info, out = PngInfo(), BytesIO()
+    for key, value in texts.items():
+        info.add_itxt(key, value)
+    image.save(out, "PNG", pnginfo=info)
     return out.getvalue()
 
 

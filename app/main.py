@@ -18,13 +18,19 @@ from app.engine import Engine
 from app.middleware import BodyLimit, Envelope, Gate, Presence
 from app.service import Service
 from app.settings import Settings
+from models.dalle import DALLETransformer
 
 DESCRIPTION = "Embeddings of pictures and texts, zero-shot labels, and search over collections of your own."
 
 
-def create_app(settings: Settings, engines: Mapping[str, Engine], collections: Collections) -> FastAPI:
-    """The ASGI application over loaded engines (by name) and open collections, which the caller closes."""
-    service = Service(settings, engines, collections)
+def create_app(
+    settings: Settings,
+    engines: Mapping[str, Engine],
+    collections: Collections,
+    generators: Mapping[str, DALLETransformer] | None = None,
+) -> FastAPI:
+    """The ASGI application over loaded models (by name) and open collections, which the caller closes."""
+    service = Service(settings, engines, collections, generators or {})
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

@@ -18,8 +18,10 @@ from starlette.responses import Response
 from app import images
 from app.collections import Collection, Collections, Item
 from app.engine import Array, Engine, Opener, ServedEngine, thread_count
+from app.generator import ServedGenerator
 from app.inputs import Input, image_bytes, image_limits
 from app.settings import Settings
+from models.dalle import DALLETransformer
 from models.errors import ConflictError, InputError, NotFoundError
 
 T = TypeVar("T")
@@ -35,12 +37,20 @@ class Embedded(NamedTuple):
 class Service:
     """Owns the threads and the batchers between `start` and `close`; the collections belong to the caller."""
 
-    def __init__(self, settings: Settings, engines: Mapping[str, Engine], collections: Collections) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        engines: Mapping[str, Engine],
+        collections: Collections,
+        generators: Mapping[str, DALLETransformer],
+    ) -> None:
         self.settings = settings
         self.engines = dict(engines)
+        self.generators = dict(generators)
         self.collections = collections
         self.state: Literal["starting", "ready", "draining"] = "starting"
         self._served: dict[str, ServedEngine] = {}
+        self._generators: dict[str, ServedGenerator] = {}
         self._pools: list[ThreadPoolExecutor] = []
 
     @property
@@ -57,6 +67,9 @@ class Service:
         self._served = {
             name: ServedEngine(engine, self.settings, self._decoders, worker) for name, engine in self.engines.items()
         }
+        self._generators = {
+            name: ServedGenerator(name, model, self.settings, worker) for name, model in self.generators.items()
+        }
         self.state = "ready"
 
     async def close(self) -> None:
@@ -64,6 +77,8 @@ class Service:
         self.state = "draining"
         for served in self._served.values():
             await served.close()
+        for generator in self._generators.values():
+            await generator.close()
         for pool in self._pools:
             await asyncio.to_thread(pool.shutdown)
 
@@ -83,6 +98,15 @@ class Service:
         if name not in able:
             raise InputError(f"model {name!r} encodes images only; models that take text: {', '.join(able) or 'none'}")
         return self._served[name]
+
+    def generator(self, name: str | None) -> ServedGenerator:
+        """The named generator, or the first. Raises NotFoundError, naming what there is."""
+        if not self._generators:
+            raise NotFoundError("no model that generates pictures is loaded")
+        chosen = next(iter(self._generators)) if name is None else name
+        if chosen not in self._generators:
+            raise NotFoundError(f"no model {chosen!r} generates pictures; those that do: {', '.join(self._generators)}")
+        return self._generators[chosen]
 
     def collection(self, name: str | None) -> Collection:
         """The named or the default collection. Raises NotFoundError."""
@@ -127,9 +151,9 @@ class Service:
             error.index = index
             raise
 
-    def deadline(self) -> float:
-        """When work that starts now must be done, in the event loop's time."""
-        return asyncio.get_running_loop().time() + self.settings.deadline
+    def deadline(self, seconds: float | None = None) -> float:
+        """When work that starts now must be done, in the event loop's time; by the settings' deadline or another."""
+        return asyncio.get_running_loop().time() + (self.settings.deadline if seconds is None else seconds)
 
     async def store(self, call: Callable[..., T], *args: Any) -> T:
         """A blocking call of the store, in one of its threads."""

@@ -56,6 +56,9 @@ class Settings(BaseSettings):
     batch_wait_ms: float = Field(3.0, ge=0, description="milliseconds that a batch's first input waits for company")
     queue_size: int = Field(256, gt=0, description="inputs admitted at once, per model and kind; then 503")
     deadline: float = Field(30.0, gt=0, description="seconds a request may wait for its embeddings; then 504")
+    generate_lanes: int = Field(16, ge=2, description="pictures drawn at once; a guided one counts as two")
+    generate_queue: int = Field(64, gt=0, description="pictures admitted at once, per model; then 503")
+    generate_deadline: float = Field(120.0, gt=0, description="seconds a request may wait for its pictures; then 504")
     text_cache: int = Field(10_000, ge=0, description="text embeddings kept in memory, per model")
 
     def check_exposure(self) -> None:

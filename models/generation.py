@@ -87,7 +87,7 @@ def generate_ids(
     count, guided = len(texts), sampling.guidance_scale != 1
     prompts = model.tokens_of([*texts, *([""] * count if guided else [])]).to(device)
     # Drawn at once, so that a token's number does not depend on which tokens were given.
-    points = torch.stack([_uniform(seed, model.image_length) for seed in seeds]).to(device)
+    points = torch.stack([points_of(seed, model.image_length) for seed in seeds]).to(device)
     cache = model.new_cache(len(prompts))
     logits = model.read_text(prompts, cache)
     for place in range(model.image_length):
@@ -140,6 +140,6 @@ def to_picture(pixels: Tensor) -> Image.Image:
     return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
 
 
-def _uniform(seed: int, count: int) -> Tensor:
-    """That many numbers in [0, 1), float64, from the seed alone; on the CPU, so that every device draws the same."""
+def points_of(seed: int, count: int) -> Tensor:
+    """What a seed draws its tokens with: that many numbers in [0, 1), float64, on the CPU and so alike everywhere."""
     return torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

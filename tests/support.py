@@ -23,6 +23,7 @@ import torch
 from safetensors.torch import save_file
 
 from models.clip import CLIPModel
+from models.dalle import DALLETransformer
 from models.preprocess import Preprocess
 from models.tokenizers import TextTokenizer
 from models.torchvision import load_torchvision
@@ -135,3 +136,19 @@ def running(checkpoints: Path, data: Path, *arguments: str, **environment: str) 
         process.wait()
         if process.stdout:
             process.stdout.close()
+
+
+def tiny_dalle(seed: int = 0) -> DALLETransformer:
+    """A generator of random weights: 16 tokens of 16 codes, pictures of 16 x 16."""
+    torch.manual_seed(seed)
+    tokenizer = TextTokenizer.train(CORPUS, 300, 10)
+    quantizer = {"name": "fsq", "levels": [4, 4]}
+    model = DALLETransformer(
+        image={"image_size": 16, "quantizer": quantizer, "channels": [8, 8], "blocks": [0, 1]},
+        vocab_size=tokenizer.vocab_size, text_length=10, width=32, depth=2, heads=2,
+    )  # fmt: skip
+    model.tokenizer = tokenizer
+    for parameter in model.parameters():  # far from its calm beginning, so that texts and seeds show
+        if parameter.ndim > 1:
+            parameter.data.mul_(4)
+    return model.eval()

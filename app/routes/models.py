@@ -8,14 +8,17 @@ from fastapi import APIRouter
 from pydantic import BaseModel
 from starlette.responses import Response
 
-from app.engine import Engine
-from app.service import Served, json_response
+from app.service import Served, Service, json_response
+from models.errors import NotFoundError
 
 router = APIRouter(tags=["models"])
 
 
 class Model(BaseModel):
-    """takes: what it embeds. size: side of its pictures in pixels. metrics: the figures of its model card."""
+    """takes: what it is given. makes: what it gives. dimensions: of its embeddings, null if it makes pictures.
+
+    size: side of its pictures in pixels. metrics: the figures of its model card.
+    """
 
     id: str
     object: Literal["model"]
@@ -23,7 +26,8 @@ class Model(BaseModel):
     owned_by: str
     architecture: str
     takes: list[Literal["image", "text"]]
-    dimensions: int
+    makes: list[Literal["embedding", "image"]]
+    dimensions: int | None
     size: int
     fingerprint: str
     metrics: dict[str, float]
@@ -40,28 +44,47 @@ class ModelList(BaseModel):
 @router.get("/models", response_model=ModelList)
 @router.get("/v1/models", response_model=ModelList)
 async def models(service: Served) -> Response:
-    """Every loaded model, in the order of preference."""
-    return json_response({"object": "list", "data": [_described(engine) for engine in service.engines.values()]})
+    """Every loaded model, in the order of preference; those that make pictures come last."""
+    return json_response({"object": "list", "data": list(_all(service).values())})
 
 
 @router.get("/v1/models/{name}", response_model=Model)
 async def model(service: Served, name: str) -> Response:
     """One loaded model."""
-    return json_response(_described(service.engine(name).engine))
+    known = _all(service)
+    if name not in known:
+        raise NotFoundError(f"no model {name!r}; loaded: {', '.join(known) or 'none'}")
+    return json_response(known[name])
 
 
-def _described(engine: Engine) -> dict[str, Any]:
-    provenance = engine.details.get("provenance") or {}
+def _all(service: Service) -> dict[str, dict[str, Any]]:
+    embedders = {
+        name: _described(name, engine.fingerprint, engine.details)
+        | {
+            "takes": ["image", "text"] if engine.takes_text else ["image"],
+            "makes": ["embedding"],
+            "dimensions": engine.embed_dim,
+            "size": engine.image_size,
+        }
+        for name, engine in service.engines.items()
+    }
+    generators = {
+        name: _described(name, model.fingerprint, {"architecture": model.architecture, "provenance": model.provenance})
+        | {"takes": ["text"], "makes": ["image"], "dimensions": None, "size": model.preprocess.size}
+        for name, model in service.generators.items()
+    }
+    return embedders | generators
+
+
+def _described(name: str, fingerprint: str, details: dict[str, Any]) -> dict[str, Any]:
+    provenance = details.get("provenance") or {}
     return {
-        "id": engine.name,
+        "id": name,
         "object": "model",
         "created": 0,
         "owned_by": "semblance",
-        "architecture": engine.details.get("architecture", ""),
-        "takes": ["image", "text"] if engine.takes_text else ["image"],
-        "dimensions": engine.embed_dim,
-        "size": engine.image_size,
-        "fingerprint": engine.fingerprint,
+        "architecture": details.get("architecture", ""),
+        "fingerprint": fingerprint,
         "metrics": provenance.get("metrics", {}),
         "license": provenance.get("license"),
     }

@@ -36,10 +36,12 @@ def start(tmp_path: Path, engines: dict[str, Engine]) -> Iterator[Start]:
     """Starts an application with the settings given, in this process."""
     with ExitStack() as stack:
 
-        def begin(served: dict[str, Engine] | None = None, **options: Any) -> TestClient:
+        def begin(
+            served: dict[str, Engine] | None = None, generators: dict[str, Any] | None = None, **options: Any
+        ) -> TestClient:
             settings = Settings(store=tmp_path / "data", threads=2, **options)
             collections = stack.enter_context(Collections(settings.store))
-            app = create_app(settings, engines if served is None else served, collections)
+            app = create_app(settings, engines if served is None else served, collections, generators)
             return stack.enter_context(TestClient(app, raise_server_exceptions=False))
 
         yield begin

@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from starlette.testclient import TestClient
-from support import problem, tiny_clip
+from support import problem, tiny_clip, tiny_dalle
 
 from app.engine import Engine
 from models.checkpoint import save_checkpoint
@@ -303,7 +303,8 @@ def test_a_checkpoint_of_an_encoder_is_searched_from_picture_to_picture(
     problem(client.get("/search?q=a&collection=pictures"), 422, "models that take text: none")
 
 
-def test_openapi_documents_every_path_with_an_example(client: TestClient) -> None:
+def test_openapi_documents_every_path_with_an_example(start: Start) -> None:
+    client = start(generators={"dalle": tiny_dalle()})
     document = client.get("/openapi.json").json()
     contract = {
         "/embed", "/v1/embeddings", "/zero-shot", "/search", "/similarity", "/rank", "/v1/rerank", "/models",

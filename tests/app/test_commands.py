@@ -113,7 +113,7 @@ def test_an_open_clip_model_is_indexed_and_searched(run: Run, photos: Path, tmp_
 def test_errors_are_sentences(run: Run, tmp_path: Path) -> None:
     assert "no collection 'nope'" in run("search", "a", "--collection", "nope", status=1)
     assert "is no file" in run("index", str(tmp_path / "absent"), status=1)
-    assert "none of the loaded models generates pictures" in run("generate", "a red star", status=1)
+    assert "no model that generates pictures is loaded" in run("generate", "a red star", status=1)
     assert "--insecure" in run("serve", "--host", "0.0.0.0", status=1)
     assert "setting port" in run("serve", "--port", "99999", status=1)
     assert "cannot be reached" in run("models", "--server", "http://127.0.0.1:9", status=1)

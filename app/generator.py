@@ -1,0 +1,247 @@
+"""Pictures of texts, many requests in one decode loop: each step draws one token of every picture under way.
+
+A request joins at the next step and leaves when its picture is whole or its caller is gone, so nobody waits for a batch
+to end, and nothing is drawn for nobody.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import AsyncGenerator, Sequence
+from concurrent.futures import Executor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from app.batching import late
+from app.settings import Settings
+from models.dalle import DALLETransformer, KVCache
+from models.errors import BusyError, ModelError
+from models.generation import Sampling, draw, filtered, points_of
+from models.tokenizers import ImageTokenizer
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class Drawing:
+    """One picture on its way. ids: int64 (length,), the tokens so far; done: how many they are."""
+
+    prompt: str
+    seed: int
+    sampling: Sampling
+    ids: Tensor
+    done: int = 0
+    cancelled: bool = False
+    error: Exception | None = None
+    points: Tensor = field(default_factory=lambda: torch.empty(0))
+    logits: Tensor = field(
+        default_factory=lambda: torch.empty(0)
+    )  # of the next token: (1, K), or (2, K): also textless
+
+    @property
+    def lanes(self) -> int:
+        """Rows of the cache that it takes: two where guidance compares with no text."""
+        return 1 if self.sampling.guidance_scale == 1 else 2
+
+    @property
+    def whole(self) -> bool:
+        """Whether the last token was drawn."""
+        return self.done == len(self.ids)
+
+
+class DecodeLoop:
+    """The pictures under way and their keys and values, in one cache of `lanes` rows; not thread-safe.
+
+    The rows in use are always the first ones: where a picture leaves, the last rows move into its place, so that every
+    step is one forward over one block of memory.
+    """
+
+    def __init__(self, model: DALLETransformer, lanes: int = 16) -> None:
+        if lanes < 2:
+            raise ValueError(f"{lanes} lanes are too few: a guided picture takes two")
+        self.model, self.lanes = model, lanes
+        self._cache = model.new_cache(lanes)
+        self._rows: list[tuple[Drawing, int]] = []  # who has each lane: a drawing and which of its rows this is
+
+    @property
+    def free(self) -> int:
+        """Lanes that nobody has."""
+        return self.lanes - len(self._rows)
+
+    @property
+    def drawings(self) -> list[Drawing]:
+        """The pictures under way."""
+        return [drawing for drawing, part in self._rows if part == 0]
+
+    @torch.inference_mode()
+    def join(self, drawing: Drawing) -> None:
+        """Read a picture's text; its first token is drawn by the next step. There must be lanes free for it."""
+        model, start = self.model, len(self._rows)
+        device = self._cache.keys.device
+        drawing.points = points_of(drawing.seed, model.image_length)
+        texts = model.tokens_of([drawing.prompt, ""][: drawing.lanes]).to(device)
+        drawing.logits = model.read_text(texts, self._block(start, start + drawing.lanes))
+        self._rows += [(drawing, part) for part in range(drawing.lanes)]
+
+    @torch.inference_mode()
+    def step(self) -> list[Drawing]:
+        """Draw a token of every picture. -> those that have left: whole, cancelled or failed."""
+        gone = []
+        for drawing in self.drawings:
+            if not drawing.cancelled:
+                self._draw(drawing)
+            if drawing.whole or drawing.cancelled or drawing.error:
+                gone.append(drawing)
+        self._leave(gone)
+        if self._rows:
+            self._advance()
+        return gone
+
+    def _draw(self, drawing: Drawing) -> None:
+        scores = drawing.logits[:1]
+        if drawing.lanes == 2:
+            scores = drawing.logits[1:] + drawing.sampling.guidance_scale * (scores - drawing.logits[1:])
+        if not bool(torch.isfinite(scores).all()):
+            drawing.error = ModelError("the model gave no finite numbers for this picture")
+            return
+        shares = filtered(scores, drawing.sampling)
+        drawing.ids[drawing.done] = int(draw(shares, drawing.points[drawing.done, None].to(shares.device)))
+        drawing.done += 1
+
+    def _advance(self) -> None:
+        device = self._cache.keys.device
+        ids = torch.tensor([int(drawing.ids[drawing.done - 1]) for drawing, _ in self._rows], device=device)
+        places = torch.tensor([drawing.done - 1 for drawing, _ in self._rows], device=device)
+        logits = self.model.read_ids(ids, places, self._block(0, len(self._rows)))
+        rows = {(id(drawing), part): row for row, (drawing, part) in enumerate(self._rows)}
+        for drawing in self.drawings:
+            drawing.logits = logits[[rows[id(drawing), part] for part in range(drawing.lanes)]]
+
+    def _leave(self, gone: Sequence[Drawing]) -> None:
+        for drawing in gone:
+            while (row := next((r for r, (other, _) in enumerate(self._rows) if other is drawing), None)) is not None:
+                last = len(self._rows) - 1
+                if row != last:
+                    for part in (self._cache.keys, self._cache.values):
+                        part[:, row] = part[:, last]
+                    self._rows[row] = self._rows[last]
+                self._rows.pop()
+
+    def _block(self, start: int, end: int) -> KVCache:
+        return KVCache(self._cache.keys[:, start:end], self._cache.values[:, start:end])
+
+
+class ServedGenerator:
+    """What requests talk to: a bounded queue before a decode loop, whose steps run on the worker's one thread."""
+
+    def __init__(self, name: str, model: DALLETransformer, settings: Settings, worker: Executor) -> None:
+        self.name, self.model = name, model
+        self.size = model.preprocess.size
+        self._tokenizer = ImageTokenizer(model.dvae)
+        self._steps = DecodeLoop(model, settings.generate_lanes)
+        self._queue_size = settings.generate_queue
+        self._worker = worker
+        self._waiting: deque[Drawing] = deque()
+        self._moved = asyncio.Condition()
+        self._wake = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+        self._task = self._loop.create_task(self._run())
+
+    async def draw(
+        self, prompt: str, seeds: Sequence[int], sampling: Sampling, deadline: float
+    ) -> AsyncGenerator[list[Drawing]]:
+        """The pictures of a prompt, one a seed: yields them all whenever they have moved on, the last time whole.
+
+        Stop iterating, or be cancelled, and nothing more is drawn. Raises BusyError, DeadlineError, ModelError.
+        """
+        if self._task.done():
+            raise BusyError("the server is shutting down", retry_after=5)
+        admitted = sum(not drawing.cancelled for drawing in (*self._waiting, *self._steps.drawings))
+        if admitted + len(seeds) > self._queue_size:
+            raise BusyError(f"{admitted} pictures are waiting already; try again shortly", retry_after=5)
+        length = self.model.image_length
+        drawings = [Drawing(prompt, seed, sampling, torch.zeros(length, dtype=torch.int64)) for seed in seeds]
+        self._waiting += drawings
+        self._wake.set()
+        try:
+            before = _progress(drawings)
+            while not all(drawing.whole for drawing in drawings):
+                try:
+                    async with asyncio.timeout_at(deadline), self._moved:
+                        await self._moved.wait_for(partial(_moved_on, drawings, before))
+                except TimeoutError:
+                    raise late("drawn") from None
+                before = _progress(drawings)
+                if error := next((drawing.error for drawing in drawings if drawing.error), None):
+                    raise error
+                yield drawings
+        finally:
+            for drawing in drawings:
+                drawing.cancelled = not drawing.whole
+
+    async def pictures(self, drawings: Sequence[Drawing]) -> list[Tensor]:
+        """uint8 (3, S, S) of each; what is not drawn yet looks like the last token that is."""
+        rows = []
+        for drawing in drawings:
+            ids = drawing.ids.clone()
+            ids[drawing.done :] = ids[max(0, drawing.done - 1)]
+            rows.append(ids)
+        ids = torch.stack(rows).to(self.model.image_embedding.weight.device)
+        pixels = await self._loop.run_in_executor(self._worker, self._tokenizer.decode, ids)
+        return list(pixels.cpu())
+
+    async def close(self) -> None:
+        """Stop, and tell whoever still waits. Call after the last request was answered."""
+        self._task.cancel()
+        with suppress(asyncio.CancelledError):
+            await self._task
+        for drawing in (*self._waiting, *self._steps.drawings):
+            drawing.error = BusyError("the server is shutting down", retry_after=5)
+        async with self._moved:
+            self._moved.notify_all()
+
+    async def _run(self) -> None:
+        while True:
+            await self._wake.wait()
+            try:
+                await self._loop.run_in_executor(self._worker, self._work)
+            except Exception as error:
+                log.exception("a step of the decode loop failed")
+                failure = ModelError("the model failed while this picture was drawn")
+                failure.__cause__ = error
+                for drawing in self._steps.drawings:
+                    drawing.error = failure
+            async with self._moved:
+                self._moved.notify_all()
+            if not self._waiting and not self._steps.drawings:
+                self._wake.clear()
+
+    def _work(self) -> None:
+        """One step, in the worker thread: whoever waits joins first, in order, as far as there are lanes."""
+        while self._waiting and (self._waiting[0].cancelled or self._waiting[0].lanes <= self._steps.free):
+            drawing = self._waiting.popleft()
+            if drawing.cancelled:
+                continue
+            try:
+                self._steps.join(drawing)
+            except Exception as error:
+                log.exception("a prompt could not be read")
+                drawing.error = ModelError("the model failed for this prompt")
+                drawing.error.__cause__ = error
+        self._steps.step()
+
+
+def _moved_on(drawings: Sequence[Drawing], before: Any) -> bool:
+    return bool(_progress(drawings) != before)
+
+
+def _progress(drawings: Sequence[Drawing]) -> Any:
+    """Something that changes whenever one of the drawings moves on or fails."""
+    return [(drawing.done, drawing.error is None) for drawing in drawings]

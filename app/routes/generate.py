@@ -1,0 +1,200 @@
+"""POST /generate: pictures of a text, in the shape and with the events of OpenAI's images API."""
+
+from __future__ import annotations
+
+import base64
+import secrets
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import orjson
+from fastapi import APIRouter, Depends, Request
+from PIL import Image
+from pydantic import BaseModel, Field
+from starlette.responses import Response, StreamingResponse
+
+from app import images
+from app.errors import problem
+from app.generator import Drawing, ServedGenerator
+from app.inputs import Body, Text, body_of, check_text, request_body
+from app.service import Served, Service, json_response
+from models.errors import InputError
+from models.generation import Sampling, to_picture
+
+router = APIRouter(tags=["generation"])
+MAX_SEED = 2**53 - 16  # what every JSON reader holds exactly, with room for the seeds that follow
+
+
+class GenerateRequest(Body):
+    """Picture i of n has the seed `seed` + i; the same seed and options give the same picture. temperature 0 takes the
+    likeliest token, top_k 0 all of them. guidance_scale: 1 is the text's own distribution, more is nearer to the text.
+    rerank: best first by the score of a model that embeds both, where one is loaded. A url is a data: URI."""
+
+    prompt: Text
+    model: str | None = None
+    n: int = Field(1, ge=1, le=16)
+    seed: int | None = Field(None, ge=0, le=MAX_SEED)
+    temperature: float = Field(1.0, ge=0, le=10)
+    top_k: int = Field(0, ge=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    guidance_scale: float = Field(2.0, ge=0, le=100)
+    rerank: bool = True
+    response_format: Literal["b64_json", "url"] = "b64_json"
+    stream: bool = False
+    partial_images: int = Field(0, ge=0, le=16, description="with stream: pictures on the way, of each")
+    size: str = Field("auto", description="auto, or the model's own, such as 64x64")
+    user: str | None = Field(None, description="taken for OpenAI's clients, not used")
+
+
+class GeneratedImage(BaseModel):
+    """A PNG. score: cosine of picture and prompt; null without a model that embeds both."""
+
+    b64_json: str | None = None
+    url: str | None = None
+    seed: int
+    score: float | None
+
+
+class GenerateResponse(BaseModel):
+    """Best first where they were ranked, else in the order of their seeds."""
+
+    created: int
+    model: str
+    data: list[GeneratedImage]
+
+
+@dataclass
+class _Made:
+    picture: Image.Image
+    seed: int
+    score: float | None
+
+
+_BODY = request_body(GenerateRequest, {"prompt": "a red star", "n": 2, "seed": 1}, files=False)
+
+
+@router.post(
+    "/generate",
+    response_model=GenerateResponse,
+    openapi_extra=_BODY,
+    responses={200: {"content": {"image/png": {}, "text/event-stream": {}}}},
+)
+@router.post("/v1/images/generations", response_model=GenerateResponse, openapi_extra=_BODY)
+async def generate(
+    request: Request, service: Served, body: Annotated[GenerateRequest, Depends(body_of(GenerateRequest))]
+) -> Response:
+    """Draw pictures of a text. `Accept: image/png` gives the best one itself, `stream` events while they are drawn."""
+    check_text(body.prompt, service.settings)
+    generator = service.generator(body.model)
+    if body.size not in ("auto", own := f"{generator.size}x{generator.size}"):
+        raise InputError(f"size {body.size[:20]!r}: model {generator.name!r} draws pictures of {own}")
+    first = secrets.randbelow(MAX_SEED) if body.seed is None else body.seed
+    seeds = [first + number for number in range(body.n)]
+    deadline = service.deadline(service.settings.generate_deadline)
+    steps = generator.draw(body.prompt, seeds, _sampling(body), deadline)
+    drawings = await anext(steps)  # a full queue is refused here, before any answer has begun
+    if body.stream:
+        events = _events(service, generator, body, drawings, steps, request.scope["state"]["request_id"])
+        return StreamingResponse(events, media_type="text/event-stream")
+    async with aclosing(steps):
+        async for _ in steps:
+            pass
+    made = await _ranked(service, generator, body, drawings)
+    if "image/png" in request.headers.get("accept", ""):
+        best = made[0]
+        headers = {"X-Seed": str(best.seed)}
+        return Response(await service.decode(_png, best, body.prompt), media_type="image/png", headers=headers)
+    data = [await _entry(service, each, body) for each in made]
+    return json_response({"created": int(time.time()), "model": generator.name, "data": data})
+
+
+def _sampling(body: GenerateRequest) -> Sampling:
+    return Sampling(body.temperature, body.top_k, body.top_p, body.guidance_scale)
+
+
+async def _ranked(
+    service: Service, generator: ServedGenerator, body: GenerateRequest, drawings: Sequence[Drawing]
+) -> list[_Made]:
+    """The pictures, best first by the cosine of picture and prompt, as DALL-E chose among its samples with CLIP."""
+    pictures = [to_picture(pixels) for pixels in await generator.pictures(drawings)]
+    made = [_Made(picture, each.seed, None) for picture, each in zip(pictures, drawings, strict=True)]
+    judge = next((engine for engine in service.engines.values() if engine.takes_text), None)
+    if judge is None or not body.rerank:
+        return made
+    served = service.engine(judge.name, text=True)
+    deadline = service.deadline()
+    shown = await served.embed_images([partial(_whole, each.picture) for each in made], deadline)
+    (prompt,), _ = await served.embed_texts([body.prompt], deadline)
+    for each, score in zip(made, (shown @ np.asarray(prompt)).tolist(), strict=True):
+        each.score = score
+    return sorted(made, key=lambda each: -(each.score or 0.0))
+
+
+async def _events(
+    service: Service,
+    generator: ServedGenerator,
+    body: GenerateRequest,
+    drawings: Sequence[Drawing],
+    steps: AsyncGenerator[Any],
+    request_id: str,
+) -> AsyncIterator[bytes]:
+    """OpenAI's events: partial pictures at even steps, then each whole one; an error ends them with its problem."""
+    length = generator.model.image_length
+    common = {
+        "created_at": int(time.time()),
+        "size": f"{generator.size}x{generator.size}",
+        "quality": "auto",
+        "background": "opaque",
+        "output_format": "png",
+    }
+    try:
+        # Even numbers of tokens, the whole picture left out: it has its own event.
+        marks = [round(length * (part + 1) / (body.partial_images + 1)) for part in range(body.partial_images)]
+        async with aclosing(steps):
+            async for _ in steps:
+                done = min(each.done for each in drawings)  # the slowest decides, so that an event shows all alike
+                if not marks or done < marks[0]:
+                    continue
+                number = body.partial_images - len(marks)
+                marks = [mark for mark in marks if mark > done]
+                for index, (pixels, each) in enumerate(zip(await generator.pictures(drawings), drawings, strict=True)):
+                    entry = await _entry(service, _Made(to_picture(pixels), each.seed, None), body, b64=True)
+                    where = {"partial_image_index": number, "index": index, "step": each.done, "steps": length}
+                    yield _event("image_generation.partial_image", common | where | entry)
+        tokens = int((generator.model.tokens_of([body.prompt]) != 0).sum())
+        usage = {"input_tokens": tokens, "output_tokens": body.n * length, "total_tokens": tokens + body.n * length}
+        usage |= {"input_tokens_details": {"text_tokens": tokens, "image_tokens": 0}}
+        for index, made in enumerate(await _ranked(service, generator, body, drawings)):
+            entry = await _entry(service, made, body, b64=True)
+            yield _event("image_generation.completed", common | {"index": index, "usage": usage} | entry)
+    except Exception as error:
+        content = orjson.loads(problem(error, request_id).body)
+        yield b"event: error\ndata: " + orjson.dumps({"error": content | {"message": content["detail"]}}) + b"\n\n"
+
+
+def _event(kind: str, content: dict[str, Any]) -> bytes:
+    return f"event: {kind}\ndata: ".encode() + orjson.dumps({"type": kind, **content}) + b"\n\n"
+
+
+async def _entry(service: Service, made: _Made, body: GenerateRequest, *, b64: bool = False) -> dict[str, Any]:
+    encoded = base64.b64encode(await service.decode(_png, made, body.prompt)).decode()
+    shown = {"b64_json": encoded} if b64 or body.response_format == "b64_json" else {"url": _uri(encoded)}
+    return {**shown, "seed": made.seed, "score": made.score}
+
+
+def _whole(picture: Image.Image, target: int) -> Image.Image:
+    """A picture that is decoded already, for what wants to be told how large."""
+    return picture
+
+
+def _uri(encoded: str) -> str:
+    return f"data:image/png;base64,{encoded}"
+
+
+def _png(made: _Made, prompt: str) -> bytes:
+    return images.png(made.picture, {"prompt": prompt, "seed": str(made.seed)})
