@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 import torch
 from safetensors.torch import save_file
 
@@ -27,6 +28,7 @@ from models.dalle import DALLETransformer
 from models.preprocess import Preprocess
 from models.tokenizers import TextTokenizer
 from models.torchvision import load_torchvision
+from training.trainer import Trainer
 
 CORPUS = ["a red star", "a blue circle", "a photo of a green square", "two hearts on a gray background"] * 4
 
@@ -152,3 +154,18 @@ def tiny_dalle(seed: int = 0) -> DALLETransformer:
         if parameter.ndim > 1:
             parameter.data.mul_(4)
     return model.eval()
+
+
+@contextmanager
+def interrupted_after(steps: int) -> Iterator[None]:
+    """Training runs in here end as by Ctrl-C, after so many steps."""
+    step = Trainer._step
+
+    def watched(trainer: Trainer, batches: Any) -> Any:
+        trainer._interrupted = trainer.step == steps - 1
+        return step(trainer, batches)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "_step", watched)
+        with pytest.raises(KeyboardInterrupt):
+            yield

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support import interrupted_after
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -31,7 +32,7 @@ from training.methods.dalle import (
     train_dalle,
 )
 from training.methods.dvae import train_dvae
-from training.trainer import Trainer, TrainerConfig
+from training.trainer import TrainerConfig
 
 TRAINER = TrainerConfig(
     steps=4, warmup=1, precision="fp32", ema_decay=0.9, log_every=1, save_every=0, device="cpu", threads=1
@@ -151,20 +152,10 @@ def test_flops_are_those_that_torch_counts(tokenizer: Path, tmp_path: Path) -> N
     assert model.flops() == counter.get_total_flops()
 
 
-def test_a_run_resumes_to_the_same_bits_and_is_measured(
-    tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_resumes_to_the_same_bits_and_is_measured(tokenizer: Path, tmp_path: Path) -> None:
     whole = load_checkpoint(train_dalle(_options(tokenizer, tmp_path / "a")))
-    with monkeypatch.context() as patch:
-        step = Trainer._step
-
-        def interrupted(trainer: Trainer, batches: Any) -> Any:
-            trainer._interrupted = trainer.step == 1
-            return step(trainer, batches)
-
-        patch.setattr(Trainer, "_step", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            train_dalle(_options(tokenizer, tmp_path / "b"))
+    with interrupted_after(2):
+        train_dalle(_options(tokenizer, tmp_path / "b"))
     torch.manual_seed(999)
     resumed = load_checkpoint(train_dalle(_options(tokenizer, tmp_path / "b")))
     weights = resumed.state_dict()

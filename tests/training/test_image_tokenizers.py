@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from support import interrupted_after
 
 from models.checkpoint import load_checkpoint
 from models.dvae import LAPLACE_MARGIN, VQ, DiscreteVAE, Gumbel
@@ -17,7 +18,7 @@ from training.__main__ import main
 from training.figures import evaluate_model
 from training.methods.dvae import DVAELoss, DVAEMethod, DVAEOptions, LogitLaplaceLoss, train_dvae, uniform_divergence
 from training.reconstruction import code_figures, psnr
-from training.trainer import Trainer, TrainerConfig
+from training.trainer import TrainerConfig
 
 KINDS = ("fsq", "vq", "gumbel")
 TRAINER = TrainerConfig(
@@ -118,20 +119,10 @@ def test_schedules_of_the_relaxation() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_run_resumes_to_the_same_bits_and_is_measured(
-    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_resumes_to_the_same_bits_and_is_measured(tmp_path: Path, kind: str) -> None:
     whole = load_checkpoint(train_dvae(_options(kind, tmp_path / "a")))
-    with monkeypatch.context() as patch:
-        step = Trainer._step
-
-        def interrupted(trainer: Trainer, batches: Any) -> Any:
-            trainer._interrupted = trainer.step == 1
-            return step(trainer, batches)
-
-        patch.setattr(Trainer, "_step", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            train_dvae(_options(kind, tmp_path / "b"))
+    with interrupted_after(2):
+        train_dvae(_options(kind, tmp_path / "b"))
     torch.manual_seed(999)
     resumed = load_checkpoint(train_dvae(_options(kind, tmp_path / "b")))
     weights = resumed.state_dict()
