@@ -65,6 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="SHARE",
         help="shares of the labels to fine-tune on too",
     )
+    evaluate.add_argument("--judge", help="a model that embeds both, to judge a generator's pictures by")
     evaluate.add_argument("--seed", type=int, default=0, help="of the scenes that are drawn")
     evaluate.add_argument("--json", action="store_true", help="print JSON in place of a table")
     evaluate.add_argument("--write", action="store_true", help="put the figures into the checkpoint and its card")
@@ -211,7 +212,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from training.figures import evaluate_model, fine_tuned
 
     model = load_model(arguments.model)
-    metrics = evaluate_model(model, arguments.data, arguments.data_root, arguments.seed)
+    metrics = evaluate_model(model, arguments.data, arguments.data_root, arguments.seed, arguments.judge)
     for name in arguments.data:
         for share in arguments.fine_tune:
             metrics |= fine_tuned(model, name, arguments.data_root, share, arguments.seed)

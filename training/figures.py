@@ -33,7 +33,7 @@ from training.pictures import (
     species_usda,
     unseen_drawing,
 )
-from training.reconstruction import generation_figures, reconstruction_figures
+from training.reconstruction import generation_figures, judged_figures, reconstruction_figures
 from training.scene_captions import swapped_colours, swapped_relation
 
 GROCERY_TEMPLATES = ("a photo of {}", "{} in a grocery store", "{}")
@@ -42,18 +42,26 @@ _UNSEEN_SEED = 1_000_003  # scenes of evaluation come from their own streams
 
 
 def evaluate_model(
-    model: Any, data: Sequence[str] = ("scenes",), data_root: str | None = None, seed: int = 0
+    model: Any,
+    data: Sequence[str] = ("scenes",),
+    data_root: str | None = None,
+    seed: int = 0,
+    judge: Any = None,
 ) -> dict[str, float]:
     """Figures of a model (or of a checkpoint folder or reference) on each data set, by name. Shares are 0..1.
 
     Named sets are judged on their validation split; other data on what it is, which is training data if it was trained
-    on. A model that takes text is judged by zero-shot and retrieval, an image encoder by kNN and a linear probe.
+    on. A model that takes text is judged by zero-shot and retrieval, an image encoder by kNN and a linear probe, an
+    image tokenizer by what it leaves of pictures, a generator by its perplexities and, given a `judge` that embeds
+    pictures and texts (or its reference), by the pictures that it draws.
     """
-    if isinstance(model, (str, Path)):
-        model = load_model(model)
+    model, judge = (load_model(each) if isinstance(each, (str, Path)) else each for each in (model, judge))
     metrics: dict[str, float] = {}
     for spec in data:
-        metrics |= evaluate_data(model, spec.partition("=")[0], data_root, seed)
+        name = spec.partition("=")[0]
+        metrics |= evaluate_data(model, name, data_root, seed)
+        if judge is not None and isinstance(model, DALLETransformer):
+            metrics |= judged_figures(model, judge, *_captioned(model, name, data_root, seed, 256), name)
     return metrics
 
 

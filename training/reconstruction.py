@@ -10,7 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.tokenizers import TextTokenizer
+from models.generation import Sampling, generate_ids
+from models.retrieval import embed_images, embed_texts
+from models.tokenizers import ImageTokenizer, TextTokenizer
+from training.evaluation import frechet_distance
 
 _BATCH = 128
 
@@ -58,3 +61,36 @@ def generation_figures(model: Any, images: Tensor, texts: Sequence[str], name: s
         f"{name}_{segment}_perplexity": math.exp(total / count)
         for segment, total, count in zip(("text", "image"), nats, counts, strict=True)
     }
+
+
+@torch.inference_mode()
+def judged_figures(
+    model: Any, judge: Any, images: Tensor, texts: Sequence[str], name: str, *, guidance_scale: float = 2.0
+) -> dict[str, float]:
+    """Pictures that a DALLETransformer draws of these texts, one each by the seeds 0, 1, ..., judged by a model that
+    embeds both.
+
+    clip_score: mean cosine of picture and text; real_clip_score: that of the real pictures. frechet_distance: of the
+    embeddings of drawn and real pictures. images: uint8 (N, 3, S, S), the real ones.
+    """
+    tokenizer, sampling, drawn = ImageTokenizer(model.dvae), Sampling(guidance_scale=guidance_scale), []
+    for start in range(0, len(texts), _BATCH):
+        part = list(texts[start : start + _BATCH])
+        steps = list(generate_ids(model, part, range(start, start + len(part)), sampling))
+        drawn.append(tokenizer.decode(torch.stack(steps, 1)).cpu())
+    embedded = [embed_images(judge, judged_pixels(judge, pixels)) for pixels in (torch.cat(drawn), images)]
+    prompts = embed_texts(judge, texts)
+    scores = [float((rows * prompts).sum(-1).mean()) for rows in embedded]
+    return {
+        f"{name}_clip_score": scores[0],
+        f"{name}_real_clip_score": scores[1],
+        f"{name}_frechet_distance": frechet_distance(*embedded),
+    }
+
+
+def judged_pixels(judge: Any, images: Tensor) -> Tensor:
+    """uint8 (N, 3, S, S) at the size that a judge takes."""
+    size = judge.preprocess.size
+    if images.shape[-1] == size:
+        return images
+    return F.interpolate(images.float(), (size, size), mode="bicubic", antialias=True).round().clamp(0, 255).byte()

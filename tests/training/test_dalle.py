@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -10,16 +11,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support import interrupted_after
+from support import interrupted_after, tiny_clip
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from models.checkpoint import load_checkpoint
+from models.checkpoint import load_checkpoint, save_checkpoint
 from models.dvae import DiscreteVAE
 from models.generation import generate_image
 from models.tokenizers import TextTokenizer
+from models.torchvision import load_torchvision
 from training.__main__ import main
 from training.data import ArraySource, SceneSource
+from training.evaluation import frechet_distance
 from training.figures import evaluate_model
 from training.methods.dalle import (
     DALLELoss,
@@ -169,6 +172,40 @@ def test_a_run_resumes_to_the_same_bits_and_is_measured(tokenizer: Path, tmp_pat
     assert set(figures) == {"scenes_text_perplexity", "scenes_image_perplexity"}
     # Four steps from nothing: near guessing, 20 codes and some hundred words.
     assert 10 < figures["scenes_image_perplexity"] < 30
+
+
+def test_the_frechet_distance_is_that_of_an_independent_library() -> None:
+    load_torchvision()
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.randn(6, 6, generator=generator)
+    real, drawn = torch.randn(200, 6, generator=generator) @ mixing, torch.randn(150, 6, generator=generator) + 0.5
+
+    class Rows(torch.nn.Module):
+        num_features = 6
+
+        def forward(self, rows: torch.Tensor) -> torch.Tensor:
+            return rows
+
+    theirs = FrechetInceptionDistance(feature=Rows(), input_img_size=(6,))
+    theirs.set_dtype(torch.float64)
+    theirs.update(real.double(), real=True)
+    theirs.update(drawn.double(), real=False)
+    assert frechet_distance(drawn, real) == pytest.approx(float(theirs.compute()), rel=1e-6)
+    assert frechet_distance(real, real) == pytest.approx(0, abs=1e-9)
+
+
+def test_drawn_pictures_are_judged_by_a_model_that_embeds_both(tokenizer: Path, tmp_path: Path) -> None:
+    judge = tiny_clip()
+    save_checkpoint(judge, tmp_path / "judge")
+    folder = train_dalle(_options(tokenizer, tmp_path, judge=str(tmp_path / "judge")))
+    lines = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
+    assert any("clip_score" in json.loads(line) for line in lines)
+    figures = evaluate_model(folder, judge=judge)
+    assert -1 <= figures["scenes_clip_score"] <= 1
+    assert figures["scenes_clip_score"] != figures["scenes_real_clip_score"]
+    assert figures["scenes_frechet_distance"] > 0.01
 
 
 def test_own_folder_from_the_command_line(

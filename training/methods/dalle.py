@@ -27,6 +27,7 @@ from models.dvae import DiscreteVAE
 from models.errors import CheckpointError, DataError
 from models.generation import Sampling, generate_ids
 from models.readers import file_bytes
+from models.retrieval import embed_images, embed_texts
 from models.tokenizers import ImageTokenizer, TextTokenizer
 from training.analysis import picture_sheet
 from training.data import ArraySource, Batches, SceneSource, Source, StreamSource, opaque
@@ -35,6 +36,7 @@ from training.figures import evaluate_model
 from training.losses import wide
 from training.method import Batch, Losses, Method, option
 from training.options import RunOptions
+from training.reconstruction import judged_pixels
 from training.run import RunData, batch_options, open_data, run_folder, run_training, starting_model
 from training.trainer import TrainerConfig
 
@@ -197,6 +199,7 @@ class DALLEOptions(RunOptions):
     text_weight: float = option(1 / 8, "weight of the text's loss beside the picture's")
     image_weight: float = option(7 / 8, "weight of the picture's loss")
     caption_dropout: float = option(0.1, "share of the captions that are left out, for guidance")
+    judge: str | None = option(None, "checkpoint folder of a CLIP that scores the samples in the log")
     token_cache: str = option("runs/tokens", "folder where encoded pictures are kept")
 
 
@@ -269,15 +272,18 @@ def _samples(options: DALLEOptions, data: RunData, batches: TokenBatches) -> Any
     else:
         prompts = [texts[0] for texts in source.draw(rows[:8], 8, rng)[1]]
     sheet = run_folder(options) / "samples.png"
+    judge = None if options.judge is None else load_checkpoint(options.judge)
+    chosen = Sampling(guidance_scale=2.0 if options.caption_dropout else 1.0)
 
     def evaluate(model: Any) -> dict[str, float]:
-        chosen = Sampling(guidance_scale=2.0 if options.caption_dropout else 1.0)
-        made = [
-            ImageTokenizer(model.dvae).decode(torch.stack(list(generate_ids(model, [prompt] * 6, range(6), chosen)), 1))
-            for prompt in prompts
-        ]
-        picture_sheet([row.cpu() for row in made], sheet, prompts)
-        return {"sampled": float(len(prompts) * 6)}
+        texts = [prompt for prompt in prompts for _ in range(6)]
+        ids = torch.stack(list(generate_ids(model, texts, [*range(6)] * len(prompts), chosen)), 1)
+        made = ImageTokenizer(model.dvae).decode(ids).cpu()
+        picture_sheet(list(made.split(6)), sheet, prompts)
+        if judge is None:
+            return {}
+        rows = embed_images(judge, judged_pixels(judge, made)) * embed_texts(judge, texts)
+        return {"clip_score": float(rows.sum(-1).mean())}
 
     return evaluate
 
