@@ -188,7 +188,7 @@ class DiscreteVAE(nn.Module):
             up += [nn.Conv2d(width, 4 * before, 3, 1, 1), nn.PixelShuffle(2)]
         self.encoder = nn.Sequential(*down, nn.SiLU(), nn.Conv2d(channels[-1], self.quantizer.inputs, 1))
         self.decoder = nn.Sequential(*up)
-        self.preprocess = Preprocess(size=image_size, resize="crop", mean=(0.5,) * 3, std=(0.5,) * 3)
+        self.preprocess = Preprocess(size=image_size, mean=(0.5,) * 3, std=(0.5,) * 3)
         self.tokenizer = None
         self.provenance: dict[str, Any] = {}
         self.fingerprint = ""
