@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx
 from PIL import Image, ImageDraw, ImageFont
 
-QUERIES = ("a red star", "a blue heart on a striped background", "a star inside a ring")
+QUERIES = ("a red star", "a large blue heart", "a red star inside a blue ring")
 SIDE, GAP, LINE, HITS = 96, 8, 24, 7
 
 
@@ -28,7 +28,7 @@ def main(server: str) -> None:
             for place, hit in enumerate(hits):
                 picture = Image.open(io.BytesIO(client.get(f"{hit['url']}?size={SIDE}").raise_for_status().content))
                 sheet.paste(picture.convert("RGB"), (GAP + place * (SIDE + GAP), row * height + LINE + GAP))
-    sheet.quantize(256).save(Path(__file__).with_suffix(".png"), optimize=True)
+    sheet.save(Path(__file__).with_suffix(".png"), optimize=True)
 
 
 if __name__ == "__main__":

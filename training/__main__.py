@@ -75,6 +75,10 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument("--out", required=True, help="checkpoint folder to write")
     export.add_argument("--dtype", choices=("fp32", "fp16"), default="fp16", help="of the weights (default: fp16)")
     export.set_defaults(run_command=_export)
+    average = subcommands.add_parser("average", help="Average the weights of checkpoints trained one from the other")
+    average.add_argument("models", nargs="+", help="checkpoint folders")
+    average.add_argument("--out", required=True, help="checkpoint folder to write")
+    average.set_defaults(run_command=_average)
     analyze = subcommands.add_parser("analyze", help="Figures, maps and neighbours of a model's features")
     analyze.add_argument("model", help="checkpoint folder, open_clip:ARCH/TAG or hf-hub:REPO")
     analyze.add_argument("--data", required=True, help="a data set, as in training")
@@ -173,6 +177,13 @@ def _export(arguments: argparse.Namespace) -> int:
 
     folder = export_run(arguments.run, arguments.out, torch.float16 if arguments.dtype == "fp16" else torch.float32)
     print(f"wrote {folder}")  # noqa: T201
+    return 0
+
+
+def _average(arguments: argparse.Namespace) -> int:
+    from training.export import average_checkpoints
+
+    print(f"wrote {average_checkpoints(arguments.models, arguments.out)}; measure it with evaluate --write")  # noqa: T201
     return 0
 
 

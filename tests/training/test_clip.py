@@ -16,7 +16,7 @@ import pytest
 import torch
 from support import tiny_clip
 
-from models.checkpoint import load_checkpoint
+from models.checkpoint import load_checkpoint, save_checkpoint
 from models.errors import CheckpointError, DataError
 from training.__main__ import main
 from training.evaluation import extract_features, knn_evaluation, linear_evaluation
@@ -116,6 +116,24 @@ def test_a_run_goes_on_from_a_trained_model(tmp_path: Path) -> None:
     assert again.provenance["license"] == first.provenance["license"]
     with pytest.raises(CheckpointError, match="needs EncoderModel"):
         train_simclr(data=("scenes",), init=str(tmp_path / "first" / "out"), out=str(tmp_path / "o"))
+
+
+def test_the_average_of_checkpoints_is_that_of_their_weights(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for seed in (0, 1):
+        save_checkpoint(tiny_clip(seed), tmp_path / str(seed), provenance={"command": f"run {seed}", "license": "mine"})
+    places = [str(tmp_path / "0"), str(tmp_path / "1")]
+    assert main(["average", *places, "--out", str(tmp_path / "both")]) == 0
+    one, two, both = (load_checkpoint(tmp_path / name) for name in ("0", "1", "both"))
+    for name, value in both.state_dict().items():
+        torch.testing.assert_close(value.float(), (one.state_dict()[name].float() + two.state_dict()[name].float()) / 2)
+    assert both.provenance["license"] == "mine"
+    assert "of: run 0, run 1" in both.provenance["command"]
+    save_checkpoint(tiny_clip(size=48), tmp_path / "larger")
+    capsys.readouterr()
+    assert main(["average", places[0], str(tmp_path / "larger"), "--out", str(tmp_path / "no")]) == 1
+    assert "no two states of one model" in capsys.readouterr().err
 
 
 def test_own_folder_from_the_command_line(

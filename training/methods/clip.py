@@ -91,7 +91,7 @@ def presets() -> dict[str, CLIPOptions]:
     refine = replace(
         finish,
         init="runs/demo/second",
-        out="checkpoints/demo/clip",
+        out="runs/demo/third",
         run_dir="runs/demo-refine",
         batch_size=192,
         trainer=replace(finish.trainer, lr=1e-3, evaluate_every=500, time_limit=5000),
