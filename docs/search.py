@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx
 from PIL import Image, ImageDraw, ImageFont
 
-QUERIES = ("a red star", "a large blue heart", "a red star inside a blue ring")
+QUERIES = ("a red star", "a blue heart", "a red star inside a blue ring")
 SIDE, GAP, LINE, HITS = 96, 8, 24, 7
 
 
