@@ -66,16 +66,19 @@ class AnswerError(SemblanceError):
 
 async def events(client: httpx.AsyncClient, url: str, body: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
     """The server-sent events that answer a POST. Raises AnswerError as `call` does, and for an error among them."""
-    async with client.stream("POST", url, json=body) as answer:
-        if not answer.is_success:
-            await answer.aread()
-            raise _refused(answer)
-        async for line in answer.aiter_lines():
-            if line.startswith("data: "):
-                content: dict[str, Any] = json.loads(line.removeprefix("data: "))
-                if error := content.get("error"):
-                    raise AnswerError(error["detail"], error["status"])
-                yield content
+    try:
+        async with client.stream("POST", url, json=body) as answer:
+            if not answer.is_success:
+                await answer.aread()
+                raise _refused(answer)
+            async for line in answer.aiter_lines():
+                if line.startswith("data: "):
+                    content: dict[str, Any] = json.loads(line.removeprefix("data: "))
+                    if error := content.get("error"):
+                        raise AnswerError(error["detail"], error["status"])
+                    yield content
+    except httpx.TransportError as error:
+        raise _unreachable(client, error) from error
 
 
 async def call(client: httpx.AsyncClient, method: str, url: str, *, patience: int = 60, **options: Any) -> Any:
@@ -87,13 +90,17 @@ async def call(client: httpx.AsyncClient, method: str, url: str, *, patience: in
         try:
             answer = await client.request(method, url, **options)
         except httpx.TransportError as error:
-            raise AnswerError(f"{client.base_url} cannot be reached: {error}", 0) from error
+            raise _unreachable(client, error) from error
         if answer.status_code not in (429, 503) or attempt == patience:
             break
         await asyncio.sleep(min(30.0, float(answer.headers.get("retry-after", 1))))
     if answer.is_success:
         return answer.json() if answer.content else None
     raise _refused(answer)
+
+
+def _unreachable(client: httpx.AsyncClient, error: httpx.TransportError) -> AnswerError:
+    return AnswerError(f"{client.base_url} cannot be reached: {error}", 0)
 
 
 def _refused(answer: httpx.Response) -> AnswerError:

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from app.batching import late
 from app.settings import Settings
-from models.dalle import DALLETransformer, KVCache
+from models.dalle import DALLETransformer
 from models.errors import BusyError, ModelError
-from models.generation import Sampling, draw, filtered, points_of
+from models.generation import Sampling, draw, filtered, guided_logits, points_of
 from models.tokenizers import ImageTokenizer
 
 log = logging.getLogger(__name__)
@@ -87,7 +87,7 @@ class DecodeLoop:
         device = self._cache.keys.device
         drawing.points = points_of(drawing.seed, model.image_length)
         texts = model.tokens_of([drawing.prompt, ""][: drawing.lanes]).to(device)
-        drawing.logits = model.read_text(texts, self._block(start, start + drawing.lanes))
+        drawing.logits = model.read_text(texts, self._cache.block(start, start + drawing.lanes))
         self._rows += [(drawing, part) for part in range(drawing.lanes)]
 
     @torch.inference_mode()
@@ -105,9 +105,7 @@ class DecodeLoop:
         return gone
 
     def _draw(self, drawing: Drawing) -> None:
-        scores = drawing.logits[:1]
-        if drawing.lanes == 2:
-            scores = drawing.logits[1:] + drawing.sampling.guidance_scale * (scores - drawing.logits[1:])
+        scores = guided_logits(drawing.logits, drawing.sampling)
         if not bool(torch.isfinite(scores).all()):
             drawing.error = ModelError("the model gave no finite numbers for this picture")
             return
@@ -119,7 +117,7 @@ class DecodeLoop:
         device = self._cache.keys.device
         ids = torch.tensor([int(drawing.ids[drawing.done - 1]) for drawing, _ in self._rows], device=device)
         places = torch.tensor([drawing.done - 1 for drawing, _ in self._rows], device=device)
-        logits = self.model.read_ids(ids, places, self._block(0, len(self._rows)))
+        logits = self.model.read_ids(ids, places, self._cache.block(0, len(self._rows)))
         rows = {(id(drawing), part): row for row, (drawing, part) in enumerate(self._rows)}
         for drawing in self.drawings:
             drawing.logits = logits[[rows[id(drawing), part] for part in range(drawing.lanes)]]
@@ -133,9 +131,6 @@ class DecodeLoop:
                         part[:, row] = part[:, last]
                     self._rows[row] = self._rows[last]
                 self._rows.pop()
-
-    def _block(self, start: int, end: int) -> KVCache:
-        return KVCache(self._cache.keys[:, start:end], self._cache.values[:, start:end])
 
 
 class ServedGenerator:

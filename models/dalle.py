@@ -27,9 +27,9 @@ class KVCache:
     keys: Tensor
     values: Tensor
 
-    def rows(self, kept: Tensor) -> KVCache:
-        """The cache of some rows, for when others have finished. kept: int64 (B',)."""
-        return KVCache(self.keys[:, kept], self.values[:, kept])
+    def block(self, start: int, end: int) -> KVCache:
+        """The rows from `start` to `end`, in the same memory."""
+        return KVCache(self.keys[:, start:end], self.values[:, start:end])
 
 
 class CausalAttention(nn.Module):

@@ -37,6 +37,14 @@ class Sampling:
             )
 
 
+def guided_logits(logits: Tensor, sampling: Sampling) -> Tensor:
+    """Logits (2 B, K), those with the text before those without -> (B, K); given (B, K) where nothing guides."""
+    if sampling.guidance_scale == 1:
+        return logits
+    with_text, without = logits.chunk(2)
+    return without + sampling.guidance_scale * (with_text - without)
+
+
 def filtered(logits: Tensor, sampling: Sampling) -> Tensor:
     """Logits (B, K) -> probabilities (B, K) in float64 by temperature, then top_k, then top_p."""
     scores = logits.double()
@@ -91,10 +99,7 @@ def generate_ids(
     cache = model.new_cache(len(prompts))
     logits = model.read_text(prompts, cache)
     for place in range(model.image_length):
-        if guided:
-            with_text, without = logits.chunk(2)
-            logits = without + sampling.guidance_scale * (with_text - without)
-        ids = draw(filtered(logits, sampling), points[:, place])
+        ids = draw(filtered(guided_logits(logits, sampling), sampling), points[:, place])
         if known is not None:
             given = known[:, place].to(device)
             ids = torch.where(given >= 0, given, ids)

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from models.checkpoint import load_checkpoint
 from models.clip import CLIPModel
 from models.dalle import DALLETransformer
 from models.preprocess import Preprocess
@@ -154,6 +155,21 @@ def tiny_dalle(seed: int = 0) -> DALLETransformer:
         if parameter.ndim > 1:
             parameter.data.mul_(4)
     return model.eval()
+
+
+def resumed(train: Callable[[Any], Path], options: Callable[[Path], Any], folder: Path) -> Any:
+    """The model of a run that was interrupted and went on, which has the very weights of the one that was not.
+
+    options: of a run, by its folder; the whole run is in `folder` / "a".
+    """
+    whole = load_checkpoint(train(options(folder / "a")))
+    with interrupted_after(2):
+        train(options(folder / "b"))
+    torch.manual_seed(999)
+    model = load_checkpoint(train(options(folder / "b")))
+    weights = model.state_dict()
+    assert all(torch.equal(value, weights[key]) for key, value in whole.state_dict().items())
+    return model
 
 
 @contextmanager

@@ -25,7 +25,7 @@ class Augmentation:
     crop's aspect (log-uniform). flip: probability of a horizontal flip. turn: degrees either way. brightness, contrast,
     saturation: factors from 1-x to 1+x. hue: turns of the colour circle either way, in YIQ. grayscale: probability.
     background: probability that transparent parts lie on a random colour in place of white. collage: probability that
-    one side of the picture, up to half of it, shows another of the same batch (CutMix, arXiv:1905.04899).
+    one side of the picture, about half of it, shows another of the same batch (CutMix, arXiv:1905.04899).
     """
 
     scale: tuple[float, float] = (1.0, 1.0)

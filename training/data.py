@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -259,6 +260,12 @@ def opaque(images: Tensor) -> Tensor:
         return images
     opacity = images[:, 3:].float() / 255
     return (images[:, :3] * opacity + 255 * (1 - opacity)).round().byte()
+
+
+def resized(pixels: Tensor, size: int) -> Tensor:
+    """(B, 3, H, W) in 0..255, of any type -> uint8 (B, 3, size, size); a picture of that size stays as it is."""
+    scaled = F.interpolate(pixels.float(), (size, size), mode="bicubic", antialias=True)
+    return scaled.round().clamp(0, 255).byte()
 
 
 def _changed(

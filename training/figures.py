@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from models.checkpoint import load_model
@@ -21,7 +20,7 @@ from models.errors import DataError
 from models.readers import BadRows, Record, decode, read
 from models.retrieval import compute_similarity, embed_images, embed_texts, image_text_retrieval, label_embeddings
 from training import scenes
-from training.data import ArraySource
+from training.data import ArraySource, resized
 from training.evaluation import fine_tuning_evaluation, knn_evaluation, linear_evaluation
 from training.pictures import (
     SETS,
@@ -389,4 +388,4 @@ def _on_white(images: Tensor, size: int) -> Tensor:
     pixels = images.float()
     if images.shape[1] == 4:
         pixels = pixels[:, :3] * (pixels[:, 3:] / 255) + 255 - pixels[:, 3:]
-    return F.interpolate(pixels, (size, size), mode="bicubic", antialias=True).round().clamp(0, 255).byte()
+    return resized(pixels, size)

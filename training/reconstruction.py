@@ -13,6 +13,7 @@ from torch import Tensor
 from models.generation import Sampling, generate_ids
 from models.retrieval import embed_images, embed_texts
 from models.tokenizers import ImageTokenizer, TextTokenizer
+from training.data import resized
 from training.evaluation import frechet_distance
 
 _BATCH = 128
@@ -78,7 +79,7 @@ def judged_figures(
         part = list(texts[start : start + _BATCH])
         steps = list(generate_ids(model, part, range(start, start + len(part)), sampling))
         drawn.append(tokenizer.decode(torch.stack(steps, 1)).cpu())
-    embedded = [embed_images(judge, judged_pixels(judge, pixels)) for pixels in (torch.cat(drawn), images)]
+    embedded = [embed_images(judge, resized(pixels, judge.preprocess.size)) for pixels in (torch.cat(drawn), images)]
     prompts = embed_texts(judge, texts)
     scores = [float((rows * prompts).sum(-1).mean()) for rows in embedded]
     return {
@@ -86,11 +87,3 @@ def judged_figures(
         f"{name}_real_clip_score": scores[1],
         f"{name}_frechet_distance": frechet_distance(*embedded),
     }
-
-
-def judged_pixels(judge: Any, images: Tensor) -> Tensor:
-    """uint8 (N, 3, S, S) at the size that a judge takes."""
-    size = judge.preprocess.size
-    if images.shape[-1] == size:
-        return images
-    return F.interpolate(images.float(), (size, size), mode="bicubic", antialias=True).round().clamp(0, 255).byte()

@@ -278,6 +278,8 @@ def test_openais_client_and_the_command_line(
         said = capsys.readouterr().out
         assert "seed 3, score" in said
         assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["3.png", "4.png"]
+    assert main(["generate", "a red star", "--server", server.url, *place]) == 1  # it is gone
+    assert "cannot be reached" in capsys.readouterr().err
     place[1] = str(tmp_path / "other")
     arguments = ["--checkpoints", str(tmp_path / "checkpoints"), "--threads", "1"]
     first = (tmp_path / "out" / "3.png").read_bytes()

@@ -62,10 +62,9 @@ def test_rows_of_a_cache_may_be_at_different_places() -> None:
         whole = model(texts, ids)[1]
         cache = model.new_cache(2)
         model.read_text(texts, cache)
-        ahead = cache.rows(torch.tensor([0]))
+        ahead = cache.block(0, 1)
         for place in range(5):
             model.read_ids(ids[:1, place], torch.tensor([place]), ahead)
-        cache.keys[:, :1], cache.values[:, :1] = ahead.keys, ahead.values
         both = model.read_ids(torch.stack([ids[0, 5], ids[1, 0]]), torch.tensor([5, 0]), cache)
     torch.testing.assert_close(both, torch.stack([whole[0, 6], whole[1, 1]]), atol=1e-4, rtol=0)
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from support import interrupted_after, tiny_clip
+from support import resumed, tiny_clip
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -156,19 +157,13 @@ def test_flops_are_those_that_torch_counts(tokenizer: Path, tmp_path: Path) -> N
 
 
 def test_a_run_resumes_to_the_same_bits_and_is_measured(tokenizer: Path, tmp_path: Path) -> None:
-    whole = load_checkpoint(train_dalle(_options(tokenizer, tmp_path / "a")))
-    with interrupted_after(2):
-        train_dalle(_options(tokenizer, tmp_path / "b"))
-    torch.manual_seed(999)
-    resumed = load_checkpoint(train_dalle(_options(tokenizer, tmp_path / "b")))
-    weights = resumed.state_dict()
-    assert all(torch.equal(value, weights[key]) for key, value in whole.state_dict().items())
+    model = resumed(train_dalle, partial(_options, tokenizer), tmp_path)
     assert (tmp_path / "a" / "run" / "samples.png").stat().st_size > 0
     dvae = load_checkpoint(tokenizer)
     assert isinstance(dvae, DiscreteVAE)
     images = torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8)
-    assert torch.equal(resumed.dvae.encode(images), dvae.encode(images))  # the folder includes its tokenizer
-    figures = evaluate_model(resumed)
+    assert torch.equal(model.dvae.encode(images), dvae.encode(images))  # the folder includes its tokenizer
+    figures = evaluate_model(model)
     assert set(figures) == {"scenes_text_perplexity", "scenes_image_perplexity"}
     # Four steps from nothing: near guessing, 20 codes and some hundred words.
     assert 10 < figures["scenes_image_perplexity"] < 30

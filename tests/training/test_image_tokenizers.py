@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from support import interrupted_after
+from support import resumed
 
-from models.checkpoint import load_checkpoint
 from models.dvae import LAPLACE_MARGIN, VQ, DiscreteVAE, Gumbel
 from training.__main__ import main
 from training.figures import evaluate_model
@@ -120,17 +120,11 @@ def test_schedules_of_the_relaxation() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_resumes_to_the_same_bits_and_is_measured(tmp_path: Path, kind: str) -> None:
-    whole = load_checkpoint(train_dvae(_options(kind, tmp_path / "a")))
-    with interrupted_after(2):
-        train_dvae(_options(kind, tmp_path / "b"))
-    torch.manual_seed(999)
-    resumed = load_checkpoint(train_dvae(_options(kind, tmp_path / "b")))
-    weights = resumed.state_dict()
-    assert all(torch.equal(value, weights[key]) for key, value in whole.state_dict().items())
+    model = resumed(train_dvae, partial(_options, kind), tmp_path)
     assert (tmp_path / "a" / "run" / "reconstructions.png").stat().st_size > 0
-    figures = evaluate_model(resumed)
+    figures = evaluate_model(model)
     assert set(figures) == {"scenes_psnr", "scenes_perplexity", "scenes_codes_used"}
-    assert 1 <= figures["scenes_perplexity"] <= figures["scenes_codes_used"] <= resumed.codes
+    assert 1 <= figures["scenes_perplexity"] <= figures["scenes_codes_used"] <= model.codes
 
 
 def test_a_loss_that_does_not_fit_the_model_is_refused() -> None:

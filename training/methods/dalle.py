@@ -30,14 +30,13 @@ from models.readers import file_bytes
 from models.retrieval import embed_images, embed_texts
 from models.tokenizers import ImageTokenizer, TextTokenizer
 from training.analysis import picture_sheet
-from training.data import ArraySource, Batches, SceneSource, Source, StreamSource, opaque
+from training.data import ArraySource, Batches, SceneSource, Source, StreamSource, opaque, resized
 from training.distributed import rank
 from training.figures import evaluate_model
 from training.losses import wide
 from training.method import Batch, Losses, Method, option
 from training.options import RunOptions
-from training.reconstruction import judged_pixels
-from training.run import RunData, batch_options, open_data, run_folder, run_training, starting_model
+from training.run import batch_options, open_data, run_folder, run_training, starting_model
 from training.trainer import TrainerConfig
 
 DALLEDataset = ArraySource
@@ -261,10 +260,10 @@ def train_dalle(config: DALLEOptions | None = None, **keywords: Any) -> Path:
     batches = TokenBatches(
         sources, data.weights, model, options.caption_dropout, size=dvae.preprocess.size, **batch_options(options)
     )
-    return run_training("dalle", options, method, batches, data, _samples(options, data, batches))
+    return run_training("dalle", options, method, batches, data, _samples(options, batches))
 
 
-def _samples(options: DALLEOptions, data: RunData, batches: TokenBatches) -> Any:
+def _samples(options: DALLEOptions, batches: TokenBatches) -> Any:
     """For the log: a sheet of pictures of fixed prompts, always with the same seeds."""
     source, rows, rng = next(iter(batches.drawn(0)))
     if isinstance(source, TokenSource):
@@ -282,7 +281,7 @@ def _samples(options: DALLEOptions, data: RunData, batches: TokenBatches) -> Any
         picture_sheet(list(made.split(6)), sheet, prompts)
         if judge is None:
             return {}
-        rows = embed_images(judge, judged_pixels(judge, made)) * embed_texts(judge, texts)
+        rows = embed_images(judge, resized(made, judge.preprocess.size)) * embed_texts(judge, texts)
         return {"clip_score": float(rows.sum(-1).mean())}
 
     return evaluate
