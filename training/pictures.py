@@ -18,7 +18,7 @@ from training.data import ArraySource, SceneSource, Source, StreamSource
 # Crops are as often larger than the picture as smaller, so that things are on average as large as in a whole picture:
 # otherwise a model is trained on larger ones than it is shown later (arXiv:1906.06423).
 PHOTO = Augmentation((0.55, 1.4), (0.75, 1.33), 0.5, 12, 0.35, 0.35, 0.35, 0.03)
-SHELF = replace(PHOTO, collage=0.3)  # a few thousand photographs are learned by heart otherwise
+SHELF = replace(PHOTO, collage=0.5)  # a few thousand photographs are learned by heart otherwise
 DRAWING = Augmentation((0.7, 1.5), (0.85, 1.18), 0.0, 10, 0.2, 0.2, 0.25, 0.02, 0.05, background=0.4)
 PAINTING = Augmentation((0.6, 1.1), (0.85, 1.18), 0.5, 10, 0.2, 0.2, 0.2, 0.02)
 

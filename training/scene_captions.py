@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -55,16 +55,19 @@ RELATIONS = {
 }
 
 
-def caption(key: SceneKey, row: int, rng: np.random.Generator | None = None, whole: bool = False) -> str:
-    """One caption of a scene: colours and shapes always, the rest sometimes or, if `whole`, always. Without rng the
-    canonical one.
+def caption(
+    key: SceneKey, row: int, rng: np.random.Generator | None = None, details: Literal["some", "all", "none"] = "some"
+) -> str:
+    """One caption of a scene: colours, shapes and relations always, of the other details some, all or none. Without rng
+    the canonical one.
 
     The canonical caption names everything but sizes of rows and columns, first slot first, without synonyms; of a scene
     with one object inside another it tells the inner one first.
     """
 
     def sometimes(share: float) -> bool:
-        return rng is None or rng.random() < share or whole
+        told = rng is None or rng.random() < share
+        return told if details == "some" else details == "all"
 
     kind = int(key.kind[row])
     count = int((key.shapes[row] >= 0).sum())

@@ -108,17 +108,20 @@ def sample(
 
     holdout: "exclude" the held-out colour x shape pairs (for training), "only" scenes with such a pair, or "any".
     group: runs of this many scenes differ in little, the hard negatives of contrastive training: half of the runs in
-    shapes or in which object is where, half of them in pattern, size and place, or background, and their captions then
-    tell all of it. Raises ValueError for an unknown kind or holdout.
+    shapes or in which object is where, half of them in pattern, size and place, or background. Of these the captions
+    tell everything or, in a third, one caption that leaves it all open is that of the whole run. Raises ValueError for
+    an unknown kind or holdout.
     """
     unknown = set(kinds) - set(KINDS)
     if unknown or holdout not in ("exclude", "only", "any"):
         raise ValueError(f"unknown kinds {sorted(unknown)} or holdout {holdout!r}; kinds are {', '.join(KINDS)}")
     rng = np.random.default_rng([seed, n, 64, group])
     key = sample_key(n, rng, holdout, kinds, group)
-    same_objects = _same_objects(key, group)
     images = torch.cat([render(key.take(rows), size, rng) for rows in np.split(np.arange(n), range(256, n, 256))])
-    texts = [[caption(key, i, rng, whole=same_objects[i]) for _ in range(captions)] for i in range(n)]
+    if group == 1:
+        texts = [[caption(key, i, rng) for _ in range(captions)] for i in range(n)]
+    else:
+        texts = _texts_of_groups(key, rng, captions, group)
     return Scenes(images, key, texts, [caption(key, i) for i in range(n)])
 
 
@@ -213,13 +216,19 @@ def _allowed(key: SceneKey, holdout: Holdout) -> np.ndarray:
     return fine & held.any(1) if holdout == "only" else fine
 
 
-def _same_objects(key: SceneKey, group: int) -> np.ndarray:
-    """Whether a scene's whole group has the same objects, so that its captions must tell what is different. (N,)"""
-    if group == 1:
-        return np.zeros(len(key), bool)
-    first = np.arange(len(key)) // group * group
-    same = ((key.shapes == key.shapes[first]) & (key.colours == key.colours[first])).all(1)
-    return np.logical_and.reduceat(same, np.arange(0, len(key), group))[first // group]
+def _texts_of_groups(key: SceneKey, rng: np.random.Generator, captions: int, group: int) -> list[list[str]]:
+    """Captions of scenes in groups. Where all of a group has the same objects they must tell what is different, or
+    nothing of it: the loss then draws all of the group to the one text, which is what a short query asks for."""
+    texts: list[list[str]] = []
+    for start in range(0, len(key), group):
+        rows = range(start, min(start + group, len(key)))
+        same = all((values[rows] == values[start]).all() for values in (key.shapes, key.colours))
+        if same and rng.random() < 1 / 3:
+            texts += [[caption(key, start, rng, "none") for _ in range(captions)]] * len(rows)
+        else:
+            details: Literal["all", "some"] = "all" if same else "some"
+            texts += [[caption(key, row, rng, details) for _ in range(captions)] for row in rows]
+    return texts
 
 
 def _arrange(

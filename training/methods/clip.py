@@ -94,7 +94,7 @@ def presets() -> dict[str, CLIPOptions]:
         out="runs/demo/third",
         run_dir="runs/demo-refine",
         batch_size=192,
-        trainer=replace(finish.trainer, lr=1e-3, evaluate_every=500, time_limit=5000),
+        trainer=replace(finish.trainer, lr=1e-3, evaluate_every=500, time_limit=3000),
     )
     return {"tiny-cpu": tiny, "demo": demo, "demo-finish": finish, "demo-refine": refine}
 
