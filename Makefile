@@ -34,8 +34,14 @@ train-demo: .venv/.test
 torture: .venv/.test
 	KILL_ROUNDS=500 $(BIN)/pytest tests/app/test_store.py -k kill_9
 
-bench-training: .venv/.test
-	$(BIN)/python tests/benchmarks/bench_training.py
+# In an environment of its own, so that what is compared with is never among what is served or trained with.
+bench-training: .venv-bench/.done
+	.venv-bench/bin/python tests/benchmarks/bench_training.py
+
+.venv-bench/.done: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-bench
+	.venv-bench/bin/pip install --quiet --constraint constraints.txt --editable . lightly
+	touch $@
 
 .venv/.serve: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -48,4 +54,4 @@ bench-training: .venv/.test
 	touch $@
 
 clean:
-	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf .venv .venv-bench build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

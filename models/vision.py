@@ -47,7 +47,8 @@ class ConvEncoder(nn.Module):
     fastest; the blocks with their learned positions see where things are, which average pooling alone forgets. The
     features are the mean of the last tokens, for what is there wherever it is, plus a linear map of all of them in
     their order, for where it is.
-    fine_blocks: residual blocks at half the side, where small shapes still have their outlines.
+    fine_blocks: residual blocks at half the side, where small shapes still have their outlines. stem_stride: 1 keeps
+    twice the side all the way, for pictures of 32 pixels.
     """
 
     def __init__(
@@ -57,10 +58,11 @@ class ConvEncoder(nn.Module):
         blocks: tuple[int, ...] = (1, 1, 2),
         depth: int = 2,
         fine_blocks: int = 0,
+        stem_stride: int = 2,
     ):
         super().__init__()
         self.stem = nn.Sequential(
-            nn.Conv2d(3, channels // 2, 3, 2, 1, bias=False),
+            nn.Conv2d(3, channels // 2, 3, stem_stride, 1, bias=False),
             nn.BatchNorm2d(channels // 2),
             nn.ReLU(inplace=True),
             *[ResidualBlock(channels // 2, channels // 2) for _ in range(fine_blocks)],
@@ -77,7 +79,7 @@ class ConvEncoder(nn.Module):
                 stages.append(ResidualBlock(width, out, stride))
                 width = out
         self.stages = nn.Sequential(*stages)
-        side = -(-image_size // 2 ** (1 + len(blocks)))
+        side = -(-image_size // (stem_stride * 2 ** len(blocks)))
         self.blocks = nn.ModuleList(Block(width, max(1, width // 64)) for _ in range(depth))
         init_transformer(self.blocks, max(1, depth))
         self.position = nn.Parameter(0.02 * torch.randn(side * side, width)) if depth else None
@@ -118,8 +120,8 @@ class ViT(nn.Module):
 class ImageEncoder(nn.Module):
     """Any image encoder by name. Normalised float (B, 3, S, S) -> features (B, feature_dim).
 
-    name: "conv" (options channels, blocks, depth, fine_blocks), "resnet18" / "resnet34" / "resnet50", "vit-tiny" /
-    "vit-small" / "vit-base" (option patch_size), or "timm:<name>" for a backbone of timm, without weights.
+    name: "conv" (options channels, blocks, depth, fine_blocks, stem_stride), "resnet18" / "resnet34" / "resnet50",
+    "vit-tiny" / "vit-small" / "vit-base" (option patch_size), or "timm:<name>" for a backbone of timm, without weights.
     Raises ValueError for an unknown name or option.
     """
 

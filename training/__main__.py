@@ -1,4 +1,4 @@
-"""The command line `semblance-train`: one subcommand per method, plus evaluate, analyze, views, export and scenes."""
+"""The command line `semblance-train`: one subcommand per method, plus evaluate, analyze, export and their like."""
 
 from __future__ import annotations
 
@@ -65,7 +65,11 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="SHARE",
         help="shares of the labels to fine-tune on too",
     )
+    evaluate.add_argument(
+        "--baselines", action="store_true", help="measure untrained weights and raw pixels beside an image encoder too"
+    )
     evaluate.add_argument("--judge", help="a model that embeds both, to judge a generator's pictures by")
+    evaluate.add_argument("--oracle", help="what `semblance-train oracle` wrote, to read the scenes that it draws")
     evaluate.add_argument("--seed", type=int, default=0, help="of the scenes that are drawn")
     evaluate.add_argument("--json", action="store_true", help="print JSON in place of a table")
     evaluate.add_argument("--write", action="store_true", help="put the figures into the checkpoint and its card")
@@ -99,6 +103,12 @@ def build_parser() -> argparse.ArgumentParser:
     views.add_argument("--draws", type=int, default=4, help="pairs of views of each (default: 4)")
     views.add_argument("--seed", type=int, default=0, help="of everything that is drawn")
     views.set_defaults(run_command=_views)
+    oracle = subcommands.add_parser("oracle", help="Train the detector that judges what generators draw of scenes")
+    oracle.add_argument("--out", default="runs/oracle", help="folder to write (default: runs/oracle)")
+    oracle.add_argument("--steps", type=int, default=3000, help="of 128 scenes each (default: 3000)")
+    oracle.add_argument("--threads", type=int, default=0, help="of torch on the CPU, 0 for its own choice")
+    oracle.add_argument("--seed", type=int, default=0, help="of everything that is drawn")
+    oracle.set_defaults(run_command=_oracle)
     shard = subcommands.add_parser("scenes", help="Write captioned scenes as a shard, to look at or to index")
     shard.add_argument("--out", default="scenes.tar.gz", help="file to write (default: scenes.tar.gz)")
     shard.add_argument("--each", type=int, default=10, help="single objects of each colour and shape (default: 10)")
@@ -195,6 +205,14 @@ def _scenes(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _oracle(arguments: argparse.Namespace) -> int:
+    from training.oracle import CONFIG, train_oracle
+
+    config = replace(CONFIG, **{name: getattr(arguments, name) for name in ("steps", "threads", "seed")})
+    print(f"wrote {train_oracle(arguments.out, config=config)}")  # noqa: T201
+    return 0
+
+
 def _views(arguments: argparse.Namespace) -> int:
     from training.pretraining import views_sheet
 
@@ -220,13 +238,18 @@ def _analyze(arguments: argparse.Namespace) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
+    from training.baselines import baseline_figures
     from training.figures import evaluate_model, fine_tuned
+    from training.oracle import load_oracle
 
     model = load_model(arguments.model)
-    metrics = evaluate_model(model, arguments.data, arguments.data_root, arguments.seed, arguments.judge)
+    oracle = load_oracle(arguments.oracle) if arguments.oracle else None
+    metrics = evaluate_model(model, arguments.data, arguments.data_root, arguments.seed, arguments.judge, oracle)
     for name in arguments.data:
         for share in arguments.fine_tune:
             metrics |= fine_tuned(model, name, arguments.data_root, share, arguments.seed)
+    if arguments.baselines:
+        metrics |= baseline_figures(model, arguments.data, arguments.data_root, arguments.seed)
     if arguments.write:
         model.provenance["metrics"] = model.provenance.get("metrics", {}) | metrics
         save_checkpoint(model, arguments.model, dtype=model.stored_dtype)

@@ -22,6 +22,7 @@ from models.retrieval import compute_similarity, embed_images, embed_texts, imag
 from training import scenes
 from training.data import ArraySource, resized
 from training.evaluation import fine_tuning_evaluation, knn_evaluation, linear_evaluation
+from training.oracle import SceneReader
 from training.pictures import (
     SETS,
     coarse_grocery,
@@ -32,7 +33,7 @@ from training.pictures import (
     species_usda,
     unseen_drawing,
 )
-from training.reconstruction import generation_figures, judged_figures, reconstruction_figures
+from training.reconstruction import generation_figures, judged_figures, oracle_figures, reconstruction_figures
 from training.scene_captions import swapped_colours, swapped_relation
 
 GROCERY_TEMPLATES = ("a photo of {}", "{} in a grocery store", "{}")
@@ -46,13 +47,15 @@ def evaluate_model(
     data_root: str | None = None,
     seed: int = 0,
     judge: Any = None,
+    oracle: SceneReader | None = None,
 ) -> dict[str, float]:
     """Figures of a model (or of a checkpoint folder or reference) on each data set, by name. Shares are 0..1.
 
     Named sets are judged on their validation split; other data on what it is, which is training data if it was trained
     on. A model that takes text is judged by zero-shot and retrieval, an image encoder by kNN and a linear probe, an
     image tokenizer by what it leaves of pictures, a generator by its perplexities and, given a `judge` that embeds
-    pictures and texts (or its reference), by the pictures that it draws.
+    pictures and texts (or its reference), by the pictures that it draws; on scenes, given an `oracle`, by what these
+    show.
     """
     model, judge = (load_model(each) if isinstance(each, (str, Path)) else each for each in (model, judge))
     metrics: dict[str, float] = {}
@@ -61,6 +64,9 @@ def evaluate_model(
         metrics |= evaluate_data(model, name, data_root, seed)
         if judge is not None and isinstance(model, DALLETransformer):
             metrics |= judged_figures(model, judge, *_captioned(model, name, data_root, seed, 256), name)
+        if oracle is not None and name == "scenes" and isinstance(model, DALLETransformer):
+            unseen = _distinct(500, model.preprocess.size, _UNSEEN_SEED + 10 * seed + 8, "any")
+            metrics |= oracle_figures(model, oracle, unseen, judge)
     return metrics
 
 

@@ -15,6 +15,8 @@ from models.retrieval import embed_images, embed_texts
 from models.tokenizers import ImageTokenizer, TextTokenizer
 from training.data import resized
 from training.evaluation import frechet_distance
+from training.oracle import SceneReader, scene_figures
+from training.scenes import Scenes, held_out_colour
 
 _BATCH = 128
 
@@ -74,12 +76,8 @@ def judged_figures(
     clip_score: mean cosine of picture and text; real_clip_score: that of the real pictures. frechet_distance: of the
     embeddings of drawn and real pictures. images: uint8 (N, 3, S, S), the real ones.
     """
-    tokenizer, sampling, drawn = ImageTokenizer(model.dvae), Sampling(guidance_scale=guidance_scale), []
-    for start in range(0, len(texts), _BATCH):
-        part = list(texts[start : start + _BATCH])
-        steps = list(generate_ids(model, part, range(start, start + len(part)), sampling))
-        drawn.append(tokenizer.decode(torch.stack(steps, 1)).cpu())
-    embedded = [embed_images(judge, resized(pixels, judge.preprocess.size)) for pixels in (torch.cat(drawn), images)]
+    drawn = _drawn(model, texts, 0, guidance_scale)
+    embedded = [embed_images(judge, resized(pixels, judge.preprocess.size)) for pixels in (drawn, images)]
     prompts = embed_texts(judge, texts)
     scores = [float((rows * prompts).sum(-1).mean()) for rows in embedded]
     return {
@@ -87,3 +85,46 @@ def judged_figures(
         f"{name}_real_clip_score": scores[1],
         f"{name}_frechet_distance": frechet_distance(*embedded),
     }
+
+
+@torch.inference_mode()
+def oracle_figures(
+    model: Any,
+    oracle: SceneReader,
+    drawn: Scenes,
+    judge: Any = None,
+    *,
+    samples: int = 4,
+    guidance_scale: float = 2.0,
+) -> dict[str, float]:
+    """Share of pictures that show what the canonical captions of scenes ask for, by an oracle that reads them.
+
+    One picture of each caption: "all", "one", "two" and "three" by the number of objects, "heldout" for captions with a
+    colour that its shape never has in training. "reranked_...": the best of `samples` pictures by a judge that embeds
+    both.
+    """
+    count = len(drawn.canonical)
+    number = 1 if judge is None else samples
+    draws = [_drawn(model, drawn.canonical, draw * count, guidance_scale) for draw in range(number)]
+    heldout = (drawn.key.colours == held_out_colour(drawn.key.shapes)) & (drawn.key.shapes >= 0)
+    rows = heldout.any(1).nonzero()[0]
+    figures = scene_figures(oracle, draws[0], drawn.key)
+    if len(rows):
+        figures["heldout"] = scene_figures(oracle, draws[0][torch.from_numpy(rows)], drawn.key.take(rows))["all"]
+    if judge is not None:
+        prompts = embed_texts(judge, drawn.canonical)
+        scores = [(embed_images(judge, resized(each, judge.preprocess.size)) * prompts).sum(-1) for each in draws]
+        best = torch.stack(scores).argmax(0).cpu()
+        chosen = torch.stack(draws)[best, torch.arange(count)]
+        figures |= {f"reranked_{name}": value for name, value in scene_figures(oracle, chosen, drawn.key).items()}
+    return {f"scenes_oracle_{name}": value for name, value in figures.items()}
+
+
+def _drawn(model: Any, texts: Sequence[str], seed: int, guidance_scale: float) -> Tensor:
+    """A picture of each text by the seeds `seed`, `seed` + 1, ... -> uint8 (N, 3, S, S)."""
+    tokenizer, sampling, drawn = ImageTokenizer(model.dvae), Sampling(guidance_scale=guidance_scale), []
+    for start in range(0, len(texts), _BATCH):
+        part = list(texts[start : start + _BATCH])
+        steps = list(generate_ids(model, part, range(seed + start, seed + start + len(part)), sampling))
+        drawn.append(tokenizer.decode(torch.stack(steps, 1)).cpu())
+    return torch.cat(drawn)

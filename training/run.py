@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 from models.checkpoint import load_checkpoint, save_checkpoint
-from models.errors import CheckpointError
+from models.errors import CheckpointError, DataError
 from models.readers import BadRows
 from training.data import Batches, Source
 from training.distributed import rank, world_size
@@ -22,6 +23,7 @@ from training.pictures import open_source
 from training.provenance import provenance
 from training.trainer import Evaluate, Trainer
 
+log = logging.getLogger(__name__)
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -103,10 +105,21 @@ def run_training(
     record |= {"steps": trainer.step, "training_seconds": round(trainer.spent), "skipped_rows": len(data.bad.rows)}
     save_checkpoint(trained, out, provenance=record, dtype=torch.float16)
     if options.evaluate:
-        # What is measured is what was written, rounded to half precision.
-        record["metrics"] = evaluate_model(out, data=options.data, data_root=options.data_root)
+        record["metrics"] = _figures(out, options)
         save_checkpoint(trained, out, provenance=record, dtype=torch.float16)
     return out
+
+
+def _figures(out: Path, options: RunOptions) -> dict[str, float]:
+    """Of what was written, rounded to half precision, on all that it was trained on and that can judge it."""
+    model = load_checkpoint(out)
+    metrics: dict[str, float] = {}
+    for spec in options.data:
+        try:
+            metrics |= evaluate_model(model, [spec], options.data_root)
+        except DataError as error:  # pictures without classes train an encoder and cannot judge it
+            log.warning("no figures on %s: %s", spec, error)
+    return metrics
 
 
 def _identity(options: RunOptions) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from models.vision import ImageEncoder
     [
         ("conv", 64, {"channels": 16, "blocks": (1, 1), "depth": 1}),
         ("conv", 48, {"channels": 8, "blocks": (1,), "depth": 0}),
+        ("conv", 32, {"channels": 8, "blocks": (1, 1), "depth": 1, "stem_stride": 1}),
         ("resnet18", 32, {}),
         ("resnet18", 96, {}),
         ("resnet50", 32, {}),

@@ -13,12 +13,16 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from support import tiny_clip
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from models.checkpoint import load_checkpoint
+from models.checkpoint import load_checkpoint, save_checkpoint
+from models.errors import DataError
+from models.preprocess import Preprocess
 from models.vision import EncoderModel
 from training.__main__ import main
+from training.baselines import RawPixels, baseline_figures
 from training.ema import cosine_decay
 from training.export import export_run
 from training.figures import evaluate_model
@@ -323,12 +327,51 @@ def test_own_folder_from_the_command_line(
     assert json.loads(printed[printed.index("{") :]).keys() == metrics.keys() | shares
 
 
+def test_pictures_without_classes_train_an_encoder_all_the_same(
+    tmp_path: Path, encoded: Callable[..., bytes], caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "photos").mkdir()
+    for index in range(8):
+        (tmp_path / "photos" / f"{index}.jpg").write_bytes(encoded(index))
+    data = (f"{tmp_path}/photos", "scenes")
+    folder = discover()["byol"].train(_options("byol", tmp_path, data=data, evaluate=True))
+    assert set(load_checkpoint(folder).provenance["metrics"]) == {"scenes_colour_linear", "scenes_shape_linear"}
+    assert "has no classes" in caplog.text
+
+
 def test_an_image_encoder_is_judged_by_what_has_classes(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = EncoderModel(image={"name": "conv", "image_size": 32, "channels": 32, "blocks": [1, 1], "depth": 0}).eval()
     figures = evaluate_model(model, ["scenes"])
     assert set(figures) == {"scenes_colour_linear", "scenes_shape_linear"}
     assert figures["scenes_colour_linear"] > 0.2  # guessing is 0.1, and colours show through random weights
+
+
+def test_baselines_are_the_untrained_network_and_the_pixels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(3)
+    model = EncoderModel(image={"name": "conv", "image_size": 32, **SMALL}).eval()
+    own = evaluate_model(model, ["scenes"], seed=3)
+    figures = baseline_figures(model, ["scenes"], seed=3)
+    # The model here is itself untrained, so that its baseline of the same seed is its equal.
+    assert {name.removeprefix("untrained_"): value for name, value in figures.items() if "untrained" in name} == own
+    assert figures["pixels_scenes_colour_linear"] > 0.2  # guessing is 0.1
+    assert main(["evaluate", str(save_checkpoint(model, tmp_path / "model")), "--baselines", "--json"]) == 0
+    assert set(json.loads(capsys.readouterr().out)) == {*own, *figures}
+    with pytest.raises(DataError, match="leave --baselines out"):
+        baseline_figures(tiny_clip(), ["scenes"])
+
+
+def test_pixels_are_averaged_to_a_side_that_a_probe_can_fit() -> None:
+    images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    pixels = RawPixels(Preprocess(size=64)).encode_image(images).view(2, 3, 32, 32)
+    expected = Preprocess(size=64).normalize(images)[:, :, :2, :2].mean((2, 3))
+    expected = (
+        expected
+        / pixels.new_tensor(
+            [Preprocess(size=64).normalize(image[None]).view(3, 32, 2, 32, 2).mean((2, 4)).norm() for image in images]
+        )[:, None]
+    )
+    assert torch.allclose(pixels[:, :, 0, 0], expected, atol=1e-6)
 
 
 def test_one_seed_gives_one_run(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from training.figures import evaluate_model
 from training.heads import ProjectedEncoder, mlp
 from training.losses import wide
 from training.method import Batch, Losses, option
-from training.pretraining import CIFAR10, PretrainingOptions, ViewMethod, pretrain
+from training.pretraining import CIFAR10, DEMO, PretrainingOptions, ViewMethod, pretrain
 from training.views import BYOL, BYOL_SMALL, ViewTransform
 
 BYOLDataset = ArraySource
@@ -110,7 +110,10 @@ class BYOLOptions(PretrainingOptions):
 
 def presets() -> dict[str, BYOLOptions]:
     """Settings to start from; any option given beside one wins over it."""
-    return {"cifar10": BYOLOptions(**CIFAR10, hidden_dim=1024, target_decay=0.99)}
+    return {
+        "cifar10": BYOLOptions(**CIFAR10, hidden_dim=1024, target_decay=0.99),
+        "demo": BYOLOptions(**DEMO, out="checkpoints/demo/byol", hidden_dim=1024, target_decay=0.99),
+    }
 
 
 def train_byol(config: BYOLOptions | None = None, **keywords: Any) -> Path:

@@ -25,7 +25,7 @@ from training.figures import evaluate_model
 from training.heads import ProjectedEncoder, mlp, split_batch_norm
 from training.losses import wide
 from training.method import Batch, Losses, option
-from training.pretraining import CIFAR10, PretrainingOptions, ViewMethod, pretrain
+from training.pretraining import CIFAR10, DEMO, PretrainingOptions, ViewMethod, pretrain
 from training.views import BYOL, BYOL_SMALL, MOCO_V1, MOCO_V2, Recipe, ViewTransform
 
 MoCoDataset = ArraySource
@@ -208,7 +208,10 @@ class MoCoOptions(PretrainingOptions):
 
 def presets() -> dict[str, MoCoOptions]:
     """Settings to start from; any option given beside one wins over it."""
-    return {"cifar10": MoCoOptions(**CIFAR10, hidden_dim=512, key_decay=0.99)}
+    return {
+        "cifar10": MoCoOptions(**CIFAR10, hidden_dim=512, key_decay=0.99),
+        "demo": MoCoOptions(**DEMO, out="checkpoints/demo/moco", hidden_dim=512, key_decay=0.99),
+    }
 
 
 def train_moco(config: MoCoOptions | None = None, **keywords: Any) -> Path:
