@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,7 +37,17 @@ def process_group(device: torch.device) -> Iterator[None]:
     try:
         yield
     finally:
-        dist.destroy_process_group()
+        leave_group()
+
+
+def leave_group() -> None:
+    """Leave the process group, after what still holds it was dropped.
+
+    DistributedDataParallel is part of reference cycles and keeps the group, whose threads would then outlive the
+    interpreter: the process ends with SIGABRT, now and then.
+    """
+    gc.collect()
+    dist.destroy_process_group()
 
 
 class _Gather(torch.autograd.Function):

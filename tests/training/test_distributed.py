@@ -14,6 +14,7 @@ from support import tiny_clip
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from training.distributed import leave_group
 from training.methods.clip import CLIPMethod
 
 
@@ -53,7 +54,8 @@ def _worker(rank: int, port: int, out: str, loss: str, chunk: int | None) -> Non
     if rank == 0:
         torch.save({"gradients": _gradients(method), "loss": mean / 2}, out)
     dist.barrier()
-    dist.destroy_process_group()
+    del method, result
+    leave_group()
 
 
 @pytest.mark.parametrize(("loss", "chunk"), [("infonce", None), ("infonce", 3), ("siglip", None)])

@@ -23,6 +23,7 @@ from models.preprocess import Preprocess
 from models.vision import EncoderModel
 from training.__main__ import main
 from training.baselines import RawPixels, baseline_figures
+from training.distributed import leave_group
 from training.ema import cosine_decay
 from training.export import export_run
 from training.figures import evaluate_model
@@ -273,7 +274,8 @@ def _worker(rank: int, port: int, out: str, name: str) -> None:
         gradients = {name: p.grad for name, p in method.module.named_parameters() if p.grad is not None}
         torch.save({"gradients": gradients, "loss": mean / 2, "queue": getattr(method.module, "queue", None)}, out)
     dist.barrier()
-    dist.destroy_process_group()
+    del method, loss
+    leave_group()
 
 
 def _frozen_statistics(name: str) -> ViewMethod:
