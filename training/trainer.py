@@ -92,7 +92,7 @@ class Trainer:
                     self._loop(journal)
             finally:
                 journal.close()
-                self.model = self.method  # what wraps it holds the process group
+                del self.model  # what wraps the method holds the process group
             self.save()
             if self._interrupted:
                 raise KeyboardInterrupt
