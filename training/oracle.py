@@ -47,7 +47,6 @@ class SceneReader(nn.Module):
 
     def __init__(self, width: int = 48) -> None:
         super().__init__()
-        self.width = width
         self.fine = nn.Sequential(
             nn.Conv2d(3, width // 2, 3, 2, 1, bias=False),
             nn.BatchNorm2d(width // 2),
@@ -224,7 +223,7 @@ def train_oracle(
     data = _Renders(config.steps, batch_size, config.seed)
     trained = Trainer(OracleMethod(SceneReader(width)), data, config, Path(out), evaluate=evaluate).fit()
     file = Path(out) / "oracle.safetensors"
-    save_file({name: value.contiguous() for name, value in trained.state_dict().items()}, file, {"width": str(width)})
+    save_file({name: value.contiguous() for name, value in trained.state_dict().items()}, file)
     return file
 
 

@@ -47,7 +47,7 @@ class PretrainingOptions(EncoderOptions):
 
 
 # What the methods' `cifar10` presets have in common: half an hour on two cores. A ResNet-18 sees an eighth as many
-# pictures in that time (training/README.md).
+# pictures in that time: 81 a second and 663, in SimCLR steps of 256 with AVX512-BF16.
 CIFAR10: dict[str, Any] = {
     "data": ("cifar10",),
     "encoder_options": {"channels": 64, "blocks": [1, 1, 1], "depth": 0, "stem_stride": 1},
@@ -58,7 +58,7 @@ CIFAR10: dict[str, Any] = {
     "trainer": TrainerConfig(steps=8000, lr=2e-3, warmup=400, weight_decay=0.05, time_limit=1800, threads=2),
 }
 
-# The same for the `demo` presets, which make what `checkpoints/demo` has.
+# The same for the `demo` presets: pictures whose licences allow a checkpoint to be given away, and a small one.
 DEMO: dict[str, Any] = {
     "data": ("emoji=2", "openclipart=2", "usda=1", "grocery=1.5", "crawl=0.5", "caltech101=1.5"),
     "encoder_options": {"channels": 48, "blocks": [1, 1, 1], "depth": 0, "fine_blocks": 1},
