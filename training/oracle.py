@@ -125,9 +125,17 @@ def scene_figures(reader: SceneReader, images: Tensor, key: scenes.SceneKey) -> 
 
     images: uint8 (N, 3, S, S). -> "all", and "one", "two" and "three" for pictures of so many objects.
     """
-    readings = reader.read(images)
+    return shares_right(read_right(reader, images, key), key)
+
+
+def read_right(reader: SceneReader, images: Tensor, key: scenes.SceneKey) -> np.ndarray:
+    """Which pictures, uint8 (N, 3, S, S), show what their key says: bool (N,)."""
+    return np.array([reading == wanted(key, row) for row, reading in enumerate(reader.read(images))])
+
+
+def shares_right(right: np.ndarray, key: scenes.SceneKey) -> dict[str, float]:
+    """The figures of `scene_figures`, of what was read already."""
     counts = scenes.COUNTS[key.kind]
-    right = np.array([reading == wanted(key, row) for row, reading in enumerate(readings)])
     figures = {"all": float(right.mean())}
     for count, name in ((1, "one"), (2, "two"), (3, "three")):
         if (counts == count).any():

@@ -15,7 +15,7 @@ from models.retrieval import embed_images, embed_texts
 from models.tokenizers import ImageTokenizer, TextTokenizer
 from training.data import resized
 from training.evaluation import frechet_distance
-from training.oracle import SceneReader, scene_figures
+from training.oracle import SceneReader, read_right, scene_figures, shares_right
 from training.scenes import Scenes, held_out_colour
 
 _BATCH = 128
@@ -107,10 +107,10 @@ def oracle_figures(
     number = 1 if judge is None else samples
     draws = [_drawn(model, drawn.canonical, draw * count, guidance_scale) for draw in range(number)]
     heldout = (drawn.key.colours == held_out_colour(drawn.key.shapes)) & (drawn.key.shapes >= 0)
-    rows = heldout.any(1).nonzero()[0]
-    figures = scene_figures(oracle, draws[0], drawn.key)
-    if len(rows):
-        figures["heldout"] = scene_figures(oracle, draws[0][torch.from_numpy(rows)], drawn.key.take(rows))["all"]
+    right, rows = read_right(oracle, draws[0], drawn.key), heldout.any(1)
+    figures = shares_right(right, drawn.key)
+    if rows.any():
+        figures["heldout"] = float(right[rows].mean())
     if judge is not None:
         prompts = embed_texts(judge, drawn.canonical)
         scores = [(embed_images(judge, resized(each, judge.preprocess.size)) * prompts).sum(-1) for each in draws]
