@@ -8,7 +8,7 @@ Given the same parameters, each operation equals torchvision's on float pictures
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from models.preprocess import Preprocess
 
 _LUMA = (0.2989, 0.587, 0.114)  # torchvision's rounding of Rec. 601
 _TRIES = 10  # crops that are drawn before the largest one in the middle is taken, as torchvision does
+_PIXELS_AT_ONCE = 2**16  # of views; in float32 the three channels are 768 KiB
 _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = range(4)
 
 
@@ -97,6 +98,9 @@ class ViewParameters:
     sigma: Tensor
     solarize: Tensor
 
+    def __getitem__(self, rows: slice) -> ViewParameters:
+        return ViewParameters(*(getattr(self, field.name)[rows] for field in fields(self)))
+
 
 class ViewTransform:
     """uint8 (B, 3 or 4, H, W) -> one normalised float view (B, 3, size, size) a recipe; a fourth channel is opacity.
@@ -128,7 +132,15 @@ class ViewTransform:
         draws = (
             sample_views(len(images), height, width, recipe, self.generator, images.device) for recipe in self.recipes
         )
-        return tuple(self._apply(pixels, self.size, drawn) for drawn in draws)
+        return tuple(self._in_parts(pixels, drawn) for drawn in draws)
+
+    def _in_parts(self, pixels: Tensor, drawn: ViewParameters) -> Tensor:
+        """Apply what was drawn; on a CPU to as many pictures at a time as its caches hold between two operations, which
+        is two to three times as fast as to 512 at once."""
+        part = max(4, _PIXELS_AT_ONCE // self.size**2) if pixels.device.type == "cpu" else len(pixels)
+        starts = range(0, max(1, len(pixels)), part)
+        parts = [self._apply(pixels[at : at + part], self.size, drawn[at : at + part]) for at in starts]
+        return torch.cat(parts) if len(parts) != 1 else parts[0]
 
 
 def on_white(images: Tensor) -> Tensor:
