@@ -88,7 +88,7 @@ class ViewMethod(Method):
 
     def prepare(self, batch: Batch) -> Batch:
         """{"images": uint8 (B, 3, H, W)} -> {"views": float (V, B, 3, S, S)}."""
-        return {"views": torch.stack(self.transform(batch["images"]))}
+        return {"views": self.transform(batch["images"])}
 
 
 def pretrain(name: str, options: PretrainingOptions, build: Callable[[EncoderModel], ViewMethod]) -> Path:

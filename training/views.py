@@ -86,8 +86,9 @@ class ViewParameters:
     """What was drawn for B views.
 
     box: (B, 4) top, left, height, width of the crop in pixels. flip: (B,) bool. factors: (B, 4) of brightness, contrast
-    and saturation, and the turn of the hue. order: (B, 4) which of these four comes first to last. gray, solarize: (B,)
-    bool. sigma: (B,) of the blur in pixels of the view, 0 for none.
+    and saturation, and the turn of the hue. order: (B, 4) which of these four comes first to last. gray: (B,) bool.
+    sigma: (B,) of the blur in pixels of the view, 0 for none. solarize: (B,) bool. The last two are None where a recipe
+    never blurs or solarizes.
     """
 
     box: Tensor
@@ -95,15 +96,16 @@ class ViewParameters:
     factors: Tensor
     order: Tensor
     gray: Tensor
-    sigma: Tensor
-    solarize: Tensor
+    sigma: Tensor | None
+    solarize: Tensor | None
 
     def __getitem__(self, rows: slice) -> ViewParameters:
-        return ViewParameters(*(getattr(self, field.name)[rows] for field in fields(self)))
+        drawn = (getattr(self, field.name) for field in fields(self))
+        return ViewParameters(*(None if each is None else each[rows] for each in drawn))
 
 
 class ViewTransform:
-    """uint8 (B, 3 or 4, H, W) -> one normalised float view (B, 3, size, size) a recipe; a fourth channel is opacity.
+    """uint8 (B, 3 or 4, H, W) -> normalised views (V, B, 3, size, size), one a recipe. A fourth channel is opacity.
 
     preprocess: whose normalisation views get, that of the model which will see them. generator: where parameters are
     drawn from, None for torch's own on the batch's device. compile: fuse the operations, for batches of one shape.
@@ -120,27 +122,32 @@ class ViewTransform:
         self.size, self.recipes = size, recipes
         self.preprocess = preprocess or Preprocess(size=size)
         self.generator = generator
-        self._apply = torch.compile(apply_views, dynamic=False) if compile else apply_views
+        self._make = torch.compile(self._view, dynamic=False) if compile else self._view
 
-    def __call__(self, images: Tensor) -> tuple[Tensor, ...]:
-        return tuple(self.preprocess.standardize(view) for view in self.views(images))
+    def __call__(self, images: Tensor) -> Tensor:
+        """-> (V, B, 3, size, size), a view a recipe."""
+        return self._views(images, normalized=True)
 
-    def views(self, images: Tensor) -> tuple[Tensor, ...]:
-        """The views as float (B, 3, size, size) in 0..1, to look at."""
-        pixels = on_white(images)
-        height, width = pixels.shape[-2:]
-        draws = (
-            sample_views(len(images), height, width, recipe, self.generator, images.device) for recipe in self.recipes
-        )
-        return tuple(self._in_parts(pixels, drawn) for drawn in draws)
+    def views(self, images: Tensor) -> Tensor:
+        """The same in 0..1, to look at."""
+        return self._views(images, normalized=False)
 
-    def _in_parts(self, pixels: Tensor, drawn: ViewParameters) -> Tensor:
-        """Apply what was drawn; on a CPU to as many pictures at a time as its caches hold between two operations, which
-        is two to three times as fast as to 512 at once."""
-        part = max(4, _PIXELS_AT_ONCE // self.size**2) if pixels.device.type == "cpu" else len(pixels)
-        starts = range(0, max(1, len(pixels)), part)
-        parts = [self._apply(pixels[at : at + part], self.size, drawn[at : at + part]) for at in starts]
-        return torch.cat(parts) if len(parts) != 1 else parts[0]
+    def _views(self, images: Tensor, normalized: bool) -> Tensor:
+        count, _, height, width = images.shape
+        views = torch.empty(len(self.recipes), count, 3, self.size, self.size, device=images.device).mT
+        # On a CPU as many pictures at a time as its caches hold from one operation to the next: with 512 at once the
+        # same takes two to three times as long.
+        part = max(4, _PIXELS_AT_ONCE // self.size**2) if images.device.type == "cpu" else max(1, count)
+        for place, recipe in enumerate(self.recipes):
+            drawn = sample_views(count, height, width, recipe, self.generator, images.device)
+            for at in range(0, count, part):
+                rows = slice(at, at + part)
+                views[place, rows] = self._make(images[rows], drawn[rows], normalized)
+        return views
+
+    def _view(self, images: Tensor, drawn: ViewParameters, normalized: bool) -> Tensor:
+        views = apply_views(on_white(images), self.size, drawn)
+        return self.preprocess.standardize(views) if normalized else views
 
 
 def on_white(images: Tensor) -> Tensor:
@@ -180,8 +187,8 @@ def sample_views(
         ),
         order=uniform(0, 1, count, 4).argsort(1),
         gray=chance(recipe.grayscale),
-        sigma=chance(recipe.blur) * uniform(*recipe.sigma),
-        solarize=chance(recipe.solarize),
+        sigma=chance(recipe.blur) * uniform(*recipe.sigma) if recipe.blur else None,
+        solarize=chance(recipe.solarize) if recipe.solarize else None,
     )
 
 
@@ -209,41 +216,47 @@ def _boxes(
 def apply_views(pixels: Tensor, size: int, parameters: ViewParameters) -> Tensor:
     """Float (B, 3, H, W) in 0..1 -> (B, 3, size, size) in 0..1."""
     p = parameters
-    rows = _resampling(p.box[:, 0], p.box[:, 2], pixels.shape[2], size)
-    columns = _resampling(p.box[:, 1], p.box[:, 3], pixels.shape[3], size)
-    columns = torch.where(p.flip[:, None, None], columns.flip(1), columns)
-    views = _between(rows, pixels, columns).clamp(0, 1)  # crop, flip and scale together
-    views = _jitter(views, p.factors, p.order)
-    views = torch.where(p.gray[:, None, None, None], _luma(views), views)
-    views = _blur(views, p.sigma)
-    return torch.where(p.solarize[:, None, None, None] & (views >= 0.5), 1 - views, views)
+    # Crop, flip and scale together. Each resampling reads along the lines and leaves them for the other, so from here on
+    # the columns lie in memory one after the other; turning them back would cost as much as a resampling.
+    rows = _resample(pixels.transpose(1, 2), p.box[:, 0], p.box[:, 2], size, torch.zeros_like(p.flip))
+    columns = _resample(rows.permute(0, 3, 2, 1), p.box[:, 1], p.box[:, 3], size, p.flip)
+    views = _jitter(columns.transpose(1, 2).clamp(0, 1), p.factors, p.order)
+    views = torch.where(p.gray[:, None, None, None], _luma(views)[:, None], views)
+    if p.sigma is not None:
+        views = _blur(views, p.sigma)
+    if p.solarize is not None:
+        views = torch.where(p.solarize[:, None, None, None] & (views >= 0.5), 1 - views, views)
+    return views.mT
 
 
-def _between(left: Tensor, pixels: Tensor, right: Tensor) -> Tensor:
-    """left (B, S, H) times each channel of pixels (B, 3, H, W) times right (B, S, W) transposed -> (B, 3, S, S)."""
-    count, channels, height, width = pixels.shape
-    size = left.shape[1]
-    # Channels side by side make one product a picture of three.
-    half = left @ pixels.transpose(1, 2).reshape(count, height, channels * width)
-    whole = half.view(count, size * channels, width) @ right.mT
-    return whole.view(count, size, channels, size).transpose(1, 2).contiguous()
+def _resample(lines: Tensor, start: Tensor, length: Tensor, size: int, flip: Tensor) -> Tensor:
+    """Antialiased bilinear resize of `length` of the lines (B, N, C, M) from `start` on, in reverse where `flip`.
+    -> (B, size, C, M).
 
-
-def _resampling(start: Tensor, length: Tensor, source: int, size: int) -> Tensor:
-    """Weights (B, size, source) of an antialiased bilinear resize of `length` pixels from `start` on."""
+    A sum over the few lines that a place is made of. Their number is a picture's own, so the largest there can be is
+    taken and the rest weigh nothing; a product with the whole band matrix costs two to four times as much compiled.
+    """
+    count, source = lines.shape[:2]
     scale = (length / size)[:, None, None]
-    places = torch.arange(source, device=start.device)[None, None, :]
-    inside = places - start[:, None, None]  # the pixel's number within the crop
-    centres = (torch.arange(size, device=start.device)[None, :, None] + 0.5) * scale
-    weights = (1 - ((inside + 0.5 - centres) / scale.clamp(min=1)).abs()).clamp(min=0)
-    weights = weights * ((inside >= 0) & (inside < length[:, None, None]))
-    return weights / weights.sum(2, keepdim=True)
+    reach = scale.clamp(min=1)
+    places = torch.arange(size, device=lines.device) + 0.5
+    centres = torch.where(flip[:, None], size - places, places)[:, :, None] * scale
+    taps = torch.arange(math.ceil(2 * max(1, source / size)), device=lines.device)
+    near = (centres - reach + 0.5).floor() + taps  # (B, size, taps), numbers within the crop
+    weights = (1 - ((near + 0.5 - centres) / reach).abs()).clamp(min=0) * ((near >= 0) & (near < length[:, None, None]))
+    weights = weights / weights.sum(2, keepdim=True)
+    numbers = (near + start[:, None, None]).long().clamp(0, source - 1)
+    rows = torch.arange(count, device=lines.device)[:, None]
+    total = weights[:, :, 0, None, None] * lines[rows, numbers[:, :, 0]]
+    for tap in range(1, len(taps)):
+        total = total + weights[:, :, tap, None, None] * lines[rows, numbers[:, :, tap]]
+    return total
 
 
 def _luma(views: Tensor) -> Tensor:
-    """(B, 3, S, S) -> (B, 1, S, S)."""
+    """(B, 3, S, S) -> (B, S, S)."""
     red, green, blue = views.unbind(1)
-    return (_LUMA[0] * red + _LUMA[1] * green + _LUMA[2] * blue)[:, None]
+    return _LUMA[0] * red + _LUMA[1] * green + _LUMA[2] * blue
 
 
 def _jitter(views: Tensor, factors: Tensor, order: Tensor) -> Tensor:
@@ -253,23 +266,28 @@ def _jitter(views: Tensor, factors: Tensor, order: Tensor) -> Tensor:
     what comes before the hue is up to three blends, then all hues are turned at once, then come the other blends: the
     one dear operation is computed once and not at four places.
     """
-    place = order.argsort(1)  # of each change, 0 to 3
+    place = torch.arange(4, device=order.device)
+    of_hue = (order == _HUE).long().argmax(1, keepdim=True)
+    before, after = (_blends(factors, order, active) for active in (place < of_hue, place > of_hue))
     for position in range(3):
-        views = _blend(views, factors, order[:, position], position < place[:, _HUE])
+        views = _blend(views, before[:, position])
     views = _turn_hue(views, factors[:, _HUE])
     for position in range(1, 4):
-        views = _blend(views, factors, order[:, position], position > place[:, _HUE])
+        views = _blend(views, after[:, position])
     return views
 
 
-def _blend(views: Tensor, factors: Tensor, kinds: Tensor, active: Tensor) -> Tensor:
-    """factor * picture + (1 - factor) * black, mean grey or grey, by each picture's kind. kinds, active: (B,)."""
-    factor = factors.gather(1, kinds[:, None])
-    factor = torch.where(active[:, None], factor, 1.0)[..., None, None]
-    kind = kinds[:, None, None, None]
+def _blends(factors: Tensor, order: Tensor, active: Tensor) -> Tensor:
+    """(B, 4) each -> (B, 4, 3): at each position the shares of the picture, of its grey and of its mean grey."""
+    kept = torch.where(active, factors.gather(1, order), 1.0)
+    return torch.stack([kept, (1 - kept) * (order == _SATURATION), (1 - kept) * (order == _CONTRAST)], 2)
+
+
+def _blend(views: Tensor, shares: Tensor) -> Tensor:
+    kept, of_gray, of_mean = shares[:, :, None, None].unbind(1)
     gray = _luma(views)
-    target = torch.where(kind == _SATURATION, gray, (kind == _CONTRAST) * gray.mean((2, 3), keepdim=True))
-    return (factor * views + (1 - factor) * target).clamp(0, 1)
+    added = of_gray * gray + of_mean * gray.mean((1, 2), keepdim=True)
+    return (kept[:, None] * views + added[:, None]).clamp(0, 1)
 
 
 def _turn_hue(views: Tensor, turns: Tensor) -> Tensor:
@@ -281,15 +299,17 @@ def _turn_hue(views: Tensor, turns: Tensor) -> Tensor:
     red, green, blue = views.unbind(1)
     value, low = views.amax(1), views.amin(1)
     chroma = value - low
-    safe = torch.where(chroma == 0, 1.0, chroma)
-    sixth = torch.where(
-        value == red,
-        (green - blue) / safe,
-        torch.where(value == green, 2 + (blue - red) / safe, 4 + (red - green) / safe),
-    )
-    hue = sixth[:, None] + 6 * turns[:, None, None, None]
-    k = torch.remainder(hue + hue.new_tensor([5.0, 3.0, 1.0])[None, :, None, None], 6)
-    return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
+    is_red, is_green = value == red, value == green
+    difference = torch.where(is_red, green - blue, torch.where(is_green, blue - red, red - green))
+    start = torch.where(is_red, 0.0, torch.where(is_green, 2.0, 4.0)) + 6 * turns[:, None, None]
+    sixth = start + difference / chroma.clamp(min=1e-12)
+
+    def channel(n: float) -> Tensor:
+        k = sixth + n
+        k = k - 6 * (k * (1 / 6)).floor()  # several times as fast as a remainder, which becomes a call of fmod
+        return value - chroma * (2 - (k - 2).abs()).clamp(0, 1)
+
+    return torch.stack([channel(5), channel(3), channel(1)], 1)
 
 
 def _blur(views: Tensor, sigma: Tensor) -> Tensor:
@@ -307,4 +327,8 @@ def _blur(views: Tensor, sigma: Tensor) -> Tensor:
     source = torch.where(source < 0, -source, torch.where(source >= size, 2 * size - 2 - source, source))
     band = torch.zeros(len(views), size, size, device=views.device, dtype=views.dtype)
     band = band.scatter_add(2, source.expand(len(views), -1, -1), kernel[:, None, :].expand(-1, size, -1))
-    return torch.where((sigma > 0)[:, None, None, None], _between(band, views, band), views)
+    count, channels = views.shape[:2]
+    # Channels side by side make one product a picture of three.
+    half = band @ views.transpose(1, 2).reshape(count, size, channels * size)
+    blurred = (half.view(count, size * channels, size) @ band.mT).view(count, size, channels, size).transpose(1, 2)
+    return torch.where((sigma > 0)[:, None, None, None], blurred, views)
