@@ -31,12 +31,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(eq=False)
 class Drawing:
-    """One picture on its way. ids: int64 (length,), the tokens so far; done: how many they are."""
+    """One picture on its way. ids: int64 (length,), the tokens so far; done: how many they are. known: those that are
+    given, -1 where one is drawn; without it, all are drawn."""
 
     prompt: str
     seed: int
     sampling: Sampling
     ids: Tensor
+    known: Tensor | None = None
     done: int = 0
     cancelled: bool = False
     error: Exception | None = None
@@ -109,8 +111,11 @@ class DecodeLoop:
         if not bool(torch.isfinite(scores).all()):
             drawing.error = ModelError("the model gave no finite numbers for this picture")
             return
-        shares = filtered(scores, drawing.sampling)
-        drawing.ids[drawing.done] = int(draw(shares, drawing.points[drawing.done, None].to(shares.device)))
+        given = -1 if drawing.known is None else int(drawing.known[drawing.done])
+        if given < 0:
+            shares = filtered(scores, drawing.sampling)
+            given = int(draw(shares, drawing.points[drawing.done, None].to(shares.device)))
+        drawing.ids[drawing.done] = given
         drawing.done += 1
 
     def _advance(self) -> None:
@@ -150,10 +155,16 @@ class ServedGenerator:
         self._task = self._loop.create_task(self._run())
 
     async def draw(
-        self, prompt: str, seeds: Sequence[int], sampling: Sampling, deadline: float
+        self,
+        prompt: str,
+        seeds: Sequence[int],
+        sampling: Sampling,
+        deadline: float,
+        known: Sequence[Tensor | None] | None = None,
     ) -> AsyncGenerator[list[Drawing]]:
         """The pictures of a prompt, one a seed: yields them all whenever they have moved on, the last time whole.
 
+        known: of each picture the tokens that are given, -1 where one is to be drawn.
         Stop iterating, or be cancelled, and nothing more is drawn. Raises BusyError, DeadlineError, ModelError.
         """
         if self._task.done():
@@ -162,7 +173,10 @@ class ServedGenerator:
         if admitted + len(seeds) > self._queue_size:
             raise BusyError(f"{admitted} pictures are waiting already; try again shortly", retry_after=5)
         length = self.model.image_length
-        drawings = [Drawing(prompt, seed, sampling, torch.zeros(length, dtype=torch.int64)) for seed in seeds]
+        drawings = [
+            Drawing(prompt, seed, sampling, torch.zeros(length, dtype=torch.int64), given)
+            for seed, given in zip(seeds, known or [None] * len(seeds), strict=True)
+        ]
         self._waiting += drawings
         self._wake.set()
         try:
@@ -191,6 +205,11 @@ class ServedGenerator:
         ids = torch.stack(rows).to(self.model.image_embedding.weight.device)
         pixels = await self._loop.run_in_executor(self._worker, self._tokenizer.decode, ids)
         return list(pixels.cpu())
+
+    async def tokens(self, pixels: Tensor) -> Tensor:
+        """uint8 (3, S, S) -> its tokens, int64 (length,)."""
+        batch = pixels[None].to(self.model.image_embedding.weight.device)
+        return (await self._loop.run_in_executor(self._worker, self._tokenizer.encode, batch))[0].cpu()
 
     async def close(self) -> None:
         """Stop, and tell whoever still waits. Call after the last request was answered."""

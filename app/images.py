@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from io import BytesIO
 
@@ -35,6 +35,17 @@ def decode(data: bytes, limits: Limits, target: int | None = None) -> Image.Imag
         MediaTypeError: not one of the formats that are read. ImageError: one of them, but broken.
         TooLargeError: more bytes or pixels than the limits allow; found before any pixel is decoded.
     """
+    return _decoded(data, limits, lambda image: _shrunk(_to_rgb(image), target), target)
+
+
+def decode_mask(data: bytes, limits: Limits) -> Image.Image:
+    """The first frame as upright RGBA, for what is asked of its transparency. Raises what `decode` raises."""
+    return _decoded(data, limits, lambda image: image.convert("RGBA"))
+
+
+def _decoded(
+    data: bytes, limits: Limits, convert: Callable[[Image.Image], Image.Image], target: int | None = None
+) -> Image.Image:
     if len(data) > limits.max_bytes:
         raise TooLargeError(f"the picture has {len(data):,} bytes, at most {limits.max_bytes:,} are read")
     with _open(data) as image:
@@ -43,7 +54,7 @@ def decode(data: bytes, limits: Limits, target: int | None = None) -> Image.Imag
             if target is not None:
                 image.draft(None, (2 * target, 2 * target))
             image.load()
-            return upright(_shrunk(_to_rgb(image), target), image)
+            return upright(convert(image), image)
         except Exception as error:  # decoders raise nearly anything for hostile bytes
             raise ImageError(f"the picture cannot be decoded ({image.format}): it is damaged or incomplete") from error
 

@@ -57,6 +57,7 @@ def as_list(value: Any) -> Any:
     return value if isinstance(value, list) else [value]
 
 
+Picture = Annotated[str | bytes, WithJsonSchema({"type": "string", "description": "base64 or a data: URI"})]
 Text = Annotated[str, StringConstraints(min_length=1), AfterValidator(_clean)]
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 ItemId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:@+-]{0,127}$")]
@@ -76,16 +77,24 @@ class Body(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
     file_field: ClassVar[str] = ""
+    named_files: ClassVar[frozenset[str]] = frozenset()
     list_fields: ClassVar[frozenset[str]] = frozenset()
 
     @classmethod
-    def from_form(cls, files: list[bytes], fields: dict[str, list[str]]) -> dict[str, Any]:
-        """A form's parts -> the values of this body; files go where `file_field` says."""
+    def from_form(cls, files: list[tuple[str, bytes]], fields: dict[str, list[str]]) -> dict[str, Any]:
+        """A form's parts -> the values of this body. A file goes to the field of its name (OpenAI's clients write
+        `image[]` too) if that is one of `named_files`; the others are the inputs that `file_field` takes."""
         values: dict[str, Any] = {
             name: parts if name in cls.list_fields else parts[-1] for name, parts in fields.items()
         }
-        if files and cls.file_field:
-            values[cls.file_field] = [{"image": file} for file in files]
+        inputs = []
+        for name, file in files:
+            if name.removesuffix("[]") in cls.named_files:
+                values[name.removesuffix("[]")] = file
+            else:
+                inputs.append({"image": file})
+        if inputs and cls.file_field:
+            values[cls.file_field] = inputs
         return values
 
 
@@ -93,9 +102,7 @@ class Input(Body):
     """A text or a picture: a string, {"text": ...} or {"image": base64, data: URI or URL}."""
 
     text: Text | None = None
-    image: Annotated[str | bytes, WithJsonSchema({"type": "string", "description": "base64 or a data: URI"})] | None = (
-        None
-    )
+    image: Picture | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -162,14 +169,14 @@ def _from_json(model: type[B], body: bytes) -> B:
 
 async def _from_form(model: type[B], request: Request) -> B:
     settings: Settings = request.app.state.service.settings
-    files: list[bytes] = []
+    files: list[tuple[str, bytes]] = []
     fields: dict[str, list[str]] = {}
     # Parts past the inputs a call may have are refused while they are read, before they take memory.
     limits = {"max_files": settings.max_inputs, "max_fields": settings.max_labels, "max_part_size": 1_000_000}
     async with request.form(**limits) as form:
         for name, part in form.multi_items():
             if isinstance(part, UploadFile):
-                files.append(await part.read())
+                files.append((name, await part.read()))
             else:
                 fields.setdefault(name, []).append(part)
     try:
@@ -234,7 +241,11 @@ def request_body(model: type[Body], example: Any, *, files: bool = True, require
     schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
     content: dict[str, Any] = {"application/json": {"schema": schema, "example": example}}
     if files:
-        others: dict[str, Any] = {name: {} for name in schema["properties"] if name != model.file_field}
-        parts = {"type": "array", "items": {"type": "string", "format": "binary"}}
-        content["multipart/form-data"] = {"schema": {"type": "object", "properties": {"file": parts, **others}}}
+        file = {"type": "string", "format": "binary"}
+        parts: dict[str, Any] = {
+            name: file if name in model.named_files else {} for name in schema["properties"] if name != model.file_field
+        }
+        if model.file_field:
+            parts["file"] = {"type": "array", "items": file}
+        content["multipart/form-data"] = {"schema": {"type": "object", "properties": parts}}
     return {"requestBody": {"required": required, "content": content}}

@@ -117,27 +117,56 @@ def generate_image(
     seed: int | None = None,
     sampling: Sampling | None = None,
     image: Image.Image | None = None,
-    keep: float = 0.5,
+    mask: Image.Image | None = None,
+    change: float | None = None,
 ) -> list[Image.Image]:
     """n pictures of each prompt, in order; picture i of a prompt has the seed `seed` + i (default: a fresh one).
 
-    image: a picture to go on from, of which the first `keep` share of the rows stays (arXiv:2102.12092, figure 2c).
-    Raises ValueError.
+    image: a picture to start from. mask: another of the same size: where it is transparent, a picture is drawn anew and
+    the rest stays. change: share of what may be drawn anew that is, from the tokens that a seed picks; all of it with a
+    mask, half of the picture without. As in arXiv:2102.12092, figure 2c, a token is drawn from the text and from what
+    stands above it and to its left. Raises ValueError.
     """
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    if n < 1 or not prompts or not 0 <= keep <= 1:
-        raise ValueError(f"n {n} must be at least 1, keep {keep} from 0 to 1, and there must be a prompt")
+    if n < 1 or not prompts:
+        raise ValueError(f"n {n} must be at least 1, and there must be a prompt")
     first = secrets.randbelow(2**31) if seed is None else seed
     texts = [text for text in prompts for _ in range(n)]
     seeds = [first + number for _ in prompts for number in range(n)]
     tokenizer = ImageTokenizer(model.dvae)
     known = None
     if image is not None:
-        known = tokenizer.encode(model.preprocess(image)[None].to(model.image_embedding.weight.device))
-        known = known.repeat(len(texts), 1)
-        known[:, round(keep * model.grid) * model.grid :] = -1
+        if mask is not None and mask.size != image.size:
+            raise ValueError(f"the mask has {mask.size} pixels and the picture {image.size}; they must be the same")
+        (own,) = tokenizer.encode(model.preprocess(image)[None].to(model.image_embedding.weight.device))
+        anew = None if mask is None else masked_tokens(model, mask)
+        known = torch.stack([kept_tokens(own, each, anew, change) for each in seeds])
+    elif mask is not None or change is not None:
+        raise ValueError("a mask and a change need a picture to start from")
     ids = torch.stack(list(generate_ids(model, texts, seeds, sampling, known=known)), 1)
     return [to_picture(pixels) for pixels in tokenizer.decode(ids).cpu()]
+
+
+def masked_tokens(model: DALLETransformer, mask: Image.Image) -> Tensor:
+    """Which tokens lie where a mask has transparent pixels, bool (image_length,). Raises ValueError if none does."""
+    opaque = mask.convert("RGBA").getchannel("A")
+    pixels = model.preprocess(Image.merge("RGB", [opaque] * 3))[0]
+    cells = pixels.view(model.grid, len(pixels) // model.grid, model.grid, -1)
+    anew = (cells < 128).any(3).any(1).flatten()
+    if not anew.any():
+        raise ValueError("the mask is transparent nowhere; where it is, the picture is drawn anew")
+    return anew
+
+
+def kept_tokens(ids: Tensor, seed: int, anew: Tensor | None = None, change: float | None = None) -> Tensor:
+    """A picture's tokens (N,) with -1 where one is to be drawn: the share `change`, picked by the seed, of those in
+    `anew`, bool (N,). Shares are as in `generate_image`. Raises ValueError."""
+    share = (0.5 if anew is None else 1.0) if change is None else change
+    if not 0 < share <= 1:
+        raise ValueError(f"change {share} must be above 0 and at most 1")
+    # Not the numbers that the tokens are drawn with, but those that follow.
+    picked = points_of(seed, 2 * len(ids))[len(ids) :].to(ids.device) < share
+    return torch.where(picked if anew is None else picked & anew.to(ids.device), -1, ids)
 
 
 def to_picture(pixels: Tensor) -> Image.Image:

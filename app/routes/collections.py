@@ -72,9 +72,9 @@ class ItemsRequest(Body):
     items: list[ItemBody] = Field(min_length=1)
 
     @classmethod
-    def from_form(cls, files: list[bytes], fields: dict[str, list[str]]) -> dict[str, Any]:
+    def from_form(cls, files: list[tuple[str, bytes]], fields: dict[str, list[str]]) -> dict[str, Any]:
         """Files with the ids, captions and metadata at the same places."""
-        items: list[dict[str, Any]] = [{"image": file} for file in files]
+        items: list[dict[str, Any]] = [{"image": file} for _, file in files]
         for name, values in fields.items():
             if name not in ("id", "caption", "metadata"):
                 raise InputError(f"unknown field {name[:64]!r}; a form has file, id, caption and metadata")

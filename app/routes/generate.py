@@ -15,16 +15,29 @@ import numpy as np
 import orjson
 from fastapi import APIRouter, Depends, Request
 from PIL import Image
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
 from starlette.responses import Response, StreamingResponse
+from torch import Tensor
 
 from app import images
 from app.errors import problem
 from app.generator import Drawing, ServedGenerator
-from app.inputs import Body, Text, body_of, check_text, request_body
+from app.inputs import (
+    EXAMPLE_IMAGE,
+    Body,
+    Picture,
+    Text,
+    body_of,
+    check_text,
+    image_bytes,
+    image_limits,
+    request_body,
+)
 from app.service import Served, Service, json_response
+from app.settings import Settings
+from models.dalle import DALLETransformer
 from models.errors import InputError
-from models.generation import Sampling, to_picture
+from models.generation import Sampling, kept_tokens, masked_tokens, to_picture
 
 router = APIRouter(tags=["generation"])
 MAX_SEED = 2**53 - 16  # what every JSON reader holds exactly, with room for the seeds that follow
@@ -33,9 +46,18 @@ MAX_SEED = 2**53 - 16  # what every JSON reader holds exactly, with room for the
 class GenerateRequest(Body):
     """Picture i of n has the seed `seed` + i; the same seed and options give the same picture. temperature 0 takes the
     likeliest token, top_k 0 all of them. guidance_scale: 1 is the text's own distribution, more is nearer to the text.
-    rerank: best first by the score of a model that embeds both, where one is loaded. A url is a data: URI."""
+    rerank: best first by the score of a model that embeds both, where one is loaded. A url is a data: URI.
+
+    image: a picture to start from. mask: another of its size; where it is transparent the picture is drawn anew, the
+    rest stays. change: share of what may be drawn anew that is, picked by the seed: all of it with a mask, half of the
+    picture without."""
+
+    named_files = frozenset({"image", "mask"})
 
     prompt: Text
+    image: Picture | None = None
+    mask: Picture | None = None
+    change: float | None = Field(None, gt=0, le=1)
     model: str | None = None
     n: int = Field(1, ge=1, le=16)
     seed: int | None = Field(None, ge=0, le=MAX_SEED)
@@ -49,6 +71,24 @@ class GenerateRequest(Body):
     partial_images: int = Field(0, ge=0, le=16, description="with stream: pictures on the way, of each")
     size: str = Field("auto", description="auto, or the model's own, such as 64x64")
     user: str | None = Field(None, description="taken for OpenAI's clients, not used")
+
+    @model_validator(mode="after")
+    def _starts_from_a_picture(self) -> GenerateRequest:
+        if self.image is None and (self.mask is not None or self.change is not None):
+            raise ValueError("a mask and a change need an image to start from")
+        return self
+
+
+class EditRequest(GenerateRequest):
+    """As /generate, with a picture to start from."""
+
+    image: Picture
+
+
+class VariationRequest(EditRequest):
+    """The same, and a text is not needed."""
+
+    prompt: Text = ""
 
 
 class GeneratedImage(BaseModel):
@@ -75,20 +115,60 @@ class _Made:
     score: float | None
 
 
-_BODY = request_body(GenerateRequest, {"prompt": "a red star", "n": 2, "seed": 1}, files=False)
+def _body(model: type[GenerateRequest], **example: Any) -> dict[str, Any]:
+    return request_body(model, {**example, "n": 2, "seed": 1})
+
+
+_ANSWERS: dict[int | str, dict[str, Any]] = {200: {"content": {"image/png": {}, "text/event-stream": {}}}}
 
 
 @router.post(
     "/generate",
     response_model=GenerateResponse,
-    openapi_extra=_BODY,
-    responses={200: {"content": {"image/png": {}, "text/event-stream": {}}}},
+    openapi_extra=_body(GenerateRequest, prompt="a red star"),
+    responses=_ANSWERS,
 )
-@router.post("/v1/images/generations", response_model=GenerateResponse, openapi_extra=_BODY)
+@router.post(
+    "/v1/images/generations",
+    response_model=GenerateResponse,
+    openapi_extra=_body(GenerateRequest, prompt="a red star"),
+    responses=_ANSWERS,
+)
 async def generate(
     request: Request, service: Served, body: Annotated[GenerateRequest, Depends(body_of(GenerateRequest))]
 ) -> Response:
     """Draw pictures of a text. `Accept: image/png` gives the best one itself, `stream` events while they are drawn."""
+    return await _answer(request, service, body, "image_generation")
+
+
+@router.post(
+    "/v1/images/edits",
+    response_model=GenerateResponse,
+    openapi_extra=_body(EditRequest, prompt="a red star", image=EXAMPLE_IMAGE),
+    responses=_ANSWERS,
+)
+async def edit(
+    request: Request, service: Served, body: Annotated[EditRequest, Depends(body_of(EditRequest))]
+) -> Response:
+    """Draw a part of a picture anew, after a text."""
+    return await _answer(request, service, body, "image_edit")
+
+
+@router.post(
+    "/v1/images/variations",
+    response_model=GenerateResponse,
+    openapi_extra=_body(VariationRequest, image=EXAMPLE_IMAGE),
+    responses=_ANSWERS,
+)
+async def vary(
+    request: Request, service: Served, body: Annotated[VariationRequest, Depends(body_of(VariationRequest))]
+) -> Response:
+    """Draw pictures that share half of a picture's tokens, or another share."""
+    return await _answer(request, service, body, "image_edit")
+
+
+async def _answer(request: Request, service: Service, body: GenerateRequest, kind: str) -> Response:
+    """kind: the first part of the events' names."""
     check_text(body.prompt, service.settings)
     generator = service.generator(body.model)
     if body.size not in ("auto", own := f"{generator.size}x{generator.size}"):
@@ -96,10 +176,11 @@ async def generate(
     first = secrets.randbelow(MAX_SEED) if body.seed is None else body.seed
     seeds = [first + number for number in range(body.n)]
     deadline = service.deadline(service.settings.generate_deadline)
-    steps = generator.draw(body.prompt, seeds, _sampling(body), deadline)
+    known = await _kept(service, generator, body, seeds)
+    steps = generator.draw(body.prompt, seeds, _sampling(body), deadline, known)
     drawings = await anext(steps)  # a full queue is refused here, before any answer has begun
     if body.stream:
-        events = _events(service, generator, body, drawings, steps, request.scope["state"]["request_id"])
+        events = _events(service, generator, body, drawings, steps, kind, request.scope["state"]["request_id"])
         return StreamingResponse(events, media_type="text/event-stream")
     async with aclosing(steps):
         async for _ in steps:
@@ -113,6 +194,34 @@ async def generate(
     return json_response({"created": int(time.time()), "model": generator.name, "data": data})
 
 
+async def _kept(
+    service: Service, generator: ServedGenerator, body: GenerateRequest, seeds: Sequence[int]
+) -> list[Tensor] | None:
+    """What stays of the picture that the request starts from, for each seed; None where there is no such picture."""
+    if body.image is None:
+        return None
+    pixels, anew = await service.decode(_opened, service.settings, generator.model, body.image, body.mask)
+    ids = await generator.tokens(pixels)
+    return [kept_tokens(ids, seed, anew, body.change) for seed in seeds]
+
+
+def _opened(
+    settings: Settings, model: DALLETransformer, image: str | bytes, mask: str | bytes | None
+) -> tuple[Tensor, Tensor | None]:
+    """Decoded, in a worker thread: pixels of the model's size, and which tokens the mask lets be drawn anew."""
+    limits = image_limits(settings)
+    picture = images.decode(image_bytes(image, settings), limits)
+    if mask is None:
+        return model.preprocess(picture), None
+    cover = images.decode_mask(image_bytes(mask, settings), limits)
+    if cover.size != picture.size:
+        raise InputError(f"mask: it has {cover.size} pixels and the image {picture.size}; they must be the same")
+    try:
+        return model.preprocess(picture), masked_tokens(model, cover)
+    except ValueError as error:
+        raise InputError(f"mask: {error}") from error
+
+
 def _sampling(body: GenerateRequest) -> Sampling:
     return Sampling(body.temperature, body.top_k, body.top_p, body.guidance_scale)
 
@@ -124,7 +233,7 @@ async def _ranked(
     pictures = [to_picture(pixels) for pixels in await generator.pictures(drawings)]
     made = [_Made(picture, each.seed, None) for picture, each in zip(pictures, drawings, strict=True)]
     judge = next((engine for engine in service.engines.values() if engine.takes_text), None)
-    if judge is None or not body.rerank:
+    if judge is None or not body.rerank or not body.prompt:
         return made
     served = service.engine(judge.name, text=True)
     deadline = service.deadline()
@@ -141,6 +250,7 @@ async def _events(
     body: GenerateRequest,
     drawings: Sequence[Drawing],
     steps: AsyncGenerator[Any],
+    kind: str,
     request_id: str,
 ) -> AsyncIterator[bytes]:
     """OpenAI's events: partial pictures at even steps, then each whole one; an error ends them with its problem."""
@@ -165,13 +275,13 @@ async def _events(
                 for index, (pixels, each) in enumerate(zip(await generator.pictures(drawings), drawings, strict=True)):
                     entry = await _entry(service, _Made(to_picture(pixels), each.seed, None), body, b64=True)
                     where = {"partial_image_index": number, "index": index, "step": each.done, "steps": length}
-                    yield _event("image_generation.partial_image", common | where | entry)
+                    yield _event(f"{kind}.partial_image", common | where | entry)
         tokens = int((generator.model.tokens_of([body.prompt]) != 0).sum())
         usage = {"input_tokens": tokens, "output_tokens": body.n * length, "total_tokens": tokens + body.n * length}
         usage |= {"input_tokens_details": {"text_tokens": tokens, "image_tokens": 0}}
         for index, made in enumerate(await _ranked(service, generator, body, drawings)):
             entry = await _entry(service, made, body, b64=True)
-            yield _event("image_generation.completed", common | {"index": index, "usage": usage} | entry)
+            yield _event(f"{kind}.completed", common | {"index": index, "usage": usage} | entry)
     except Exception as error:
         content = orjson.loads(problem(error, request_id).body)
         yield b"event: error\ndata: " + orjson.dumps({"error": content | {"message": content["detail"]}}) + b"\n\n"

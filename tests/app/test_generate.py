@@ -20,11 +20,12 @@ from support import problem, running, tiny_clip, tiny_dalle
 
 from app.__main__ import main
 from app.generator import DecodeLoop, Drawing, ServedGenerator
+from app.inputs import EXAMPLE_IMAGE
 from app.settings import Settings
 from models.checkpoint import save_checkpoint
 from models.dalle import DALLETransformer
 from models.errors import BusyError, DeadlineError, ModelError
-from models.generation import Sampling, generate_ids
+from models.generation import Sampling, generate_ids, generate_image
 
 Start = Callable[..., TestClient]
 PLAIN, GUIDED = Sampling(), Sampling(guidance_scale=2.0, top_k=8)
@@ -119,6 +120,36 @@ def test_pictures_come_by_their_seeds_best_first(painter: TestClient, model: DAL
     assert fresh[0] != fresh[1]
 
 
+def _png(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+def test_a_picture_is_completed_and_varied(painter: TestClient, model: DALLETransformer) -> None:
+    start = Image.open(io.BytesIO(base64.b64decode(EXAMPLE_IMAGE))).convert("RGB")
+    hole = start.convert("RGBA")
+    hole.paste((0, 0, 0, 0), (0, 8, 16, 16))
+    mask = base64.b64encode(_png(hole)).decode()
+    body = {"prompt": "a red star", "seed": 7, "n": 2, "rerank": False}
+    made = painter.post("/generate", json=body | {"image": EXAMPLE_IMAGE, "mask": mask}).json()["data"]
+    expected = generate_image(
+        model, "a red star", n=2, seed=7, image=start, mask=hole, sampling=Sampling(guidance_scale=2.0)
+    )
+    assert [_picture(each["b64_json"]).tobytes() for each in made] == [image.tobytes() for image in expected]
+    form = {"prompt": "a red star", "seed": "7", "n": "2", "rerank": "false"}
+    files = {"image": ("a.png", _png(start), "image/png"), "mask": ("b.png", _png(hole), "image/png")}
+    assert painter.post("/v1/images/edits", data=form, files=files).json()["data"] == made
+    varied = painter.post("/v1/images/variations", json={"image": EXAMPLE_IMAGE, "seed": 7}).json()["data"]
+    (expected_one,) = generate_image(model, "", seed=7, image=start)
+    assert _picture(varied[0]["b64_json"]).tobytes() == expected_one.tobytes()
+    assert varied[0]["score"] is None  # there is no text to rank by
+    other = base64.b64encode(_png(hole.resize((20, 20)))).decode()
+    answer = painter.post("/generate", json=body | {"image": EXAMPLE_IMAGE, "mask": other})
+    problem(answer, 422, "must be the same")
+    problem(painter.post("/v1/images/edits", json=body), 422, "image: ")
+
+
 def test_the_best_picture_itself_where_a_png_is_accepted(painter: TestClient) -> None:
     body = {"prompt": "a red star", "n": 3, "seed": 5}
     best = painter.post("/generate", json=body).json()["data"][0]
@@ -159,6 +190,11 @@ def test_events_show_pictures_on_their_way_and_then_the_whole_ones(painter: Test
         ({"size": "512x512"}, 422, "16x16"),
         ({"model": "clip"}, 404, "those that do: dalle"),
         ({"quality": "hd"}, 422, "quality"),
+        ({"change": 0.5}, 422, "need an image"),
+        ({"image": EXAMPLE_IMAGE, "change": 0}, 422, "change"),
+        ({"image": EXAMPLE_IMAGE, "mask": EXAMPLE_IMAGE}, 422, "transparent nowhere"),
+        ({"image": "http://example.com/a.png"}, 403, "fetches no URLs"),
+        ({"image": "AAAA"}, 415, "not a picture"),
     ],
 )
 def test_wrong_values_are_refused_by_name(painter: TestClient, changes: dict[str, Any], status: int, says: str) -> None:
@@ -272,6 +308,15 @@ def test_openais_client_and_the_command_line(
                     kinds.append(event.type)
                     assert _picture(event.b64_json).size == (16, 16)
             assert kinds == ["image_generation.partial_image"] * 2 + ["image_generation.completed"]
+            start = base64.b64decode(EXAMPLE_IMAGE)
+            edited = client.images.edit(image=[("a.png", start)], prompt="a red star", n=2, response_format="b64_json")
+            with pytest.warns(DeprecationWarning):  # OpenAI's own models no longer do this
+                varied = client.images.create_variation(image=("a.png", start), response_format="b64_json")
+            for answer in (edited, varied):
+                assert answer.data is not None
+                assert _picture(answer.data[-1].b64_json or "").size == (16, 16)
+            with client.images.edit(image=("a.png", start), prompt="a red star", stream=True) as edits:
+                assert [event.type for event in edits] == ["image_edit.completed"]
         (tmp_path / "out").mkdir()
         place = ["--data", str(tmp_path / "data"), "--out", str(tmp_path / "out")]
         assert main(["generate", "a red star", "-n", "2", "--seed", "3", *place]) == 0

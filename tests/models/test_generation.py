@@ -13,7 +13,16 @@ from support import CORPUS
 
 from models.checkpoint import load_checkpoint, save_checkpoint
 from models.dalle import DALLETransformer
-from models.generation import Sampling, draw, filtered, generate_ids, generate_image
+from models.generation import (
+    Sampling,
+    draw,
+    filtered,
+    generate_ids,
+    generate_image,
+    kept_tokens,
+    masked_tokens,
+    to_picture,
+)
 from models.tokenizers import ImageTokenizer, TextTokenizer
 
 IMAGE: dict[str, Any] = {
@@ -151,15 +160,49 @@ def test_pictures_in_one_line(picture: Callable[..., Image.Image]) -> None:
     assert [image.size for image in made] == [(16, 16)] * 4
     again = generate_image(model, "a blue heart", seed=8)
     assert again[0].tobytes() == made[3].tobytes()
-    start = picture(1)
-    kept = generate_image(model, "a red star", seed=1, image=start, keep=1.0)[0]
-    tokenizer = ImageTokenizer(model.dvae)
-    assert torch.equal(
-        torch.frombuffer(bytearray(kept.tobytes()), dtype=torch.uint8).view(16, 16, 3).permute(2, 0, 1),
-        tokenizer.decode(tokenizer.encode(model.preprocess(start)[None]))[0],
-    )
     with pytest.raises(ValueError, match="at least 1"):
         generate_image(model, "a", n=0)
+
+
+def _with_hole(image: Image.Image, box: tuple[int, int, int, int]) -> Image.Image:
+    mask = image.convert("RGBA")
+    mask.paste((0, 0, 0, 0), box)
+    return mask
+
+
+def test_what_a_mask_covers_and_a_share_of_a_picture_are_drawn_anew(picture: Callable[..., Image.Image]) -> None:
+    model, start = _model(), picture(1, size=(16, 16))
+    tokenizer = ImageTokenizer(model.dvae)
+    own = tokenizer.encode(model.preprocess(start)[None])[0]
+    mask = _with_hole(start, (0, 8, 16, 16))  # the lower half
+    anew = masked_tokens(model, mask)
+    assert anew.view(4, 4).tolist() == [[False] * 4] * 2 + [[True] * 4] * 2
+    assert torch.equal(kept_tokens(own, 3, anew), torch.where(anew, -1, own))
+    for change in (0.5, None):
+        half = kept_tokens(own.repeat(100), 3, change=change) == -1
+        assert 0.46 < float(half.float().mean()) < 0.54
+    some = kept_tokens(own, 3, anew, change=0.5) == -1
+    assert 0 < int(some.sum()) < int(anew.sum())
+    assert not (some & ~anew).any()
+    assert not torch.equal(kept_tokens(own, 3), kept_tokens(own, 4))
+    made = generate_image(model, "a red star", n=2, seed=3, image=start, mask=mask)
+    for seed, image in zip((3, 4), made, strict=True):
+        ids = _sample(model, ["a red star"], [seed], known=kept_tokens(own, seed, anew)[None])
+        assert torch.equal(ids[0, :8], own[:8])
+        assert to_picture(tokenizer.decode(ids)[0]).tobytes() == image.tobytes()
+    assert made[0].tobytes() != made[1].tobytes()
+
+
+def test_a_start_that_cannot_be_is_refused(picture: Callable[..., Image.Image]) -> None:
+    model, start = _model(), picture(1, size=(16, 16))
+    with pytest.raises(ValueError, match="transparent nowhere"):
+        generate_image(model, "a", image=start, mask=start)
+    with pytest.raises(ValueError, match="must be the same"):
+        generate_image(model, "a", image=start, mask=_with_hole(picture(1, size=(20, 16)), (0, 0, 5, 5)))
+    with pytest.raises(ValueError, match="at most 1"):
+        generate_image(model, "a", image=start, change=1.5)
+    with pytest.raises(ValueError, match="need a picture"):
+        generate_image(model, "a", change=0.5)
 
 
 @pytest.mark.parametrize("options", [{}, {"tied": True}])
