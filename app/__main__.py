@@ -85,6 +85,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     generate.add_argument("-n", type=int, default=1, help="pictures (default: 1)")
     generate.add_argument("--seed", type=int, help="for the same pictures again")
+    generate.add_argument("--style", help="one of the model's, as `semblance models --json` lists them")
 
     models = _command(commands, "models", _models, "List the models, what they take and what they measured")
     models.add_argument("--json", action="store_true", help="print the answer as JSON")
@@ -268,8 +269,7 @@ def _generate(options: argparse.Namespace) -> int:
 
     async def work(client: Any) -> int:
         body = {"prompt": options.prompt, "n": options.n, "stream": True, "partial_images": 16}
-        if options.seed is not None:
-            body["seed"] = options.seed
+        body |= {name: value for name in ("seed", "style") if (value := getattr(options, name)) is not None}
         made = []
         with Progress(console=Console(stderr=True)) as progress:
             task = progress.add_task(options.prompt[:40], total=None)

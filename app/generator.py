@@ -32,13 +32,14 @@ log = logging.getLogger(__name__)
 @dataclass(eq=False)
 class Drawing:
     """One picture on its way. ids: int64 (length,), the tokens so far; done: how many they are. known: those that are
-    given, -1 where one is drawn; without it, all are drawn."""
+    given, -1 where one is drawn; without it, all are drawn. style: one of the model's, or none."""
 
     prompt: str
     seed: int
     sampling: Sampling
     ids: Tensor
     known: Tensor | None = None
+    style: str | None = None
     done: int = 0
     cancelled: bool = False
     error: Exception | None = None
@@ -88,7 +89,7 @@ class DecodeLoop:
         model, start = self.model, len(self._rows)
         device = self._cache.keys.device
         drawing.points = points_of(drawing.seed, model.image_length)
-        texts = model.tokens_of([drawing.prompt, ""][: drawing.lanes]).to(device)
+        texts = model.tokens_of([drawing.prompt, ""][: drawing.lanes], [drawing.style]).to(device)
         drawing.logits = model.read_text(texts, self._cache.block(start, start + drawing.lanes))
         self._rows += [(drawing, part) for part in range(drawing.lanes)]
 
@@ -161,10 +162,11 @@ class ServedGenerator:
         sampling: Sampling,
         deadline: float,
         known: Sequence[Tensor | None] | None = None,
+        style: str | None = None,
     ) -> AsyncGenerator[list[Drawing]]:
         """The pictures of a prompt, one a seed: yields them all whenever they have moved on, the last time whole.
 
-        known: of each picture the tokens that are given, -1 where one is to be drawn.
+        known: of each picture the tokens that are given, -1 where one is to be drawn. style: one of the model's.
         Stop iterating, or be cancelled, and nothing more is drawn. Raises BusyError, DeadlineError, ModelError.
         """
         if self._task.done():
@@ -174,7 +176,7 @@ class ServedGenerator:
             raise BusyError(f"{admitted} pictures are waiting already; try again shortly", retry_after=5)
         length = self.model.image_length
         drawings = [
-            Drawing(prompt, seed, sampling, torch.zeros(length, dtype=torch.int64), given)
+            Drawing(prompt, seed, sampling, torch.zeros(length, dtype=torch.int64), given, style)
             for seed, given in zip(seeds, known or [None] * len(seeds), strict=True)
         ]
         self._waiting += drawings

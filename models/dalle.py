@@ -6,6 +6,7 @@ learned ones; normalised queries and keys (arXiv:2302.05442), which keep large l
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,6 +95,7 @@ class DALLETransformer(nn.Module):
 
     image: options of the DiscreteVAE whose codes are the picture's tokens; it is part of the checkpoint. vocab_size,
     text_length: of the text; shorter ones are padded, longer ones cut. tied: the output weights are the embeddings.
+    styles: names of kinds of pictures, such as data sets or classes; a text with a style begins with its token.
     forward: text int64 (B, T), ids int64 (B, N) -> logits of the text's tokens 1..T-1, (B, T - 1, vocab_size), and of
     the picture's tokens, (B, N, codes). Raises ValueError.
     """
@@ -110,6 +112,7 @@ class DALLETransformer(nn.Module):
         depth: int = 6,
         heads: int = 4,
         tied: bool = False,
+        styles: Sequence[str] = (),
     ) -> None:
         super().__init__()
         self.config: dict[str, Any] = {
@@ -120,11 +123,13 @@ class DALLETransformer(nn.Module):
             "depth": depth,
             "heads": heads,
             "tied": tied,
+            "styles": list(styles),
         }
+        self.styles = {name: vocab_size + number for number, name in enumerate(styles)}
         self.dvae = DiscreteVAE(**image).requires_grad_(False)
         self.text_length = text_length
         self.grid, self.image_length, self.codes = self.dvae.grid, self.dvae.grid**2, self.dvae.codes
-        self.text_embedding = nn.Embedding(vocab_size, width)
+        self.text_embedding = nn.Embedding(vocab_size + len(self.styles), width)
         self.image_embedding = nn.Embedding(self.codes, width)
         self.blocks = nn.ModuleList(CausalBlock(width, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
@@ -179,12 +184,22 @@ class DALLETransformer(nn.Module):
         """
         return self._advance(self.image_embedding(ids[:, None]), self.text_length + places, cache)
 
-    def tokens_of(self, texts: list[str]) -> Tensor:
-        """B strings -> int64 (B, text_length), padded. Raises ValueError where the model has no tokenizer."""
+    def tokens_of(self, texts: Sequence[str], styles: Sequence[str | None] | None = None) -> Tensor:
+        """B strings, and a style or None each -> int64 (B, text_length), padded.
+
+        Raises ValueError where the model has no tokenizer, or not such a style.
+        """
         if self.tokenizer is None:
             raise ValueError("this model has no text tokenizer")
         tokens = self.tokenizer(texts)[:, : self.text_length]
-        return F.pad(tokens, (0, self.text_length - tokens.shape[1]), value=TextTokenizer.pad_id)
+        tokens = F.pad(tokens, (0, self.text_length - tokens.shape[1]), value=TextTokenizer.pad_id)
+        for row, style in enumerate(styles or ()):
+            if style is None:
+                continue
+            if style not in self.styles:
+                raise ValueError(f"no style {style[:64]!r}; this model has {', '.join(self.styles) or 'none'}")
+            tokens[row, 0] = self.styles[style]
+        return tokens
 
     def _advance(self, x: Tensor, start: Tensor, cache: KVCache) -> Tensor:
         places = start[:, None] + torch.arange(x.shape[1], device=x.device)
@@ -194,7 +209,9 @@ class DALLETransformer(nn.Module):
         return self._image_logits(self.norm(x[:, -1]))
 
     def _text_logits(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.text_embedding.weight) if self.text_head is None else self.text_head(x)
+        if self.text_head is not None:
+            return self.text_head(x)
+        return F.linear(x, self.text_embedding.weight[: self.config["vocab_size"]])
 
     def _image_logits(self, x: Tensor) -> Tensor:
         return F.linear(x, self.image_embedding.weight) if self.image_head is None else self.image_head(x)

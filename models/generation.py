@@ -81,19 +81,20 @@ def generate_ids(
     sampling: Sampling | None = None,
     *,
     known: Tensor | None = None,
+    styles: Sequence[str | None] | None = None,
 ) -> Iterator[Tensor]:
     """The picture of each text, a token at a time: yields int64 (B,) image_length times; stop iterating to stop.
 
     A row depends on its text, seed and options alone, whatever else is in the batch: each row draws one number a token
     from its own generator. known: int64 (B, image_length), tokens that are given, -1 where one is to be drawn: what
-    completes a picture, or varies it. Raises ValueError.
+    completes a picture, or varies it. styles: of each text one of the model's, or None. Raises ValueError.
     """
     sampling = sampling or Sampling()
     if len(seeds) != len(texts):
         raise ValueError(f"{len(seeds)} seeds for {len(texts)} texts: give one each")
     device = model.image_embedding.weight.device
     count, guided = len(texts), sampling.guidance_scale != 1
-    prompts = model.tokens_of([*texts, *([""] * count if guided else [])]).to(device)
+    prompts = model.tokens_of([*texts, *([""] * count if guided else [])], styles).to(device)
     # Drawn at once, so that a token's number does not depend on which tokens were given.
     points = torch.stack([points_of(seed, model.image_length) for seed in seeds]).to(device)
     cache = model.new_cache(len(prompts))
@@ -119,13 +120,14 @@ def generate_image(
     image: Image.Image | None = None,
     mask: Image.Image | None = None,
     change: float | None = None,
+    style: str | None = None,
 ) -> list[Image.Image]:
     """n pictures of each prompt, in order; picture i of a prompt has the seed `seed` + i (default: a fresh one).
 
     image: a picture to start from. mask: another of the same size: where it is transparent, a picture is drawn anew and
     the rest stays. change: share of what may be drawn anew that is, from the tokens that a seed picks; all of it with a
     mask, half of the picture without. As in arXiv:2102.12092, figure 2c, a token is drawn from the text and from what
-    stands above it and to its left. Raises ValueError.
+    stands above it and to its left. style: one of the model's. Raises ValueError.
     """
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     if n < 1 or not prompts:
@@ -143,7 +145,7 @@ def generate_image(
         known = torch.stack([kept_tokens(own, each, anew, change) for each in seeds])
     elif mask is not None or change is not None:
         raise ValueError("a mask and a change need a picture to start from")
-    ids = torch.stack(list(generate_ids(model, texts, seeds, sampling, known=known)), 1)
+    ids = torch.stack(list(generate_ids(model, texts, seeds, sampling, known=known, styles=[style] * len(texts))), 1)
     return [to_picture(pixels) for pixels in tokenizer.decode(ids).cpu()]
 
 

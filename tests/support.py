@@ -141,7 +141,7 @@ def running(checkpoints: Path, data: Path, *arguments: str, **environment: str) 
             process.stdout.close()
 
 
-def tiny_dalle(seed: int = 0) -> DALLETransformer:
+def tiny_dalle(seed: int = 0, **options: Any) -> DALLETransformer:
     """A generator of random weights: 16 tokens of 16 codes, pictures of 16 x 16."""
     torch.manual_seed(seed)
     tokenizer = TextTokenizer.train(CORPUS, 300, 10)
@@ -149,6 +149,7 @@ def tiny_dalle(seed: int = 0) -> DALLETransformer:
     model = DALLETransformer(
         image={"image_size": 16, "quantizer": quantizer, "channels": [8, 8], "blocks": [0, 1]},
         vocab_size=tokenizer.vocab_size, text_length=10, width=32, depth=2, heads=2,
+        **options,
     )  # fmt: skip
     model.tokenizer = tokenizer
     for parameter in model.parameters():  # far from its calm beginning, so that texts and seeds show

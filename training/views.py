@@ -216,8 +216,8 @@ def _boxes(
 def apply_views(pixels: Tensor, size: int, parameters: ViewParameters) -> Tensor:
     """Float (B, 3, H, W) in 0..1 -> (B, 3, size, size) in 0..1."""
     p = parameters
-    # Crop, flip and scale together. Each resampling reads along the lines and leaves them for the other, so from here on
-    # the columns lie in memory one after the other; turning them back would cost as much as a resampling.
+    # Crop, flip and scale together. Each resampling reads along the lines and leaves them for the other, so from here
+    # on the columns lie in memory one after the other; turning them back would cost as much as a resampling.
     rows = _resample(pixels.transpose(1, 2), p.box[:, 0], p.box[:, 2], size, torch.zeros_like(p.flip))
     columns = _resample(rows.permute(0, 3, 2, 1), p.box[:, 1], p.box[:, 3], size, p.flip)
     views = _jitter(columns.transpose(1, 2).clamp(0, 1), p.factors, p.order)

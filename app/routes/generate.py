@@ -50,7 +50,7 @@ class GenerateRequest(Body):
 
     image: a picture to start from. mask: another of its size; where it is transparent the picture is drawn anew, the
     rest stays. change: share of what may be drawn anew that is, picked by the seed: all of it with a mask, half of the
-    picture without."""
+    picture without. style: one that the model has, as GET /models lists them."""
 
     named_files = frozenset({"image", "mask"})
 
@@ -58,6 +58,7 @@ class GenerateRequest(Body):
     image: Picture | None = None
     mask: Picture | None = None
     change: float | None = Field(None, gt=0, le=1)
+    style: str | None = None
     model: str | None = None
     n: int = Field(1, ge=1, le=16)
     seed: int | None = Field(None, ge=0, le=MAX_SEED)
@@ -173,11 +174,14 @@ async def _answer(request: Request, service: Service, body: GenerateRequest, kin
     generator = service.generator(body.model)
     if body.size not in ("auto", own := f"{generator.size}x{generator.size}"):
         raise InputError(f"size {body.size[:20]!r}: model {generator.name!r} draws pictures of {own}")
+    if body.style is not None and body.style not in generator.model.styles:
+        known_styles = ", ".join(generator.model.styles) or "none"
+        raise InputError(f"style {body.style[:64]!r}: model {generator.name!r} has {known_styles}")
     first = secrets.randbelow(MAX_SEED) if body.seed is None else body.seed
     seeds = [first + number for number in range(body.n)]
     deadline = service.deadline(service.settings.generate_deadline)
     known = await _kept(service, generator, body, seeds)
-    steps = generator.draw(body.prompt, seeds, _sampling(body), deadline, known)
+    steps = generator.draw(body.prompt, seeds, _sampling(body), deadline, known, body.style)
     drawings = await anext(steps)  # a full queue is refused here, before any answer has begun
     if body.stream:
         events = _events(service, generator, body, drawings, steps, kind, request.scope["state"]["request_id"])

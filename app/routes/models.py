@@ -17,7 +17,7 @@ router = APIRouter(tags=["models"])
 class Model(BaseModel):
     """takes: what it is given. makes: what it gives. dimensions: of its embeddings, null if it makes pictures.
 
-    size: side of its pictures in pixels. metrics: the figures of its model card.
+    size: side of its pictures in pixels. styles: that /generate takes. metrics: the figures of its model card.
     """
 
     id: str
@@ -29,6 +29,7 @@ class Model(BaseModel):
     makes: list[Literal["embedding", "image"]]
     dimensions: int | None
     size: int
+    styles: list[str]
     fingerprint: str
     metrics: dict[str, float]
     license: str | None
@@ -65,12 +66,19 @@ def _all(service: Service) -> dict[str, dict[str, Any]]:
             "makes": ["embedding"],
             "dimensions": engine.embed_dim,
             "size": engine.image_size,
+            "styles": [],
         }
         for name, engine in service.engines.items()
     }
     generators = {
         name: _described(name, model.fingerprint, {"architecture": model.architecture, "provenance": model.provenance})
-        | {"takes": ["text"], "makes": ["image"], "dimensions": None, "size": model.preprocess.size}
+        | {
+            "takes": ["text"],
+            "makes": ["image"],
+            "dimensions": None,
+            "size": model.preprocess.size,
+            "styles": list(model.styles),
+        }
         for name, model in service.generators.items()
     }
     return embedders | generators

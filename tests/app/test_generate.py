@@ -201,6 +201,19 @@ def test_wrong_values_are_refused_by_name(painter: TestClient, changes: dict[str
     problem(painter.post("/generate", json={"prompt": "a red star"} | changes), status, says)
 
 
+def test_a_style_of_the_models_is_drawn_and_listed(start: Start) -> None:
+    styled = tiny_dalle(styles=("drawing", "photo"))
+    painter = start(generators={"dalle": styled})
+    (listed,) = [each for each in painter.get("/models").json()["data"] if each["id"] == "dalle"]
+    assert listed["styles"] == ["drawing", "photo"]
+    body = {"prompt": "a red star", "seed": 3, "top_k": 8, "style": "photo"}
+    shown = _picture(painter.post("/generate", json=body).json()["data"][0]["b64_json"])
+    chosen = Sampling(guidance_scale=2.0, top_k=8)
+    (expected,) = generate_image(styled, "a red star", seed=3, style="photo", sampling=chosen)
+    assert shown.tobytes() == expected.tobytes()
+    problem(painter.post("/generate", json=body | {"style": "opera"}), 422, "'dalle' has drawing, photo")
+
+
 def test_a_server_without_a_generator_says_so(client: TestClient) -> None:
     problem(client.post("/generate", json={"prompt": "a red star"}), 404, "generates pictures")
 
@@ -310,7 +323,7 @@ def test_openais_client_and_the_command_line(
             assert kinds == ["image_generation.partial_image"] * 2 + ["image_generation.completed"]
             start = base64.b64decode(EXAMPLE_IMAGE)
             edited = client.images.edit(image=[("a.png", start)], prompt="a red star", n=2, response_format="b64_json")
-            with pytest.warns(DeprecationWarning):  # OpenAI's own models no longer do this
+            with pytest.warns(DeprecationWarning, match="deprecated"):  # OpenAI's own models no longer do this
                 varied = client.images.create_variation(image=("a.png", start), response_format="b64_json")
             for answer in (edited, varied):
                 assert answer.data is not None

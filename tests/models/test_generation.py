@@ -205,7 +205,26 @@ def test_a_start_that_cannot_be_is_refused(picture: Callable[..., Image.Image]) 
         generate_image(model, "a", change=0.5)
 
 
-@pytest.mark.parametrize("options", [{}, {"tied": True}])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_style_is_the_first_token_of_its_texts(tied: bool) -> None:
+    model = _model(styles=("drawing", "photo"), tied=tied)
+    plain, drawing, photo = model.tokens_of(["a red star"] * 3, [None, "drawing", "photo"])
+    assert (plain[0], drawing[0], photo[0]) == (1, model.tokenizer.vocab_size, model.tokenizer.vocab_size + 1)
+    assert torch.equal(drawing[1:], plain[1:])
+    text, _ = model(torch.stack([plain, photo]), torch.zeros(2, model.image_length, dtype=torch.int64))
+    assert text.shape == (2, 9, model.tokenizer.vocab_size)  # no style is ever predicted
+    assert not torch.allclose(text[0], text[1])
+    kinds: list[str | None] = [None, "drawing", "photo"]
+    guided = Sampling(guidance_scale=2.0)
+    rows = _sample(model, ["a red star"] * 3, [0] * 3, guided, styles=kinds)
+    assert len({tuple(row.tolist()) for row in rows}) == 3
+    (image,) = generate_image(model, "a red star", seed=0, sampling=guided, style="photo")
+    assert to_picture(ImageTokenizer(model.dvae).decode(rows[2:])[0]).tobytes() == image.tobytes()
+    with pytest.raises(ValueError, match="this model has drawing, photo"):
+        generate_image(model, "a red star", style="opera")
+
+
+@pytest.mark.parametrize("options", [{}, {"tied": True}, {"styles": ("drawing",)}])
 def test_a_checkpoint_draws_the_same_pictures(tmp_path: Path, options: dict[str, Any]) -> None:
     model = _model(**options)
     again = load_checkpoint(save_checkpoint(model, tmp_path / "dalle"))

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from support import resumed, tiny_clip
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -29,13 +30,16 @@ from training.methods.dalle import (
     DALLELoss,
     DALLEMethod,
     DALLEOptions,
+    StyleKind,
     TokenBatches,
     TokenSource,
     build_dalle,
+    styles_of,
     token_source,
     train_dalle,
 )
 from training.methods.dvae import train_dvae
+from training.oracle import SceneReader
 from training.trainer import TrainerConfig
 
 TRAINER = TrainerConfig(
@@ -127,6 +131,29 @@ def test_batches_hold_ids_or_pictures_and_leave_captions_out(tokenizer: Path, tm
     assert 0.19 < float(torch.stack(shares).mean()) < 0.31
 
 
+def test_styles_say_where_a_picture_is_from_or_what_it_is(tokenizer: Path, tmp_path: Path) -> None:
+    dvae = load_checkpoint(tokenizer)
+    fruits = ["pear" if row % 2 else "apple" for row in range(20)]
+    ids = torch.arange(20)[:, None].expand(-1, 16)
+    sources = [TokenSource("mine", ids, [["picture"]] * 20, fruits), SceneSource(grouped_share=0.0)]
+    kinds: list[tuple[StyleKind, set[str]]] = [
+        ("none", set()), ("source", {"mine", "scenes"}), ("class", {"apple", "pear", "scenes"})
+    ]  # fmt: skip
+    for kind, names in kinds:
+        assert {style for each in sources for style in styles_of(each, kind)} == names
+    names = ["apple", "pear", "scenes"]
+    model = build_dalle(_options(tokenizer, tmp_path), dvae, ["picture number"], names)
+    options: dict[str, Any] = {"styles": "class", "size": 16, "batch_size": 16, "steps": 60, "chunk": 8}
+    batches = TokenBatches(sources, [1, 1], model, 0.2, **options)
+    tokens, ids = (torch.cat([batches[step][name] for step in range(60)]) for name in ("tokens", "ids"))
+    styled, said = tokens[:, 0] != 1, (tokens[:, 1:] != model.tokens_of([""])[0, 1:]).any(1)
+    for with_style, with_text, share in ((0, 0, 0.2), (1, 0, 0.2), (0, 1, 0.2), (1, 1, 0.4)):
+        found = ((styled == bool(with_style)) & (said == bool(with_text))).float().mean()
+        assert abs(float(found) - share) < 0.05
+    for row, first in zip(ids[styled, 0].tolist(), tokens[styled, 0].tolist(), strict=True):
+        assert model.styles["scenes" if row < 0 else fruits[row]] == first
+
+
 def test_four_pictures_are_learned_by_heart(tokenizer: Path, tmp_path: Path) -> None:
     dvae = load_checkpoint(tokenizer)
     encoded = token_source(_source(4), dvae, tmp_path)
@@ -194,9 +221,13 @@ def test_the_frechet_distance_is_that_of_an_independent_library() -> None:
 def test_drawn_pictures_are_judged_by_a_model_that_embeds_both(tokenizer: Path, tmp_path: Path) -> None:
     judge = tiny_clip()
     save_checkpoint(judge, tmp_path / "judge")
-    folder = train_dalle(_options(tokenizer, tmp_path, judge=str(tmp_path / "judge")))
+    save_file(SceneReader(8).state_dict(), tmp_path / "oracle")
+    judges = {"judge": str(tmp_path / "judge"), "oracle": str(tmp_path / "oracle")}
+    folder = train_dalle(_options(tokenizer, tmp_path, **judges, styles="source"))
+    assert load_checkpoint(folder).styles.keys() == {"scenes"}
     lines = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
-    assert any("clip_score" in json.loads(line) for line in lines)
+    (logged,) = [json.loads(line) for line in lines if "clip_score" in line]
+    assert 0 <= logged["scenes_oracle_all"] <= 1
     figures = evaluate_model(folder, judge=judge)
     assert -1 <= figures["scenes_clip_score"] <= 1
     assert figures["scenes_clip_score"] != figures["scenes_real_clip_score"]
@@ -212,10 +243,12 @@ def test_own_folder_from_the_command_line(
             (tmp_path / "photos" / label / f"{number}.jpg").write_bytes(encoded(number))
     arguments = ["--tokenizer", str(tokenizer), "--width", "16", "--depth", "1", "--heads", "2", "--text-length", "8"]
     arguments += ["--batch-size", "8", "--chunk", "8", "--steps", "2", "--warmup", "1", "--tied"]
+    arguments += ["--styles", "class"]
     arguments += ["--run-dir", str(tmp_path / "run"), "--token-cache", str(tmp_path / "tokens")]
     folder = tmp_path / "out"
     assert main(["dalle", "--data", str(tmp_path / "photos"), "--out", str(folder), *arguments]) == 0
     assert "image_perplexity" in (folder / "README.md").read_text()
+    assert list(load_checkpoint(folder).styles) == ["apples", "pears"]
     shown = capsys.readouterr()
     assert "FLOPs a picture" in shown.err
     assert main(["dalle", "--tokenizer", str(folder), "--out", str(tmp_path / "b"), "--steps", "1"]) == 1

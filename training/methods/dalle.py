@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from models.generation import Sampling, generate_ids
 from models.readers import file_bytes
 from models.retrieval import embed_images, embed_texts
 from models.tokenizers import ImageTokenizer, TextTokenizer
+from training import scenes
 from training.analysis import picture_sheet
 from training.data import ArraySource, Batches, SceneSource, Source, StreamSource, opaque, resized
 from training.distributed import rank
@@ -36,10 +37,14 @@ from training.figures import evaluate_model
 from training.losses import wide
 from training.method import Batch, Losses, Method, option
 from training.options import RunOptions
+from training.oracle import load_oracle
+from training.reconstruction import oracle_figures
 from training.run import batch_options, open_data, run_folder, run_training, starting_model
 from training.trainer import TrainerConfig
 
 DALLEDataset = ArraySource
+StyleKind = Literal["none", "source", "class"]
+_SCENES_IN_LOG = 100
 
 
 class DALLELoss(torch.nn.Module):
@@ -98,11 +103,13 @@ class DALLEMethod(Method):
 
 @dataclass
 class TokenSource:
-    """Pictures as ids. ids: int64 (N, length). captions: any number a picture; one is drawn each time."""
+    """Pictures as ids. ids: int64 (N, length). captions: any number a picture; one is drawn each time. labels: class
+    names."""
 
     name: str
     ids: Tensor
     captions: list[list[str]]
+    labels: list[str] | None = None
 
     def size(self) -> int:
         return len(self.ids)
@@ -116,17 +123,27 @@ class TokenBatches(Batches):
     """Batches of text and image tokens. Pictures without an end (scenes) come as they are, with ids of -1.
 
     dropout: share of the captions that are left out, so that guidance has a "no text" to start from
-    (arXiv:2207.12598, section 3.2).
+    (arXiv:2207.12598, section 3.2). styles: what a picture's style is, as in DALLEOptions; it is left out where the
+    caption is, and as often again the caption alone and the style alone, so that either is enough for a prompt.
     """
 
     def __init__(
-        self, sources: Sequence[Any], weights: Sequence[float], model: DALLETransformer, dropout: float, **options: Any
+        self,
+        sources: Sequence[Any],
+        weights: Sequence[float],
+        model: DALLETransformer,
+        dropout: float,
+        *,
+        styles: StyleKind = "none",
+        **options: Any,
     ) -> None:
         super().__init__(sources, weights, **options)
         self.tokens_of, self.length, self.dropout = model.tokens_of, model.image_length, dropout
+        self.styles: StyleKind = styles
 
     def __getitem__(self, step: int) -> Batch:
         ids, images, texts = [], [], []
+        styles: list[str | None] = []
         for source, rows, rng in self.drawn(step):
             if isinstance(source, TokenSource):
                 ids.append(source.ids[torch.from_numpy(rows)])
@@ -137,11 +154,23 @@ class TokenBatches(Batches):
                 images.append(drawn)
                 ids.append(torch.full((len(rows), self.length), -1))
                 chosen = [each[0] for each in captions]
-            left_out = rng.random(len(rows)) < self.dropout
-            texts += ["" if out else text for out, text in zip(left_out, chosen, strict=True)]
+            points = rng.random(len(rows)) / self.dropout if self.dropout else np.full(len(rows), np.inf)
+            own_styles = styles_of(source, self.styles)
+            alone = 1 if own_styles else 0  # below 1 both are left out, below 2 the caption, below 3 the style
+            texts += ["" if point < 1 + alone else text for point, text in zip(points, chosen, strict=True)]
+            for point, row in zip(points, rows, strict=True):
+                left_out = point < 1 or 2 <= point < 3 or not own_styles
+                styles.append(None if left_out else own_styles[row % len(own_styles)])  # one each, or one for all
         size = self.image_size
         pictures = torch.cat(images) if images else torch.zeros(0, 3, size, size, dtype=torch.uint8)
-        return {"ids": torch.cat(ids), "tokens": self.tokens_of(texts), "images": pictures}
+        return {"ids": torch.cat(ids), "tokens": self.tokens_of(texts, styles), "images": pictures}
+
+
+def styles_of(source: Any, kind: StyleKind) -> list[str]:
+    """The style of each of a source's pictures, or one for them all; empty where there are none."""
+    if kind == "class" and isinstance(source, TokenSource) and source.labels:
+        return source.labels
+    return [] if kind == "none" else [source.name]
 
 
 def token_source(source: Source, dvae: DiscreteVAE, folder: str | Path) -> TokenSource | SceneSource:
@@ -153,9 +182,10 @@ def token_source(source: Source, dvae: DiscreteVAE, folder: str | Path) -> Token
         return SceneSource(grouped_share=0.0)
     if not isinstance(source, (ArraySource, StreamSource)):
         raise DataError(f"{source.name} cannot be encoded: it has neither pictures nor records")
+    labels = source.labels if isinstance(source, ArraySource) else None
     file = Path(folder) / f"{source.name.replace('/', '_')[-40:]}-{dvae.fingerprint}-{_digest(source)}.safetensors"
     if file.is_file():
-        return TokenSource(source.name, load_file(file)["ids"].long(), source.captions)
+        return TokenSource(source.name, load_file(file)["ids"].long(), source.captions, labels)
     tokenizer, size = ImageTokenizer(dvae.eval()), dvae.preprocess.size
     rng, parts = np.random.default_rng(0), []
     for rows in np.array_split(np.arange(source.size()), max(1, source.size() // 128)):
@@ -165,7 +195,7 @@ def token_source(source: Source, dvae: DiscreteVAE, folder: str | Path) -> Token
     temporary = file.with_suffix(f".{rank()}.tmp")
     save_file({"ids": ids.int()}, temporary)
     temporary.replace(file)
-    return TokenSource(source.name, ids, source.captions)
+    return TokenSource(source.name, ids, source.captions, labels)
 
 
 def _digest(source: ArraySource | StreamSource) -> str:
@@ -198,7 +228,13 @@ class DALLEOptions(RunOptions):
     text_weight: float = option(1 / 8, "weight of the text's loss beside the picture's")
     image_weight: float = option(7 / 8, "weight of the picture's loss")
     caption_dropout: float = option(0.1, "share of the captions that are left out, for guidance")
+    styles: StyleKind = option(
+        "none", "what a picture's style token says: its data set (source), or its class where it has one (class)"
+    )
     judge: str | None = option(None, "checkpoint folder of a CLIP that scores the samples in the log")
+    oracle: str | None = option(
+        None, "file of `semblance-train oracle`, which reads the scenes that are drawn for the log"
+    )
     token_cache: str = option("runs/tokens", "folder where encoded pictures are kept")
 
 
@@ -213,7 +249,7 @@ def presets() -> dict[str, DALLEOptions]:
     return {"tiny-cpu": tiny}
 
 
-def build_dalle(options: DALLEOptions, dvae: DiscreteVAE, corpus: Any) -> DALLETransformer:
+def build_dalle(options: DALLEOptions, dvae: DiscreteVAE, corpus: Any, styles: Sequence[str] = ()) -> DALLETransformer:
     """The model that the options describe. corpus: texts to learn a tokenizer from, if none is given."""
     if options.text_from is not None:
         tokenizer = load_checkpoint(options.text_from).tokenizer
@@ -229,6 +265,7 @@ def build_dalle(options: DALLEOptions, dvae: DiscreteVAE, corpus: Any) -> DALLET
         depth=options.depth,
         heads=options.heads,
         tied=options.tied,
+        styles=styles,
     )
     model.dvae.load_state_dict(dvae.state_dict())
     model.preprocess = model.dvae.preprocess = dvae.preprocess
@@ -252,19 +289,26 @@ def train_dalle(config: DALLEOptions | None = None, **keywords: Any) -> Path:
     data = open_data(options, side=dvae.preprocess.size)
     sources = [token_source(source, dvae, options.token_cache) for source in data.sources]
     if model is None:
-        model = build_dalle(options, dvae, (text for source in sources for text in source.corpus()))
+        styles = sorted({style for source in sources for style in styles_of(source, options.styles)})
+        model = build_dalle(options, dvae, (text for source in sources for text in source.corpus()), styles)
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     size = f"{parameters:,} parameters, {model.flops():,} FLOPs a picture"
     Console(stderr=True).print(f"{size}, {model.image_length} tokens of {model.codes} codes", highlight=False)
     method = DALLEMethod(model, DALLELoss(options.text_weight, options.image_weight))
     batches = TokenBatches(
-        sources, data.weights, model, options.caption_dropout, size=dvae.preprocess.size, **batch_options(options)
+        sources,
+        data.weights,
+        model,
+        options.caption_dropout,
+        styles=options.styles,
+        size=dvae.preprocess.size,
+        **batch_options(options),
     )
     return run_training("dalle", options, method, batches, data, _samples(options, batches))
 
 
 def _samples(options: DALLEOptions, batches: TokenBatches) -> Any:
-    """For the log: a sheet of pictures of fixed prompts, always with the same seeds."""
+    """For the log: a sheet of pictures of fixed prompts, always with the same seeds, and what judge and oracle say."""
     source, rows, rng = next(iter(batches.drawn(0)))
     if isinstance(source, TokenSource):
         prompts = [source.captions[row][0] for row in rows[:8]]
@@ -272,6 +316,8 @@ def _samples(options: DALLEOptions, batches: TokenBatches) -> Any:
         prompts = [texts[0] for texts in source.draw(rows[:8], 8, rng)[1]]
     sheet = run_folder(options) / "samples.png"
     judge = None if options.judge is None else load_checkpoint(options.judge)
+    oracle = None if options.oracle is None else load_oracle(options.oracle)
+    scenes_asked = scenes.sample(_SCENES_IN_LOG, size=8, seed=4_000_003 + options.trainer.seed, holdout="any")
     chosen = Sampling(guidance_scale=2.0 if options.caption_dropout else 1.0)
 
     def evaluate(model: Any) -> dict[str, float]:
@@ -279,10 +325,13 @@ def _samples(options: DALLEOptions, batches: TokenBatches) -> Any:
         ids = torch.stack(list(generate_ids(model, texts, [*range(6)] * len(prompts), chosen)), 1)
         made = ImageTokenizer(model.dvae).decode(ids).cpu()
         picture_sheet(list(made.split(6)), sheet, prompts)
-        if judge is None:
-            return {}
-        rows = embed_images(judge, resized(made, judge.preprocess.size)) * embed_texts(judge, texts)
-        return {"clip_score": float(rows.sum(-1).mean())}
+        figures: dict[str, float] = {}
+        if judge is not None:
+            rows = embed_images(judge, resized(made, judge.preprocess.size)) * embed_texts(judge, texts)
+            figures["clip_score"] = float(rows.sum(-1).mean())
+        if oracle is not None:
+            figures |= oracle_figures(model, oracle, scenes_asked, guidance_scale=chosen.guidance_scale)
+        return figures
 
     return evaluate
 
