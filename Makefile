@@ -6,7 +6,7 @@ DATA ?= data
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: serve test format train-demo torture bench-training clean
+.PHONY: serve test format train-demo torture bench-training bench-generation clean
 
 serve: .venv/.serve
 	$(BIN)/semblance serve --demo --host $(HOST) --port $(PORT) --data $(DATA)
@@ -38,9 +38,12 @@ torture: .venv/.test
 bench-training: .venv-bench/.done
 	.venv-bench/bin/python tests/benchmarks/bench_training.py
 
+bench-generation: .venv-bench/.done
+	.venv-bench/bin/python tests/benchmarks/bench_generation.py
+
 .venv-bench/.done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-bench
-	.venv-bench/bin/pip install --quiet --constraint constraints.txt --editable . lightly
+	.venv-bench/bin/pip install --quiet --constraint constraints.txt --editable . lightly transformers
 	touch $@
 
 .venv/.serve: pyproject.toml constraints.txt

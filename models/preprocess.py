@@ -77,8 +77,8 @@ class Preprocess:
     def standardize(self, pixels: Tensor) -> Tensor:
         """Float (B, 3, H, W) in 0..1 -> (x - mean) / std."""
         mean = torch.tensor(self.mean, device=pixels.device).view(3, 1, 1)
-        std = torch.tensor(self.std, device=pixels.device).view(3, 1, 1)
-        return (pixels - mean) / std
+        scale = torch.tensor([1 / std for std in self.std], device=pixels.device).view(3, 1, 1)
+        return (pixels - mean) * scale
 
     def to_config(self) -> dict[str, Any]:
         """As JSON-ready values."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from models.checkpoint import load_model, save_checkpoint
-from models.errors import SemblanceError
+from models.errors import CheckpointError, SemblanceError
 from training.distributed import rank
 from training.method import discover
 from training.options import EncoderOptions
@@ -68,8 +68,14 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--baselines", action="store_true", help="measure untrained weights and raw pixels beside an image encoder too"
     )
-    evaluate.add_argument("--judge", help="a model that embeds both, to judge a generator's pictures by")
-    evaluate.add_argument("--oracle", help="what `semblance-train oracle` wrote, to read the scenes that it draws")
+    evaluate.add_argument("--judge", help="a model that embeds both, to judge drawn pictures by")
+    evaluate.add_argument("--oracle", help="what `semblance-train oracle` wrote, to read drawn scenes by")
+    evaluate.add_argument(
+        "--statistics",
+        default="runs/statistics",
+        help="folder where the judge's view of the real pictures is kept, to compare with the same again "
+        "(default: runs/statistics)",
+    )
     evaluate.add_argument("--seed", type=int, default=0, help="of the scenes that are drawn")
     evaluate.add_argument("--json", action="store_true", help="print JSON in place of a table")
     evaluate.add_argument("--write", action="store_true", help="put the figures into the checkpoint and its card")
@@ -109,6 +115,18 @@ def build_parser() -> argparse.ArgumentParser:
     oracle.add_argument("--threads", type=int, default=0, help="of torch on the CPU, 0 for its own choice")
     oracle.add_argument("--seed", type=int, default=0, help="of everything that is drawn")
     oracle.set_defaults(run_command=_oracle)
+    samples = subcommands.add_parser("samples", help="A sheet of what a generator draws: a row of pictures a prompt")
+    samples.add_argument("model", help="checkpoint folder")
+    samples.add_argument("prompts", nargs="*", help="what to draw (default: captions of --data not trained on)")
+    samples.add_argument("--data", default="scenes", help="a data set, as in training (default: scenes)")
+    samples.add_argument("--data-root", help="folder of the named data sets (default: SEMBLANCE_DATA)")
+    samples.add_argument("--out", default="samples.png", help="file to write (default: samples.png)")
+    samples.add_argument("--count", type=int, default=8, help="captions (default: 8)")
+    samples.add_argument("--columns", type=int, default=8, help="pictures of each (default: 8)")
+    samples.add_argument("--guidance-scale", type=float, default=2.0, help="1 for the text's own (default: 2)")
+    samples.add_argument("--judge", help="a model that ends each row with the training picture nearest to its first")
+    samples.add_argument("--seed", type=int, default=0, help="of everything that is drawn")
+    samples.set_defaults(run_command=_samples)
     shard = subcommands.add_parser("scenes", help="Write captioned scenes as a shard, to look at or to index")
     shard.add_argument("--out", default="scenes.tar.gz", help="file to write (default: scenes.tar.gz)")
     shard.add_argument("--each", type=int, default=10, help="single objects of each colour and shape (default: 10)")
@@ -213,6 +231,31 @@ def _oracle(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _samples(arguments: argparse.Namespace) -> int:
+    from models.dalle import DALLETransformer
+    from models.generation import Sampling
+    from training.figures import training_pictures, unseen_texts
+    from training.methods.dalle import samples_sheet
+
+    model, judge = load_model(arguments.model), load_model(arguments.judge) if arguments.judge else None
+    if not isinstance(model, DALLETransformer):
+        raise CheckpointError(f"{arguments.model} draws no pictures; train a generator with `semblance-train dalle`")
+    data, root = arguments.data, arguments.data_root
+    prompts = arguments.prompts or unseen_texts(model, data, root, arguments.seed, arguments.count)
+    samples_sheet(
+        model,
+        prompts,
+        arguments.out,
+        columns=arguments.columns,
+        seed=arguments.seed,
+        sampling=Sampling(guidance_scale=arguments.guidance_scale),
+        judge=judge,
+        seen=None if judge is None else training_pictures(judge, data, root),
+    )
+    print(f"wrote {arguments.out}")  # noqa: T201
+    return 0
+
+
 def _views(arguments: argparse.Namespace) -> int:
     from training.pretraining import views_sheet
 
@@ -244,7 +287,9 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
     model = load_model(arguments.model)
     oracle = load_oracle(arguments.oracle) if arguments.oracle else None
-    metrics = evaluate_model(model, arguments.data, arguments.data_root, arguments.seed, arguments.judge, oracle)
+    metrics = evaluate_model(
+        model, arguments.data, arguments.data_root, arguments.seed, arguments.judge, oracle, arguments.statistics
+    )
     for name in arguments.data:
         for share in arguments.fine_tune:
             metrics |= fine_tuned(model, name, arguments.data_root, share, arguments.seed)

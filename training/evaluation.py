@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from training.views import Recipe, ViewTransform
@@ -110,22 +113,45 @@ def knn_evaluation(
     return {"accuracy": right / len(test)}
 
 
-def frechet_distance(features: Tensor, others: Tensor) -> float:
-    """Distance of two sets of features as if each were normally distributed, eq. 6 of arXiv:1706.08500. (N, D), (M, D).
+@dataclass(frozen=True)
+class FeatureStatistics:
+    """Mean (D,) and covariance (D, D) of features, in float64, and of how many: what a Frechet distance is made of."""
 
-    |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), in float64. It is biased upwards for few rows, so compare only figures
-    of equal numbers. With an encoder of one's own it is no FID of the literature, whose network is Inception.
+    mean: Tensor
+    covariance: Tensor
+    count: int
+
+    @classmethod
+    def of(cls, features: Tensor) -> FeatureStatistics:
+        """Of rows (N, D)."""
+        rows = features.double().cpu()
+        return cls(rows.mean(0), torch.cov(rows.T), len(rows))
+
+    def save(self, file: str | Path, **about: str) -> None:
+        """As safetensors, with what they are of."""
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+        tensors = {"mean": self.mean, "covariance": self.covariance.contiguous(), "count": torch.tensor(self.count)}
+        save_file(tensors, file, metadata=about)
+
+    @classmethod
+    def load(cls, file: str | Path) -> FeatureStatistics:
+        """What `save` wrote."""
+        tensors = load_file(file)
+        return cls(tensors["mean"], tensors["covariance"], int(tensors["count"]))
+
+
+def frechet_distance(one: FeatureStatistics, other: FeatureStatistics) -> float:
+    """Distance of two sets of features as if each were normally distributed, eq. 6 of arXiv:1706.08500.
+
+    |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)). It is biased upwards for few rows, so compare only figures of equal
+    numbers. With an encoder of one's own it is no FID of the literature, whose network is Inception.
     """
-    means, covariances = [], []
-    for rows in (features.double(), others.double()):
-        means.append(rows.mean(0))
-        covariances.append(torch.cov(rows.T))
-    values, vectors = torch.linalg.eigh(covariances[0])
+    values, vectors = torch.linalg.eigh(one.covariance)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
     # S1 S2 has the eigenvalues of this symmetric product.
-    shared = torch.linalg.eigvalsh(root @ covariances[1] @ root).clamp(min=0).sqrt().sum()
-    squared = (means[0] - means[1]).square().sum()
-    return float(squared + covariances[0].trace() + covariances[1].trace() - 2 * shared)
+    shared = torch.linalg.eigvalsh(root @ other.covariance @ root).clamp(min=0).sqrt().sum()
+    squared = (one.mean - other.mean).square().sum()
+    return float(squared + one.covariance.trace() + other.covariance.trace() - 2 * shared)
 
 
 def fine_tuning_evaluation(

@@ -33,7 +33,15 @@ from training.pictures import (
     species_usda,
     unseen_drawing,
 )
-from training.reconstruction import generation_figures, judged_figures, oracle_figures, reconstruction_figures
+from training.reconstruction import (
+    STATISTICS,
+    generation_figures,
+    judged_figures,
+    oracle_figures,
+    reconstruction_distance,
+    reconstruction_figures,
+    reconstruction_read,
+)
 from training.scene_captions import swapped_colours, swapped_relation
 
 GROCERY_TEMPLATES = ("a photo of {}", "{} in a grocery store", "{}")
@@ -48,6 +56,7 @@ def evaluate_model(
     seed: int = 0,
     judge: Any = None,
     oracle: SceneReader | None = None,
+    statistics: str | Path = STATISTICS,
 ) -> dict[str, float]:
     """Figures of a model (or of a checkpoint folder or reference) on each data set, by name. Shares are 0..1.
 
@@ -55,19 +64,33 @@ def evaluate_model(
     on. A model that takes text is judged by zero-shot and retrieval, an image encoder by kNN and a linear probe, an
     image tokenizer by what it leaves of pictures, a generator by its perplexities and, given a `judge` that embeds
     pictures and texts (or its reference), by the pictures that it draws; on scenes, given an `oracle`, by what these
-    show.
+    show. Judge and oracle look at what an image tokenizer leaves of pictures, too. statistics: folder where the mean
+    and covariance of real pictures' embeddings are kept.
     """
     model, judge = (load_model(each) if isinstance(each, (str, Path)) else each for each in (model, judge))
     metrics: dict[str, float] = {}
     for spec in data:
         name = spec.partition("=")[0]
         metrics |= evaluate_data(model, name, data_root, seed)
-        if judge is not None and isinstance(model, DALLETransformer):
-            metrics |= judged_figures(model, judge, *_captioned(model, name, data_root, seed, 256), name)
-        if oracle is not None and name == "scenes" and isinstance(model, DALLETransformer):
+        if judge is not None:
+            metrics |= _judged(model, judge, name, data_root, seed, statistics)
+        if oracle is not None and name == "scenes":
             unseen = _distinct(500, model.preprocess.size, _UNSEEN_SEED + 10 * seed + 8, "any")
-            metrics |= oracle_figures(model, oracle, unseen, judge)
+            if isinstance(model, DALLETransformer):
+                metrics |= oracle_figures(model, oracle, unseen, judge)
+            elif isinstance(model, DiscreteVAE):
+                metrics |= reconstruction_read(model, oracle, unseen)
     return metrics
+
+
+def _judged(model: Any, judge: Any, name: str, root: str | None, seed: int, statistics: str | Path) -> dict[str, float]:
+    if isinstance(model, DiscreteVAE):
+        return reconstruction_distance(model, judge, _pictures(model, name, root, seed), name, statistics)
+    if not isinstance(model, DALLETransformer):
+        return {}
+    seen = None if name == "scenes" else embed_images(judge, training_pictures(judge, name, root))
+    pictures, texts = _captioned(model, name, root, seed, 256)
+    return judged_figures(model, judge, pictures, texts, name, seen=seen, statistics=statistics)
 
 
 def evaluate_data(model: Any, name: str, root: str | None = None, seed: int = 0) -> dict[str, float]:
@@ -106,6 +129,24 @@ def _pictures(model: Any, name: str, root: str | None, seed: int) -> Tensor:
     if name != "scenes":
         return labelled_pictures(model, name, root)[0]
     return scenes.sample(1000, size=model.preprocess.size, seed=_UNSEEN_SEED + 10 * seed + 6, captions=0).images
+
+
+def training_pictures(model: Any, name: str, root: str | None = None) -> Tensor:
+    """A named set's train split, or all of other data, by the model's preprocess: uint8 (N, 3, S, S).
+
+    Raises DataError for scenes, which are drawn afresh for every step.
+    """
+    if name == "scenes":
+        raise DataError("scenes are drawn afresh, none was trained on twice; name another data set")
+    named = name in SETS
+    records = records_of(name, data_root(root), "train", BadRows()) if named else list(read(name, BadRows()))
+    return _decoded(model, records)[0]
+
+
+def unseen_texts(model: Any, name: str, root: str | None, seed: int, count: int) -> list[str]:
+    """Captions that a generator was not trained on, of a set's validation split or of fresh scenes, drawn at random."""
+    texts = list(dict.fromkeys(_captioned(model, name, root, seed)[1]))
+    return [texts[row] for row in np.random.default_rng(seed).permutation(len(texts))[:count]]
 
 
 def evaluate_scenes(model: Any, count: int = 1000, seed: int = 0) -> dict[str, float]:

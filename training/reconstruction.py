@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,10 +15,11 @@ from models.generation import Sampling, generate_ids
 from models.retrieval import embed_images, embed_texts
 from models.tokenizers import ImageTokenizer, TextTokenizer
 from training.data import resized
-from training.evaluation import frechet_distance
+from training.evaluation import FeatureStatistics, frechet_distance
 from training.oracle import SceneReader, read_right, scene_figures, shares_right
 from training.scenes import Scenes, held_out_colour
 
+STATISTICS = "runs/statistics"  # where the mean and covariance of real pictures' embeddings are kept
 _BATCH = 128
 
 
@@ -68,23 +70,70 @@ def generation_figures(model: Any, images: Tensor, texts: Sequence[str], name: s
 
 @torch.inference_mode()
 def judged_figures(
-    model: Any, judge: Any, images: Tensor, texts: Sequence[str], name: str, *, guidance_scale: float = 2.0
+    model: Any,
+    judge: Any,
+    images: Tensor,
+    texts: Sequence[str],
+    name: str,
+    *,
+    seen: Tensor | None = None,
+    statistics: str | Path = STATISTICS,
+    guidance_scale: float = 2.0,
 ) -> dict[str, float]:
     """Pictures that a DALLETransformer draws of these texts, one each by the seeds 0, 1, ..., judged by a model that
     embeds both.
 
     clip_score: mean cosine of picture and text; real_clip_score: that of the real pictures. frechet_distance: of the
-    embeddings of drawn and real pictures. images: uint8 (N, 3, S, S), the real ones.
+    embeddings of drawn and real pictures. nearest_training: mean cosine of a drawn picture and the training picture
+    nearest to it, which shows copying beside real_nearest_training, that of real pictures never trained on.
+    images: uint8 (N, 3, S, S), the real ones. seen: unit rows (M, D), embeddings of the training pictures.
     """
     drawn = _drawn(model, texts, 0, guidance_scale)
     embedded = [embed_images(judge, resized(pixels, judge.preprocess.size)) for pixels in (drawn, images)]
     prompts = embed_texts(judge, texts)
-    scores = [float((rows * prompts).sum(-1).mean()) for rows in embedded]
-    return {
-        f"{name}_clip_score": scores[0],
-        f"{name}_real_clip_score": scores[1],
-        f"{name}_frechet_distance": frechet_distance(*embedded),
-    }
+    figures = {"frechet_distance": _distance(judge, *embedded, name, statistics)}
+    for prefix, rows in zip(("", "real_"), embedded, strict=True):
+        figures[f"{prefix}clip_score"] = float((rows * prompts).sum(-1).mean())
+        if seen is not None:
+            figures[f"{prefix}nearest_training"] = float((rows @ seen.T).amax(1).mean())
+    return {f"{name}_{figure}": value for figure, value in figures.items()}
+
+
+@torch.inference_mode()
+def reconstruction_distance(
+    model: Any, judge: Any, images: Tensor, name: str, statistics: str | Path = STATISTICS
+) -> dict[str, float]:
+    """Frechet distance of pictures, uint8 (N, 3, S, S), and what a DiscreteVAE leaves of them, by a model's
+    embeddings."""
+    pairs = (_left_of(model, images), images)
+    embedded = [embed_images(judge, resized(pixels, judge.preprocess.size)) for pixels in pairs]
+    return {f"{name}_reconstruction_frechet_distance": _distance(judge, *embedded, name, statistics)}
+
+
+@torch.inference_mode()
+def reconstruction_read(model: Any, oracle: SceneReader, drawn: Scenes) -> dict[str, float]:
+    """Share of scenes that an oracle reads right from what a DiscreteVAE leaves of them: what a generator on its codes
+    can reach."""
+    figures = scene_figures(oracle, _left_of(model, drawn.images), drawn.key)
+    return {f"scenes_oracle_{name}": value for name, value in figures.items()}
+
+
+def _left_of(model: Any, images: Tensor) -> Tensor:
+    tokenizer, device = ImageTokenizer(model), next(model.parameters()).device
+    return torch.cat([tokenizer.decode(tokenizer.encode(part.to(device))).cpu() for part in images.split(_BATCH)])
+
+
+def _distance(judge: Any, made: Tensor, real: Tensor, name: str, folder: str | Path) -> float:
+    """From embeddings. Those of the real pictures are kept in the folder as their mean and covariance, under the data's
+    name, the number of pictures and the judge's hash; where they are there, these very numbers are compared with."""
+    file = Path(folder) / f"{name.replace('/', '_')[-40:]}-{len(real)}-{judge.fingerprint}.safetensors"
+    if judge.fingerprint and file.is_file():
+        statistics = FeatureStatistics.load(file)
+    else:
+        statistics = FeatureStatistics.of(real)
+        if judge.fingerprint:
+            statistics.save(file, data=name, judge=judge.fingerprint)
+    return frechet_distance(FeatureStatistics.of(made), statistics)
 
 
 @torch.inference_mode()

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from support import resumed, tiny_clip
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -24,7 +25,7 @@ from models.tokenizers import TextTokenizer
 from models.torchvision import load_torchvision
 from training.__main__ import main
 from training.data import ArraySource, SceneSource
-from training.evaluation import frechet_distance
+from training.evaluation import FeatureStatistics, frechet_distance
 from training.figures import evaluate_model
 from training.methods.dalle import (
     DALLELoss,
@@ -214,8 +215,9 @@ def test_the_frechet_distance_is_that_of_an_independent_library() -> None:
     theirs.set_dtype(torch.float64)
     theirs.update(real.double(), real=True)
     theirs.update(drawn.double(), real=False)
-    assert frechet_distance(drawn, real) == pytest.approx(float(theirs.compute()), rel=1e-6)
-    assert frechet_distance(real, real) == pytest.approx(0, abs=1e-9)
+    ours = [FeatureStatistics.of(rows) for rows in (drawn, real)]
+    assert frechet_distance(*ours) == pytest.approx(float(theirs.compute()), rel=1e-6)
+    assert frechet_distance(ours[0], ours[0]) == pytest.approx(0, abs=1e-9)
 
 
 def test_drawn_pictures_are_judged_by_a_model_that_embeds_both(tokenizer: Path, tmp_path: Path) -> None:
@@ -228,10 +230,16 @@ def test_drawn_pictures_are_judged_by_a_model_that_embeds_both(tokenizer: Path, 
     lines = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
     (logged,) = [json.loads(line) for line in lines if "clip_score" in line]
     assert 0 <= logged["scenes_oracle_all"] <= 1
-    figures = evaluate_model(folder, judge=judge)
+    kept = {"judge": str(tmp_path / "judge"), "statistics": tmp_path / "statistics"}
+    figures = evaluate_model(folder, **kept)
     assert -1 <= figures["scenes_clip_score"] <= 1
     assert figures["scenes_clip_score"] != figures["scenes_real_clip_score"]
     assert figures["scenes_frechet_distance"] > 0.01
+    (file,) = (tmp_path / "statistics").iterdir()
+    assert file.name.startswith("scenes-256-")
+    moved = FeatureStatistics.load(file)
+    FeatureStatistics(moved.mean + 1, moved.covariance, moved.count).save(file)
+    assert evaluate_model(folder, **kept)["scenes_frechet_distance"] > figures["scenes_frechet_distance"] + 10
 
 
 def test_own_folder_from_the_command_line(
@@ -253,3 +261,17 @@ def test_own_folder_from_the_command_line(
     assert "FLOPs a picture" in shown.err
     assert main(["dalle", "--tokenizer", str(folder), "--out", str(tmp_path / "b"), "--steps", "1"]) == 1
     assert "is no image tokenizer" in capsys.readouterr().err
+    save_checkpoint(tiny_clip(), tmp_path / "judge")
+    sheet = ["--out", str(tmp_path / "sheet.png"), "--columns", "3", "--data", str(tmp_path / "photos")]
+    assert main(["samples", str(folder), *sheet, "--count", "2", "--judge", str(tmp_path / "judge")]) == 0
+    with Image.open(tmp_path / "sheet.png") as image:
+        assert image.size == (4 * 100 + 4, 2 * 118 + 4)  # two captions, three pictures of each and the nearest
+    assert main(["samples", str(folder), "apples", *sheet]) == 0
+    with Image.open(tmp_path / "sheet.png") as image:
+        assert image.size == (3 * 100 + 4, 118 + 4)
+    assert main(["samples", str(tmp_path / "judge"), *sheet]) == 1
+    assert "draws no pictures" in capsys.readouterr().err
+    judged = ["--data", str(tmp_path / "photos"), "--judge", str(tmp_path / "judge"), "--json"]
+    assert main(["evaluate", str(folder), *judged, "--statistics", str(tmp_path / "statistics")]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures[f"{tmp_path / 'photos'}_real_nearest_training"] == pytest.approx(1, abs=0.01)  # they are those trained on

@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support import resumed
+from support import resumed, tiny_clip
 
 from models.dvae import LAPLACE_MARGIN, VQ, DiscreteVAE, Gumbel
 from training.__main__ import main
 from training.figures import evaluate_model
 from training.methods.dvae import DVAELoss, DVAEMethod, DVAEOptions, LogitLaplaceLoss, train_dvae, uniform_divergence
+from training.oracle import SceneReader
 from training.reconstruction import code_figures, psnr
 from training.trainer import TrainerConfig
 
@@ -123,6 +124,10 @@ def test_a_run_resumes_to_the_same_bits_and_is_measured(tmp_path: Path, kind: st
     model = resumed(train_dvae, partial(_options, kind), tmp_path)
     assert (tmp_path / "a" / "run" / "reconstructions.png").stat().st_size > 0
     figures = evaluate_model(model)
+    assert set(evaluate_model(model, judge=tiny_clip(), oracle=SceneReader(8).eval())) - set(figures) == {
+        "scenes_reconstruction_frechet_distance",
+        *(f"scenes_oracle_{kind}" for kind in ("all", "one", "two", "three")),
+    }
     assert set(figures) == {"scenes_psnr", "scenes_perplexity", "scenes_codes_used"}
     assert 1 <= figures["scenes_perplexity"] <= figures["scenes_codes_used"] <= model.codes
 

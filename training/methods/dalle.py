@@ -321,19 +321,51 @@ def _samples(options: DALLEOptions, batches: TokenBatches) -> Any:
     chosen = Sampling(guidance_scale=2.0 if options.caption_dropout else 1.0)
 
     def evaluate(model: Any) -> dict[str, float]:
-        texts = [prompt for prompt in prompts for _ in range(6)]
-        ids = torch.stack(list(generate_ids(model, texts, [*range(6)] * len(prompts), chosen)), 1)
-        made = ImageTokenizer(model.dvae).decode(ids).cpu()
-        picture_sheet(list(made.split(6)), sheet, prompts)
+        drawn = samples_sheet(model, prompts, sheet, columns=6, sampling=chosen)
         figures: dict[str, float] = {}
         if judge is not None:
-            rows = embed_images(judge, resized(made, judge.preprocess.size)) * embed_texts(judge, texts)
+            texts = [prompt for prompt in prompts for _ in range(6)]
+            rows = embed_images(judge, resized(drawn.flatten(0, 1), judge.preprocess.size)) * embed_texts(judge, texts)
             figures["clip_score"] = float(rows.sum(-1).mean())
         if oracle is not None:
             figures |= oracle_figures(model, oracle, scenes_asked, guidance_scale=chosen.guidance_scale)
         return figures
 
     return evaluate
+
+
+@torch.inference_mode()
+def samples_sheet(
+    model: DALLETransformer,
+    prompts: Sequence[str],
+    out: str | Path,
+    *,
+    columns: int = 8,
+    seed: int = 0,
+    sampling: Sampling | None = None,
+    judge: Any = None,
+    seen: Tensor | None = None,
+) -> Tensor:
+    """A sheet with a row of pictures of each prompt, by the seeds `seed`, `seed` + 1, ...
+
+    -> uint8 (P, columns, 3, S, S).
+
+    judge, seen: a model that embeds pictures, and training pictures by its preprocess, uint8 (M, 3, S', S'). Each row
+    then ends with the training picture that is nearest to its first one, so that a copy shows.
+    """
+    texts = [prompt for prompt in prompts for _ in range(columns)]
+    seeds = [seed + number for _ in prompts for number in range(columns)]
+    ids = torch.stack(list(generate_ids(model, texts, seeds, sampling)), 1)
+    drawn = ImageTokenizer(model.dvae).decode(ids).cpu().unflatten(0, (len(prompts), columns))
+    rows = list(drawn)
+    if seen is not None:
+        first = embed_images(judge, resized(drawn[:, 0], judge.preprocess.size))
+        nearest = seen[(first @ embed_images(judge, seen).T).argmax(1).cpu()]
+        rows = [
+            torch.cat([row, each[None]]) for row, each in zip(drawn, resized(nearest, drawn.shape[-1]), strict=True)
+        ]
+    picture_sheet(rows, out, prompts)
+    return drawn
 
 
 # What the command line finds here, as in every method's file.
