@@ -53,6 +53,13 @@ def build_parser() -> argparse.ArgumentParser:
         sub.add_argument("--preset", choices=sorted(method.presets()), help="settings to start from; options given win")
         _add_options(sub, method.Options())
         sub.set_defaults(run_command=_train, method=name)
+    _add_measuring(subcommands)
+    _add_checkpoints(subcommands)
+    _add_pictures(subcommands)
+    return parser
+
+
+def _add_measuring(subcommands: Any) -> None:
     evaluate = subcommands.add_parser("evaluate", help="Measure a checkpoint on data sets")
     evaluate.add_argument("model", help="checkpoint folder, open_clip:ARCH/TAG or hf-hub:REPO")
     evaluate.add_argument("--data", nargs="+", default=["scenes"], help="data sets, as in training")
@@ -80,6 +87,23 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--json", action="store_true", help="print JSON in place of a table")
     evaluate.add_argument("--write", action="store_true", help="put the figures into the checkpoint and its card")
     evaluate.set_defaults(run_command=_evaluate)
+    analyze = subcommands.add_parser("analyze", help="Figures, maps and neighbours of a model's features")
+    analyze.add_argument("model", help="checkpoint folder, open_clip:ARCH/TAG or hf-hub:REPO")
+    analyze.add_argument("--data", required=True, help="a data set, as in training")
+    analyze.add_argument("--data-root", help="folder of the named data sets (default: SEMBLANCE_DATA)")
+    analyze.add_argument("--out", default="analysis", help="folder to write (default: analysis)")
+    analyze.add_argument("--maps", nargs="*", choices=("pca", "tsne", "umap"), default=["pca"], help="(default: pca)")
+    analyze.add_argument("--limit", type=int, default=2000, help="pictures, drawn at random (default: 2000)")
+    analyze.set_defaults(run_command=_analyze)
+    oracle = subcommands.add_parser("oracle", help="Train the detector that judges what generators draw of scenes")
+    oracle.add_argument("--out", default="runs/oracle", help="folder to write (default: runs/oracle)")
+    oracle.add_argument("--steps", type=int, default=3000, help="of 128 scenes each (default: 3000)")
+    oracle.add_argument("--threads", type=int, default=0, help="of torch on the CPU, 0 for its own choice")
+    oracle.add_argument("--seed", type=int, default=0, help="of everything that is drawn")
+    oracle.set_defaults(run_command=_oracle)
+
+
+def _add_checkpoints(subcommands: Any) -> None:
     export = subcommands.add_parser("export", help="Make a checkpoint folder of a run's saved state")
     export.add_argument("run", help="folder of the run, with its state.pt (its --run-dir)")
     export.add_argument("--out", required=True, help="checkpoint folder to write")
@@ -89,14 +113,9 @@ def build_parser() -> argparse.ArgumentParser:
     average.add_argument("models", nargs="+", help="checkpoint folders")
     average.add_argument("--out", required=True, help="checkpoint folder to write")
     average.set_defaults(run_command=_average)
-    analyze = subcommands.add_parser("analyze", help="Figures, maps and neighbours of a model's features")
-    analyze.add_argument("model", help="checkpoint folder, open_clip:ARCH/TAG or hf-hub:REPO")
-    analyze.add_argument("--data", required=True, help="a data set, as in training")
-    analyze.add_argument("--data-root", help="folder of the named data sets (default: SEMBLANCE_DATA)")
-    analyze.add_argument("--out", default="analysis", help="folder to write (default: analysis)")
-    analyze.add_argument("--maps", nargs="*", choices=("pca", "tsne", "umap"), default=["pca"], help="(default: pca)")
-    analyze.add_argument("--limit", type=int, default=2000, help="pictures, drawn at random (default: 2000)")
-    analyze.set_defaults(run_command=_analyze)
+
+
+def _add_pictures(subcommands: Any) -> None:
     views = subcommands.add_parser(
         "views", help="A contact sheet of what a method's augmentation does to your pictures"
     )
@@ -109,12 +128,6 @@ def build_parser() -> argparse.ArgumentParser:
     views.add_argument("--draws", type=int, default=4, help="pairs of views of each (default: 4)")
     views.add_argument("--seed", type=int, default=0, help="of everything that is drawn")
     views.set_defaults(run_command=_views)
-    oracle = subcommands.add_parser("oracle", help="Train the detector that judges what generators draw of scenes")
-    oracle.add_argument("--out", default="runs/oracle", help="folder to write (default: runs/oracle)")
-    oracle.add_argument("--steps", type=int, default=3000, help="of 128 scenes each (default: 3000)")
-    oracle.add_argument("--threads", type=int, default=0, help="of torch on the CPU, 0 for its own choice")
-    oracle.add_argument("--seed", type=int, default=0, help="of everything that is drawn")
-    oracle.set_defaults(run_command=_oracle)
     samples = subcommands.add_parser("samples", help="A sheet of what a generator draws: a row of pictures a prompt")
     samples.add_argument("model", help="checkpoint folder")
     samples.add_argument("prompts", nargs="*", help="what to draw (default: captions of --data not trained on)")
@@ -134,7 +147,6 @@ def build_parser() -> argparse.ArgumentParser:
     shard.add_argument("--size", type=int, default=96, help="side in pixels (default: 96)")
     shard.add_argument("--seed", type=int, default=0, help="of everything that is drawn")
     shard.set_defaults(run_command=_scenes)
-    return parser
 
 
 def _add_options(parser: argparse.ArgumentParser, defaults: Any) -> None:

@@ -274,4 +274,6 @@ def test_own_folder_from_the_command_line(
     judged = ["--data", str(tmp_path / "photos"), "--judge", str(tmp_path / "judge"), "--json"]
     assert main(["evaluate", str(folder), *judged, "--statistics", str(tmp_path / "statistics")]) == 0
     figures = json.loads(capsys.readouterr().out)
-    assert figures[f"{tmp_path / 'photos'}_real_nearest_training"] == pytest.approx(1, abs=0.01)  # they are those trained on
+    assert figures[f"{tmp_path / 'photos'}_real_nearest_training"] == pytest.approx(
+        1, abs=0.01
+    )  # they are those trained on
