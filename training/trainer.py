@@ -25,6 +25,7 @@ from models.errors import CheckpointError, DivergedError
 from training.data import batches_from
 from training.distributed import process_group, rank, world_size
 from training.ema import update_ema
+from training.memory import memory_kept
 from training.method import Batch, Method, option
 from training.optim import build_optimizer, warmup_cosine
 from training.progress import Journal, health
@@ -84,7 +85,7 @@ class Trainer:
         if config.threads:
             torch.set_num_threads(config.threads)
         self.device = choose_device(config.device)
-        with process_group(self.device):
+        with process_group(self.device), memory_kept(self.device):
             self._prepare()
             journal = Journal(self.run, config.steps, enabled=rank() == 0)
             try:

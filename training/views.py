@@ -219,7 +219,8 @@ def apply_views(pixels: Tensor, size: int, parameters: ViewParameters) -> Tensor
     # Crop, flip and scale together. Each resampling reads along the lines and leaves them for the other, so from here
     # on the columns lie in memory one after the other; turning them back would cost as much as a resampling.
     rows = _resample(pixels.transpose(1, 2), p.box[:, 0], p.box[:, 2], size, torch.zeros_like(p.flip))
-    columns = _resample(rows.permute(0, 3, 2, 1), p.box[:, 1], p.box[:, 3], size, p.flip)
+    lines = torch.stack([rows[:, :, channel].mT for channel in range(3)], 2)
+    columns = _resample(lines, p.box[:, 1], p.box[:, 3], size, p.flip)
     views = _jitter(columns.transpose(1, 2).clamp(0, 1), p.factors, p.order)
     views = torch.where(p.gray[:, None, None, None], _luma(views)[:, None], views)
     if p.sigma is not None:
@@ -287,7 +288,7 @@ def _blend(views: Tensor, shares: Tensor) -> Tensor:
     kept, of_gray, of_mean = shares[:, :, None, None].unbind(1)
     gray = _luma(views)
     added = of_gray * gray + of_mean * gray.mean((1, 2), keepdim=True)
-    return (kept[:, None] * views + added[:, None]).clamp(0, 1)
+    return torch.stack([(kept * plane + added).clamp(0, 1) for plane in views.unbind(1)], 1)
 
 
 def _turn_hue(views: Tensor, turns: Tensor) -> Tensor:

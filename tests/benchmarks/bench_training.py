@@ -17,6 +17,7 @@ from torch import nn
 
 from models.torchvision import load_torchvision
 from models.vision import EncoderModel
+from training.memory import memory_kept
 from training.methods.simclr import SimCLRLoss, SimCLRMethod, SimCLRModel, SimCLRTransform
 from training.trainer import choose_precision
 from training.views import SIMCLR, ViewTransform
@@ -117,17 +118,19 @@ def step(batch_size: int) -> None:
 
 
 def main() -> None:
-    """Every comparison; augmentation on one thread, as rates there are per processor-second."""
+    """Every comparison; augmentation on one thread, as rates there are per processor-second. Memory is kept for both
+    sides as the trainer keeps it."""
     threads = torch.get_num_threads()
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    for side in (32, 64):
-        for compile in (False, True):
-            augmentation(side, 512, compile=compile)
-    beside_torchvision()
-    torch.set_num_threads(threads)
-    for batch_size in (64, 256):
-        step(batch_size)
+    with memory_kept(torch.device("cpu")):
+        for side in (32, 64):
+            for compile in (False, True):
+                augmentation(side, 512, compile=compile)
+        beside_torchvision()
+        torch.set_num_threads(threads)
+        for batch_size in (64, 256):
+            step(batch_size)
 
 
 if __name__ == "__main__":
