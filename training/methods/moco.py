@@ -174,7 +174,8 @@ class MoCoMethod(ViewMethod):
         if self.batch_norm != "shuffle":
             return F.normalize(wide(self.target(images)[1]), dim=-1)
         everyone = gather_without_gradient(images)
-        order = torch.randperm(len(everyone), device=images.device)
+        # A permutation; an index that is torch.randperm itself ends torch 2.13's compiler with an error.
+        order = torch.rand(len(everyone), device=images.device).argsort()
         if world_size() > 1:
             dist.broadcast(order, 0)
         mine = slice(rank() * len(images), (rank() + 1) * len(images))
