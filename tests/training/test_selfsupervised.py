@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 from collections.abc import Callable
 from dataclasses import replace
@@ -384,3 +385,20 @@ def test_one_seed_gives_one_run(tmp_path: Path) -> None:
     )
     assert all(torch.equal(value, two[key]) for key, value in one.items())
     assert not all(torch.equal(value, other[key]) for key, value in one.items())
+
+
+class _Flat(nn.Module):
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        return images, images.flatten(1)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the compiler's own
+def test_shuffled_keys_compile_and_come_back_in_order() -> None:
+    """The permutation has ended torch's compiler with an error once, in a pass that only the real backend has."""
+    method = _method("moco")
+    method.target = _Flat()  # the network takes half a minute to compile and has no part in it
+    method.requires_grad_(False)
+    images = torch.randn(16, 3, 4, 4)
+    expected = nn.functional.normalize(images.flatten(1), dim=-1)
+    assert torch.allclose(torch.compile(method._key)(images), expected, atol=1e-6)
