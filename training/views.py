@@ -122,7 +122,7 @@ class ViewTransform:
         self.size, self.recipes = size, recipes
         self.preprocess = preprocess or Preprocess(size=size)
         self.generator = generator
-        self._make = torch.compile(self._view, dynamic=False) if compile else self._view
+        self._make = torch.compile(self._make_views, dynamic=False) if compile else self._make_views
 
     def __call__(self, images: Tensor) -> Tensor:
         """-> (V, B, 3, size, size), a view a recipe."""
@@ -142,12 +142,12 @@ class ViewTransform:
             drawn = sample_views(count, height, width, recipe, self.generator, images.device)
             for at in range(0, count, part):
                 rows = slice(at, at + part)
-                views[place, rows] = self._make(images[rows], drawn[rows], normalized)
+                self._make(views[place, rows], images[rows], drawn[rows], normalized)
         return views
 
-    def _view(self, images: Tensor, drawn: ViewParameters, normalized: bool) -> Tensor:
+    def _make_views(self, out: Tensor, images: Tensor, drawn: ViewParameters, normalized: bool) -> None:
         views = apply_views(on_white(images), self.size, drawn)
-        return self.preprocess.standardize(views) if normalized else views
+        out.copy_(self.preprocess.standardize(views) if normalized else views)
 
 
 def on_white(images: Tensor) -> Tensor:
