@@ -89,10 +89,10 @@ def judged_figures(
     images: uint8 (N, 3, S, S), the real ones. seen: unit rows (M, D), embeddings of the training pictures.
     """
     drawn = _drawn(model, texts, 0, guidance_scale)
-    embedded = [embed_images(judge, resized(pixels, judge.preprocess.size)) for pixels in (drawn, images)]
+    made, real = (embed_images(judge, resized(pixels, judge.preprocess.size)) for pixels in (drawn, images))
     prompts = embed_texts(judge, texts)
-    figures = {"frechet_distance": _distance(judge, *embedded, name, statistics)}
-    for prefix, rows in zip(("", "real_"), embedded, strict=True):
+    figures = {"frechet_distance": _distance(judge, made, real, name, statistics)}
+    for prefix, rows in (("", made), ("real_", real)):
         figures[f"{prefix}clip_score"] = float((rows * prompts).sum(-1).mean())
         if seen is not None:
             figures[f"{prefix}nearest_training"] = float((rows @ seen.T).amax(1).mean())
@@ -106,8 +106,8 @@ def reconstruction_distance(
     """Frechet distance of pictures, uint8 (N, 3, S, S), and what a DiscreteVAE leaves of them, by a model's
     embeddings."""
     pairs = (_left_of(model, images), images)
-    embedded = [embed_images(judge, resized(pixels, judge.preprocess.size)) for pixels in pairs]
-    return {f"{name}_reconstruction_frechet_distance": _distance(judge, *embedded, name, statistics)}
+    left, real = (embed_images(judge, resized(pixels, judge.preprocess.size)) for pixels in pairs)
+    return {f"{name}_reconstruction_frechet_distance": _distance(judge, left, real, name, statistics)}
 
 
 @torch.inference_mode()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -100,8 +101,9 @@ class ViewParameters:
     solarize: Tensor | None
 
     def __getitem__(self, rows: slice) -> ViewParameters:
-        drawn = (getattr(self, field.name) for field in fields(self))
-        return ViewParameters(*(None if each is None else each[rows] for each in drawn))
+        drawn = {field.name: getattr(self, field.name) for field in fields(self)}
+        chosen: dict[str, Any] = {name: None if each is None else each[rows] for name, each in drawn.items()}
+        return ViewParameters(**chosen)
 
 
 class ViewTransform:
