@@ -235,12 +235,16 @@ def load_generators(settings: Settings) -> dict[str, DALLETransformer]:
     """Every model that makes pictures, by name, on its device. Raises CheckpointError."""
     from models.checkpoint import load_checkpoint
 
-    found = find_models(settings)
-    return {
-        name: load_checkpoint(reference).to(choose_device(settings.device))
-        for name, reference in found.items()
-        if _generates(reference)
-    }
+    device = choose_device(settings.device)
+    # On a CPU a row's logits in bfloat16 depend on how many others there are, and a seed's picture would with them.
+    native = device.type == "cuda" and _has_native_bf16(device)
+    bfloat16 = settings.generate_precision == "bf16" or (settings.generate_precision == "auto" and native)
+    found = {}
+    for name, reference in find_models(settings).items():
+        if _generates(reference):
+            model: DALLETransformer = load_checkpoint(reference).to(device)
+            found[name] = model.cast(torch.bfloat16) if bfloat16 else model
+    return found
 
 
 def choose_device(name: str) -> torch.device:

@@ -23,7 +23,7 @@ from app.batching import late
 from app.settings import Settings
 from models.dalle import DALLETransformer
 from models.errors import BusyError, ModelError
-from models.generation import Sampling, draw, filtered, guided_logits, points_of
+from models.generation import Sampling, TokenReader, draw, filtered, guided_logits, points_of
 from models.tokenizers import ImageTokenizer
 
 log = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ class DecodeLoop:
         if lanes < 2:
             raise ValueError(f"{lanes} lanes are too few: a guided picture takes two")
         self.model, self.lanes = model, lanes
-        self._cache = model.new_cache(lanes)
+        self._reader = TokenReader(model, lanes)
         self._rows: list[tuple[Drawing, int]] = []  # who has each lane: a drawing and which of its rows this is
 
     @property
@@ -87,10 +87,9 @@ class DecodeLoop:
     def join(self, drawing: Drawing) -> None:
         """Read a picture's text; its first token is drawn by the next step. There must be lanes free for it."""
         model, start = self.model, len(self._rows)
-        device = self._cache.keys.device
         drawing.points = points_of(drawing.seed, model.image_length)
-        texts = model.tokens_of([drawing.prompt, ""][: drawing.lanes], [drawing.style]).to(device)
-        drawing.logits = model.read_text(texts, self._cache.block(start, start + drawing.lanes))
+        texts = model.tokens_of([drawing.prompt, ""][: drawing.lanes], [drawing.style])
+        drawing.logits = self._reader.text(texts, start)
         self._rows += [(drawing, part) for part in range(drawing.lanes)]
 
     @torch.inference_mode()
@@ -120,10 +119,9 @@ class DecodeLoop:
         drawing.done += 1
 
     def _advance(self) -> None:
-        device = self._cache.keys.device
-        ids = torch.tensor([int(drawing.ids[drawing.done - 1]) for drawing, _ in self._rows], device=device)
-        places = torch.tensor([drawing.done - 1 for drawing, _ in self._rows], device=device)
-        logits = self.model.read_ids(ids, places, self._cache.block(0, len(self._rows)))
+        ids = torch.tensor([int(drawing.ids[drawing.done - 1]) for drawing, _ in self._rows])
+        places = torch.tensor([drawing.done - 1 for drawing, _ in self._rows])
+        logits = self._reader.ids(ids, places)
         rows = {(id(drawing), part): row for row, (drawing, part) in enumerate(self._rows)}
         for drawing in self.drawings:
             drawing.logits = logits[[rows[id(drawing), part] for part in range(drawing.lanes)]]
@@ -133,7 +131,7 @@ class DecodeLoop:
             while (row := next((r for r, (other, _) in enumerate(self._rows) if other is drawing), None)) is not None:
                 last = len(self._rows) - 1
                 if row != last:
-                    for part in (self._cache.keys, self._cache.values):
+                    for part in (self._reader.cache.keys, self._reader.cache.values):
                         part[:, row] = part[:, last]
                     self._rows[row] = self._rows[last]
                 self._rows.pop()

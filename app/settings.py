@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AliasChoices, BeforeValidator, Field, SecretStr
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -57,6 +57,9 @@ class Settings(BaseSettings):
     queue_size: int = Field(256, gt=0, description="inputs admitted at once, per model and kind; then 503")
     deadline: float = Field(30.0, gt=0, description="seconds a request may wait for its embeddings; then 504")
     generate_lanes: int = Field(16, ge=2, description="pictures drawn at once; a guided one counts as two")
+    generate_precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="of drawing; auto is bf16 on a GPU that has it, and fp32 on a CPU"
+    )
     generate_queue: int = Field(64, gt=0, description="pictures admitted at once, per model; then 503")
     generate_deadline: float = Field(120.0, gt=0, description="seconds a request may wait for its pictures; then 504")
     text_cache: int = Field(10_000, ge=0, description="text embeddings kept in memory, per model")

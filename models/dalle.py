@@ -69,7 +69,8 @@ class CausalAttention(nn.Module):
         rows = torch.arange(batch, device=q.device)[:, None]
         keys[rows, :, places] = k.transpose(1, 2).to(keys.dtype)
         values[rows, :, places] = v.transpose(1, 2).to(values.dtype)
-        end = int(places.max()) + 1
+        # Where the host must not wait for the device, the whole cache is looked at, for the mask hides what is ahead.
+        end = keys.shape[2] if q.is_cuda or torch.compiler.is_compiling() else int(places.max()) + 1
         seen = torch.arange(end, device=q.device) <= places[..., None]  # (B, L, end)
         return F.scaled_dot_product_attention(
             q, keys[:, :, :end].to(q.dtype), values[:, :, :end].to(q.dtype), attn_mask=seen[:, None]
@@ -165,6 +166,14 @@ class DALLETransformer(nn.Module):
         block = 2 * length * 12 * width**2 + 4 * length**2 * width
         text, image = (self.text_length - 1) * int(self.config["vocab_size"]), self.image_length * self.codes
         return len(self.blocks) * block + 2 * width * (text + image)
+
+    def cast(self, dtype: torch.dtype) -> DALLETransformer:
+        """Take the transformer's weights to another dtype, for sampling; the image tokenizer and the angles stay."""
+        parts = (self.text_embedding, self.image_embedding, self.blocks, self.norm, self.text_head, self.image_head)
+        for part in parts:
+            if part is not None:
+                part.to(dtype)
+        return self
 
     def new_cache(self, rows: int) -> KVCache:
         """An empty cache for that many sequences."""

@@ -37,8 +37,39 @@ class Sampling:
             )
 
 
+class TokenReader:
+    """What sampling reads tokens with: up to `rows` sequences at once, their keys and values in one cache.
+
+    fixed (on a GPU): every step is of all rows, in use or not, so that it is compiled into one CUDA graph, and so that
+    in bfloat16 too a row's logits do not depend on how many others there are.
+    """
+
+    def __init__(self, model: DALLETransformer, rows: int, fixed: bool | None = None) -> None:
+        self.model, self.rows = model, rows
+        self.cache = model.new_cache(rows)
+        self.device = self.cache.keys.device
+        self.fixed = self.device.type == "cuda" if fixed is None else fixed
+        if self.fixed:
+            for part in (self.cache.keys, self.cache.values):  # written in place at one address: what a graph needs
+                torch._dynamo.mark_static_address(part)
+            self._read_all = torch.compile(model.read_ids, mode="reduce-overhead", fullgraph=True)
+
+    def text(self, tokens: Tensor, start: int = 0) -> Tensor:
+        """Texts int64 (B, T) into the rows from `start` on -> logits of their first tokens, (B, codes)."""
+        return self.model.read_text(tokens.to(self.device), self.cache.block(start, start + len(tokens)))
+
+    def ids(self, ids: Tensor, places: Tensor) -> Tensor:
+        """One more token of each of the first B rows, int64 (B,) each -> logits of the next, (B, codes)."""
+        ids, places, count = ids.to(self.device), places.to(self.device), len(ids)
+        if not self.fixed:
+            return self.model.read_ids(ids, places, self.cache.block(0, count))
+        ids, places = (F.pad(each, (0, self.rows - count)) for each in (ids, places))
+        return self._read_all(ids, places, self.cache)[:count].clone()  # the graph's own memory is written again
+
+
 def guided_logits(logits: Tensor, sampling: Sampling) -> Tensor:
     """Logits (2 B, K), those with the text before those without -> (B, K); given (B, K) where nothing guides."""
+    logits = logits.float()
     if sampling.guidance_scale == 1:
         return logits
     with_text, without = logits.chunk(2)
@@ -92,22 +123,21 @@ def generate_ids(
     sampling = sampling or Sampling()
     if len(seeds) != len(texts):
         raise ValueError(f"{len(seeds)} seeds for {len(texts)} texts: give one each")
-    device = model.image_embedding.weight.device
     count, guided = len(texts), sampling.guidance_scale != 1
-    prompts = model.tokens_of([*texts, *([""] * count if guided else [])], styles).to(device)
+    prompts = model.tokens_of([*texts, *([""] * count if guided else [])], styles)
     # Drawn at once, so that a token's number does not depend on which tokens were given.
-    points = torch.stack([points_of(seed, model.image_length) for seed in seeds]).to(device)
-    cache = model.new_cache(len(prompts))
-    logits = model.read_text(prompts, cache)
+    reader = TokenReader(model, len(prompts))
+    points = torch.stack([points_of(seed, model.image_length) for seed in seeds]).to(reader.device)
+    logits = reader.text(prompts)
     for place in range(model.image_length):
         ids = draw(filtered(guided_logits(logits, sampling), sampling), points[:, place])
         if known is not None:
-            given = known[:, place].to(device)
+            given = known[:, place].to(reader.device)
             ids = torch.where(given >= 0, given, ids)
         yield ids
         if place + 1 < model.image_length:
             both = ids.repeat(2) if guided else ids
-            logits = model.read_ids(both, torch.full_like(both, place), cache)
+            logits = reader.ids(both, torch.full_like(both, place))
 
 
 def generate_image(

@@ -19,6 +19,7 @@ from starlette.testclient import TestClient
 from support import problem, running, tiny_clip, tiny_dalle
 
 from app.__main__ import main
+from app.engine import load_generators
 from app.generator import DecodeLoop, Drawing, ServedGenerator
 from app.inputs import EXAMPLE_IMAGE
 from app.settings import Settings
@@ -212,6 +213,19 @@ def test_a_style_of_the_models_is_drawn_and_listed(start: Start) -> None:
     (expected,) = generate_image(styled, "a red star", seed=3, style="photo", sampling=chosen)
     assert shown.tobytes() == expected.tobytes()
     problem(painter.post("/generate", json=body | {"style": "opera"}), 422, "'dalle' has drawing, photo")
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("auto", torch.float32), ("bf16", torch.bfloat16)])
+def test_generators_are_loaded_in_the_precision_that_is_set(
+    tmp_path: Path, start: Start, model: DALLETransformer, precision: Any, dtype: torch.dtype
+) -> None:
+    save_checkpoint(model, tmp_path / "dalle")
+    settings = Settings(checkpoints=tmp_path, generate_precision=precision, device="cpu")
+    loaded = load_generators(settings)
+    assert loaded["dalle"].image_embedding.weight.dtype == dtype
+    painter = start(generators=loaded)
+    made = [painter.post("/generate", json={"prompt": "a red star", "seed": 3}).json()["data"] for _ in range(2)]
+    assert made[0] == made[1]
 
 
 def test_a_server_without_a_generator_says_so(client: TestClient) -> None:

@@ -15,6 +15,7 @@ from models.checkpoint import load_checkpoint, save_checkpoint
 from models.dalle import DALLETransformer
 from models.generation import (
     Sampling,
+    TokenReader,
     draw,
     filtered,
     generate_ids,
@@ -76,6 +77,43 @@ def test_rows_of_a_cache_may_be_at_different_places() -> None:
             model.read_ids(ids[:1, place], torch.tensor([place]), ahead)
         both = model.read_ids(torch.stack([ids[0, 5], ids[1, 0]]), torch.tensor([5, 0]), cache)
     torch.testing.assert_close(both, torch.stack([whole[0, 6], whole[1, 1]]), atol=1e-4, rtol=0)
+
+
+def test_steps_of_all_rows_give_what_steps_of_some_give(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where a step is one graph; here it is traced whole and run eagerly."""
+    real, asked = torch.compile, []
+
+    def traced(step: Any, **options: Any) -> Any:
+        asked.append(options)
+        return real(step, fullgraph=True, backend="eager")
+
+    monkeypatch.setattr(torch, "compile", traced)
+    model = _model()
+    texts = model.tokens_of(["a red star", "a blue heart", "two hearts"])
+    ids = torch.randint(0, model.codes, (3, model.image_length), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        whole = model(texts, ids)[1]
+        reader = TokenReader(model, 5, fixed=True)
+        assert asked == [{"mode": "reduce-overhead", "fullgraph": True}]
+        found = [reader.text(texts[:2])]
+        torch.testing.assert_close(reader.text(texts[2:], start=2), whole[2:, 0], atol=1e-4, rtol=0)
+        for place in range(6):
+            found.append(reader.ids(ids[:2, place], torch.full((2,), place)))
+        third = reader.ids(ids[:, 0], torch.tensor([6, 6, 0]))[2]  # rows of their own places
+    torch.testing.assert_close(torch.stack(found, 1), whole[:2, :7], atol=1e-4, rtol=0)
+    torch.testing.assert_close(third, whole[2, 1], atol=1e-4, rtol=0)
+
+
+def test_weights_in_bfloat16_keep_angles_and_tokenizer() -> None:
+    model, exact = _model().cast(torch.bfloat16), _model()
+    assert model.turns.dtype == model.dvae.decoder[0].weight.dtype == torch.float32
+    assert model.new_cache(1).keys.dtype == torch.bfloat16
+    texts, ids = exact.tokens_of(["a red star"]), torch.zeros(1, exact.image_length, dtype=torch.int64)
+    with torch.inference_mode():
+        near, right = model(texts, ids)[1].float().softmax(-1), exact(texts, ids)[1].softmax(-1)
+    assert float((near - right).abs().max()) < 0.05
+    assert float((near - right).abs().max()) > 0
+    assert _sample(model, ["a red star"], [3], Sampling(guidance_scale=2.0)).shape == (1, 16)
 
 
 def test_no_token_sees_those_after_it() -> None:
