@@ -124,6 +124,7 @@ class ViewTransform:
         self.size, self.recipes = size, recipes
         self.preprocess = preprocess or Preprocess(size=size)
         self.generator = generator
+        self._crop = torch.compile(_crop_lines, dynamic=False) if compile else _crop_lines
         self._make = torch.compile(self._make_views, dynamic=False) if compile else self._make_views
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -142,13 +143,16 @@ class ViewTransform:
         part = max(4, _PIXELS_AT_ONCE // self.size**2) if images.device.type == "cpu" else max(1, count)
         for place, recipe in enumerate(self.recipes):
             drawn = sample_views(count, height, width, recipe, self.generator, images.device)
+            rows, columns = self._crop(drawn.box, drawn.flip, height, width, self.size)
             for at in range(0, count, part):
-                rows = slice(at, at + part)
-                self._make(views[place, rows], images[rows], drawn[rows], normalized)
+                some = slice(at, at + part)
+                self._make(views[place, some], images[some], rows[some], columns[some], drawn[some], normalized)
         return views
 
-    def _make_views(self, out: Tensor, images: Tensor, drawn: ViewParameters, normalized: bool) -> None:
-        views = apply_views(on_white(images), self.size, drawn)
+    def _make_views(
+        self, out: Tensor, images: Tensor, rows: _Lines, columns: _Lines, drawn: ViewParameters, normalized: bool
+    ) -> None:
+        views = _coloured(_cropped(on_white(images), rows, columns), drawn).mT
         out.copy_(self.preprocess.standardize(views) if normalized else views)
 
 
@@ -218,42 +222,68 @@ def _boxes(
 def apply_views(pixels: Tensor, size: int, parameters: ViewParameters) -> Tensor:
     """Float (B, 3, H, W) in 0..1 -> (B, 3, size, size) in 0..1."""
     p = parameters
-    # Crop, flip and scale together. Each resampling reads along the lines and leaves them for the other, so from here
-    # on the columns lie in memory one after the other; turning them back would cost as much as a resampling.
-    rows = _resample(pixels.transpose(1, 2), p.box[:, 0], p.box[:, 2], size, torch.zeros_like(p.flip))
-    lines = torch.stack([rows[:, :, channel].mT for channel in range(3)], 2)
-    columns = _resample(lines, p.box[:, 1], p.box[:, 3], size, p.flip)
-    views = _jitter(columns.transpose(1, 2).clamp(0, 1), p.factors, p.order)
+    return _coloured(_cropped(pixels, *_crop_lines(p.box, p.flip, *pixels.shape[2:], size)), p).mT
+
+
+@dataclass(frozen=True)
+class _Lines:
+    """What each place of a resized side is made of: numbers of lines, int64 (B, taps, size), and their shares."""
+
+    numbers: Tensor
+    shares: Tensor
+
+    def __getitem__(self, rows: slice) -> _Lines:
+        return _Lines(self.numbers[rows], self.shares[rows])
+
+
+def _crop_lines(box: Tensor, flip: Tensor, height: int, width: int, size: int) -> tuple[_Lines, _Lines]:
+    """The rows and columns that make crop, flip and scale together."""
+    rows = _lines(box[:, 0], box[:, 2], height, size, torch.zeros_like(flip))
+    return rows, _lines(box[:, 1], box[:, 3], width, size, flip)
+
+
+def _lines(start: Tensor, length: Tensor, source: int, size: int, flip: Tensor) -> _Lines:
+    """An antialiased bilinear resize of `length` of `source` lines from `start` on, in reverse where `flip`.
+
+    How many lines make a place is a picture's own, so the largest number there can be is taken, and the rest weigh
+    nothing. A product with the whole band matrix costs two to four times as much, compiled.
+    """
+    scale = (length / size)[:, None, None]
+    reach = scale.clamp(min=1)
+    places = torch.arange(size, device=start.device) + 0.5
+    centres = torch.where(flip[:, None], size - places, places)[:, None, :] * scale
+    taps = torch.arange(math.ceil(2 * max(1, source / size)), device=start.device)
+    near = (centres - reach + 0.5).floor() + taps[:, None]  # (B, taps, size), numbers within the crop
+    shares = (1 - ((near + 0.5 - centres) / reach).abs()).clamp(min=0) * ((near >= 0) & (near < length[:, None, None]))
+    numbers = (near + start[:, None, None]).long().clamp(0, source - 1)
+    return _Lines(numbers, shares / shares.sum(1, keepdim=True))
+
+
+def _cropped(pixels: Tensor, rows: _Lines, columns: _Lines) -> Tensor:
+    """(B, 3, H, W) -> (B, 3, S, S), columns first: what is read is always lines that lie in a row in memory, and
+    turning the picture back at the end would cost as much as a resampling."""
+    half = _resampled(pixels.transpose(1, 2), rows)
+    turned = torch.stack([half[:, :, channel].mT for channel in range(3)], 2)
+    return _resampled(turned, columns).transpose(1, 2).clamp(0, 1)
+
+
+def _resampled(lines: Tensor, of: _Lines) -> Tensor:
+    """(B, N, C, M) -> (B, size, C, M)."""
+    batch = torch.arange(len(lines), device=lines.device)[:, None]
+    parts = [of.shares[:, tap, :, None, None] * lines[batch, of.numbers[:, tap]] for tap in range(of.numbers.shape[1])]
+    return sum(parts[1:], parts[0])
+
+
+def _coloured(views: Tensor, parameters: ViewParameters) -> Tensor:
+    """All that follows the crop. (B, 3, S, S) in 0..1 -> the same."""
+    p = parameters
+    views = _jitter(views, p.factors, p.order)
     views = torch.where(p.gray[:, None, None, None], _luma(views)[:, None], views)
     if p.sigma is not None:
         views = _blur(views, p.sigma)
     if p.solarize is not None:
         views = torch.where(p.solarize[:, None, None, None] & (views >= 0.5), 1 - views, views)
-    return views.mT
-
-
-def _resample(lines: Tensor, start: Tensor, length: Tensor, size: int, flip: Tensor) -> Tensor:
-    """Antialiased bilinear resize of `length` of the lines (B, N, C, M) from `start` on, in reverse where `flip`.
-    -> (B, size, C, M).
-
-    A sum over the few lines that a place is made of. Their number is a picture's own, so the largest there can be is
-    taken and the rest weigh nothing; a product with the whole band matrix costs two to four times as much compiled.
-    """
-    count, source = lines.shape[:2]
-    scale = (length / size)[:, None, None]
-    reach = scale.clamp(min=1)
-    places = torch.arange(size, device=lines.device) + 0.5
-    centres = torch.where(flip[:, None], size - places, places)[:, :, None] * scale
-    taps = torch.arange(math.ceil(2 * max(1, source / size)), device=lines.device)
-    near = (centres - reach + 0.5).floor() + taps  # (B, size, taps), numbers within the crop
-    weights = (1 - ((near + 0.5 - centres) / reach).abs()).clamp(min=0) * ((near >= 0) & (near < length[:, None, None]))
-    weights = weights / weights.sum(2, keepdim=True)
-    numbers = (near + start[:, None, None]).long().clamp(0, source - 1)
-    rows = torch.arange(count, device=lines.device)[:, None]
-    total = weights[:, :, 0, None, None] * lines[rows, numbers[:, :, 0]]
-    for tap in range(1, len(taps)):
-        total = total + weights[:, :, tap, None, None] * lines[rows, numbers[:, :, tap]]
-    return total
+    return views
 
 
 def _luma(views: Tensor) -> Tensor:
