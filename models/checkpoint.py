@@ -197,7 +197,7 @@ def _publish(staging: Path, target: Path) -> None:
 
 def _card(name: str, architecture: str, model: nn.Module, record: Mapping[str, Any], text: str | None) -> str:
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    lines = [f"# {name}", "", text or f"A {architecture} model of {parameters:,} parameters.", ""]
+    lines = [f"# {name}", "", text or f"{parameters:,} parameters, architecture {architecture}.", ""]
     lines += [f"- {key}: {record[key]}" for key in _PROVENANCE if key != "metrics" and record.get(key) is not None]
     metrics = record.get("metrics") or {}
     if metrics:

@@ -118,7 +118,7 @@ def _figures(out: Path, options: RunOptions) -> dict[str, float]:
         try:
             metrics |= evaluate_model(model, [spec], options.data_root)
         except DataError as error:  # pictures without classes train an encoder and cannot judge it
-            log.warning("no figures on %s: %s", spec, error)
+            log.warning("left out of the figures: %s", error)
     return metrics
 
 

@@ -8,8 +8,10 @@ Given the same parameters, each operation equals torchvision's on float pictures
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import repeat
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -100,10 +102,9 @@ class ViewParameters:
     sigma: Tensor | None
     solarize: Tensor | None
 
-    def __getitem__(self, rows: slice) -> ViewParameters:
-        drawn = {field.name: getattr(self, field.name) for field in fields(self)}
-        chosen: dict[str, Any] = {name: None if each is None else each[rows] for name, each in drawn.items()}
-        return ViewParameters(**chosen)
+    def colours(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        """All that follows the crop."""
+        return self.factors, self.order, self.gray, self.sigma, self.solarize
 
 
 class ViewTransform:
@@ -144,16 +145,18 @@ class ViewTransform:
         for place, recipe in enumerate(self.recipes):
             drawn = sample_views(count, height, width, recipe, self.generator, images.device)
             rows, columns = self._crop(drawn.box, drawn.flip, height, width, self.size)
-            for at in range(0, count, part):
-                some = slice(at, at + part)
-                self._make(views[place, some], images[some], rows[some], columns[some], drawn[some], normalized)
+            for parts in _split((views[place], images, *rows, *columns, *drawn.colours()), part):
+                self._make(normalized, *parts)
         return views
 
-    def _make_views(
-        self, out: Tensor, images: Tensor, rows: _Lines, columns: _Lines, drawn: ViewParameters, normalized: bool
-    ) -> None:
-        views = _coloured(_cropped(on_white(images), rows, columns), drawn).mT
+    def _make_views(self, normalized: bool, out: Tensor, images: Tensor, *drawn: Any) -> None:
+        """drawn: rows, columns and colours, as plain tensors, for dozens of small calls a batch have to cost little."""
+        views = _coloured(_cropped(on_white(images), _Lines(*drawn[:2]), _Lines(*drawn[2:4])), *drawn[4:]).mT
         out.copy_(self.preprocess.standardize(views) if normalized else views)
+
+
+def _split(tensors: Sequence[Tensor | None], part: int) -> Iterator[tuple[Tensor | None, ...]]:
+    return zip(*(repeat(None) if each is None else each.split(part) for each in tensors), strict=False)
 
 
 def on_white(images: Tensor) -> Tensor:
@@ -221,19 +224,15 @@ def _boxes(
 
 def apply_views(pixels: Tensor, size: int, parameters: ViewParameters) -> Tensor:
     """Float (B, 3, H, W) in 0..1 -> (B, 3, size, size) in 0..1."""
-    p = parameters
-    return _coloured(_cropped(pixels, *_crop_lines(p.box, p.flip, *pixels.shape[2:], size)), p).mT
+    rows, columns = _crop_lines(parameters.box, parameters.flip, *pixels.shape[2:], size)
+    return _coloured(_cropped(pixels, rows, columns), *parameters.colours()).mT
 
 
-@dataclass(frozen=True)
-class _Lines:
+class _Lines(NamedTuple):
     """What each place of a resized side is made of: numbers of lines, int64 (B, taps, size), and their shares."""
 
     numbers: Tensor
     shares: Tensor
-
-    def __getitem__(self, rows: slice) -> _Lines:
-        return _Lines(self.numbers[rows], self.shares[rows])
 
 
 def _crop_lines(box: Tensor, flip: Tensor, height: int, width: int, size: int) -> tuple[_Lines, _Lines]:
@@ -274,15 +273,16 @@ def _resampled(lines: Tensor, of: _Lines) -> Tensor:
     return sum(parts[1:], parts[0])
 
 
-def _coloured(views: Tensor, parameters: ViewParameters) -> Tensor:
+def _coloured(
+    views: Tensor, factors: Tensor, order: Tensor, gray: Tensor, sigma: Tensor | None, solarize: Tensor | None
+) -> Tensor:
     """All that follows the crop. (B, 3, S, S) in 0..1 -> the same."""
-    p = parameters
-    views = _jitter(views, p.factors, p.order)
-    views = torch.where(p.gray[:, None, None, None], _luma(views)[:, None], views)
-    if p.sigma is not None:
-        views = _blur(views, p.sigma)
-    if p.solarize is not None:
-        views = torch.where(p.solarize[:, None, None, None] & (views >= 0.5), 1 - views, views)
+    views = _jitter(views, factors, order)
+    views = torch.where(gray[:, None, None, None], _luma(views)[:, None], views)
+    if sigma is not None:
+        views = _blur(views, sigma)
+    if solarize is not None:
+        views = torch.where(solarize[:, None, None, None] & (views >= 0.5), 1 - views, views)
     return views
 
 
