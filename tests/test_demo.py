@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
 
 from app.__main__ import main as semblance
 from models.checkpoint import load_checkpoint
 from training.figures import evaluate_data
 
 DEMO = Path(__file__).parents[1] / "checkpoints" / "demo"
+IMAGE_ENCODERS = ("moco", "simclr")
 
 
 def test_everything_together_is_small() -> None:
@@ -20,31 +24,44 @@ def test_everything_together_is_small() -> None:
     assert (DEMO / "clip" / "model.safetensors").stat().st_size <= 12_000_000
 
 
-def _again(name: str, root: str | None) -> None:
+@pytest.mark.parametrize("name", IMAGE_ENCODERS)
+def test_an_image_encoder_is_smaller_still(name: str) -> None:
+    assert sum(file.stat().st_size for file in (DEMO / name).iterdir()) <= 3_000_000
+
+
+def _again(checkpoint: str, data: str, root: str | None) -> None:
     """Measures a data set once more and holds the card to it; a processor without bfloat16 rounds otherwise."""
-    model = load_checkpoint(DEMO / "clip")
-    figures, card = evaluate_data(model, name, root), model.provenance["metrics"]
+    model = load_checkpoint(DEMO / checkpoint)
+    figures, card = evaluate_data(model, data, root), model.provenance["metrics"]
     assert figures
     for figure, value in figures.items():
         assert card[figure] == pytest.approx(value, abs=0.01), figure
-        assert f"| {figure} |" in (DEMO / "clip" / "README.md").read_text()
+        assert f"| {figure} |" in (DEMO / checkpoint / "README.md").read_text()
 
 
 def test_the_card_holds_on_scenes() -> None:
-    _again("scenes", None)
+    _again("clip", "scenes", None)
 
 
 @pytest.mark.data
 @pytest.mark.parametrize("name", ["emoji", "grocery", "usda", "openclipart"])
 def test_the_card_holds_on_real_pictures(name: str, data: Path) -> None:
-    _again(name, str(data))
+    _again("clip", name, str(data))
 
 
-def test_the_card_names_licences_command_and_hardware() -> None:
-    provenance = load_checkpoint(DEMO / "clip").provenance
+@pytest.mark.data
+@pytest.mark.parametrize("checkpoint", IMAGE_ENCODERS)
+def test_an_image_encoders_card_holds(checkpoint: str, data: Path) -> None:
+    _again(checkpoint, "grocery", str(data))
+
+
+@pytest.mark.parametrize("checkpoint", ["clip", *IMAGE_ENCODERS])
+def test_the_card_names_licences_command_and_hardware(checkpoint: str) -> None:
+    provenance = load_checkpoint(DEMO / checkpoint).provenance
     for key in ("license", "command", "hardware", "data"):
         assert provenance[key]
     assert "MIT" in provenance["license"]
+    assert "cifar" not in str(provenance).lower()  # nobody has licensed those pictures
 
 
 def test_a_red_star_is_found_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -56,3 +73,23 @@ def test_a_red_star_is_found_at_once(tmp_path: Path, capsys: pytest.CaptureFixtu
     shown = ["red star" in hit["caption"] for hit in hits]
     assert all(shown[:5])
     assert sum(shown) >= 7  # of the fourteen that the collection has
+
+
+@pytest.mark.parametrize("name", IMAGE_ENCODERS)
+def test_a_picture_finds_its_like(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place = ["--checkpoints", str(DEMO), "--data", str(tmp_path / "data"), "--threads", "2"]
+    shutil.unpack_archive(DEMO / "scenes.tar.gz", tmp_path / "scenes", filter="data")
+    wanted = sorted((tmp_path / "scenes").rglob("*.jpg"))[7]
+    with Image.open(wanted) as picture:
+        width, height = picture.size
+        picture.crop((1, 1, width - 2, height)).resize((90, 90)).save(tmp_path / "query.png")
+    assert semblance(["index", str(DEMO / "scenes.tar.gz"), "--collection", "mine", "--embedder", name, *place]) == 0
+    capsys.readouterr()
+    query = str(tmp_path / "query.png")
+    assert semblance(["search", query, "--image", "--collection", "mine", "--json", *place]) == 0
+    hits = json.loads(capsys.readouterr().out)["hits"]
+    assert hits[0]["id"].startswith(wanted.stem)
+    assert semblance(["embed", query, "--image", "--embedder", name, *place]) == 0
+    row = torch.tensor(json.loads(capsys.readouterr().out)["embedding"])
+    assert row.shape == (load_checkpoint(DEMO / name).embed_dim,)
+    assert row.norm() == pytest.approx(1, abs=1e-4)

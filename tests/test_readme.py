@@ -61,7 +61,10 @@ def _shown(default: object) -> str:
     return "none" if default == () else f"{default:,}" if type(default) is int and default >= 10_000 else str(default)
 
 
-@pytest.mark.parametrize("folder", ["", "app", "training", "checkpoints/demo/clip"])
+CARDS = [f"checkpoints/demo/{name}" for name in ("clip", "moco", "simclr")]
+
+
+@pytest.mark.parametrize("folder", ["", "app", "training", *CARDS])
 def test_no_placeholder_waits_for_its_figure(folder: str) -> None:
     prose = re.sub(r"```.*?```|`[^`]*`", "", (ROOT / folder / "README.md").read_text(), flags=re.DOTALL)
     assert not re.findall(r"\b[A-Z]+(?:_[A-Z]+)+\b|\b(?:TODO|TBD|FIXME)\b", prose)
