@@ -155,7 +155,7 @@ class ViewTransform:
         out.copy_(self.preprocess.standardize(views) if normalized else views)
 
 
-def _split(tensors: Sequence[Tensor | None], part: int) -> Iterator[tuple[Tensor | None, ...]]:
+def _split(tensors: Sequence[Tensor | None], part: int) -> Iterator[tuple[Any, ...]]:
     return zip(*(repeat(None) if each is None else each.split(part) for each in tensors), strict=False)
 
 
@@ -224,7 +224,8 @@ def _boxes(
 
 def apply_views(pixels: Tensor, size: int, parameters: ViewParameters) -> Tensor:
     """Float (B, 3, H, W) in 0..1 -> (B, 3, size, size) in 0..1."""
-    rows, columns = _crop_lines(parameters.box, parameters.flip, *pixels.shape[2:], size)
+    height, width = pixels.shape[2:]
+    rows, columns = _crop_lines(parameters.box, parameters.flip, height, width, size)
     return _coloured(_cropped(pixels, rows, columns), *parameters.colours()).mT
 
 
