@@ -63,7 +63,7 @@ def _add_measuring(subcommands: Any) -> None:
     evaluate = subcommands.add_parser("evaluate", help="Measure a checkpoint on data sets")
     evaluate.add_argument("model", help="checkpoint folder, open_clip:ARCH/TAG or hf-hub:REPO")
     evaluate.add_argument("--data", nargs="+", default=["scenes"], help="data sets, as in training")
-    evaluate.add_argument("--data-root", help="folder of the named data sets (default: SEMBLANCE_DATA)")
+    _add_data_root(evaluate)
     evaluate.add_argument(
         "--fine-tune",
         nargs="+",
@@ -90,7 +90,7 @@ def _add_measuring(subcommands: Any) -> None:
     analyze = subcommands.add_parser("analyze", help="Figures, maps and neighbours of a model's features")
     analyze.add_argument("model", help="checkpoint folder, open_clip:ARCH/TAG or hf-hub:REPO")
     analyze.add_argument("--data", required=True, help="a data set, as in training")
-    analyze.add_argument("--data-root", help="folder of the named data sets (default: SEMBLANCE_DATA)")
+    _add_data_root(analyze)
     analyze.add_argument("--out", default="analysis", help="folder to write (default: analysis)")
     analyze.add_argument("--maps", nargs="*", choices=("pca", "tsne", "umap"), default=["pca"], help="(default: pca)")
     analyze.add_argument("--limit", type=int, default=2000, help="pictures, drawn at random (default: 2000)")
@@ -121,7 +121,7 @@ def _add_pictures(subcommands: Any) -> None:
     )
     views.add_argument("method", choices=[name for name, method in discover().items() if hasattr(method, "Transform")])
     views.add_argument("--data", default="scenes", help="a data set, as in training (default: scenes)")
-    views.add_argument("--data-root", help="folder of the named data sets (default: SEMBLANCE_DATA)")
+    _add_data_root(views)
     views.add_argument("--out", default="views.png", help="file to write (default: views.png)")
     views.add_argument("--image-size", type=int, default=96, help="side of the views (default: 96)")
     views.add_argument("--count", type=int, default=8, help="pictures (default: 8)")
@@ -132,7 +132,7 @@ def _add_pictures(subcommands: Any) -> None:
     samples.add_argument("model", help="checkpoint folder")
     samples.add_argument("prompts", nargs="*", help="what to draw (default: captions of --data not trained on)")
     samples.add_argument("--data", default="scenes", help="a data set, as in training (default: scenes)")
-    samples.add_argument("--data-root", help="folder of the named data sets (default: SEMBLANCE_DATA)")
+    _add_data_root(samples)
     samples.add_argument("--out", default="samples.png", help="file to write (default: samples.png)")
     samples.add_argument("--count", type=int, default=8, help="captions (default: 8)")
     samples.add_argument("--columns", type=int, default=8, help="pictures of each (default: 8)")
@@ -147,6 +147,10 @@ def _add_pictures(subcommands: Any) -> None:
     shard.add_argument("--size", type=int, default=96, help="side in pixels (default: 96)")
     shard.add_argument("--seed", type=int, default=0, help="of everything that is drawn")
     shard.set_defaults(run_command=_scenes)
+
+
+def _add_data_root(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data-root", help="folder of the named data sets (default: SEMBLANCE_DATA)")
 
 
 def _add_options(parser: argparse.ArgumentParser, defaults: Any) -> None:

@@ -116,25 +116,17 @@ class _Made:
     score: float | None
 
 
-def _body(model: type[GenerateRequest], **example: Any) -> dict[str, Any]:
-    return request_body(model, {**example, "n": 2, "seed": 1})
+def _described(model: type[GenerateRequest], **example: Any) -> dict[str, Any]:
+    """What the routes have in common for FastAPI: their answers, and the body with an example."""
+    return {
+        "response_model": GenerateResponse,
+        "openapi_extra": request_body(model, {**example, "n": 2, "seed": 1}),
+        "responses": {200: {"content": {"image/png": {}, "text/event-stream": {}}}},
+    }
 
 
-_ANSWERS: dict[int | str, dict[str, Any]] = {200: {"content": {"image/png": {}, "text/event-stream": {}}}}
-
-
-@router.post(
-    "/generate",
-    response_model=GenerateResponse,
-    openapi_extra=_body(GenerateRequest, prompt="a red star"),
-    responses=_ANSWERS,
-)
-@router.post(
-    "/v1/images/generations",
-    response_model=GenerateResponse,
-    openapi_extra=_body(GenerateRequest, prompt="a red star"),
-    responses=_ANSWERS,
-)
+@router.post("/generate", **_described(GenerateRequest, prompt="a red star"))
+@router.post("/v1/images/generations", **_described(GenerateRequest, prompt="a red star"))
 async def generate(
     request: Request, service: Served, body: Annotated[GenerateRequest, Depends(body_of(GenerateRequest))]
 ) -> Response:
@@ -142,12 +134,7 @@ async def generate(
     return await _answer(request, service, body, "image_generation")
 
 
-@router.post(
-    "/v1/images/edits",
-    response_model=GenerateResponse,
-    openapi_extra=_body(EditRequest, prompt="a red star", image=EXAMPLE_IMAGE),
-    responses=_ANSWERS,
-)
+@router.post("/v1/images/edits", **_described(EditRequest, prompt="a red star", image=EXAMPLE_IMAGE))
 async def edit(
     request: Request, service: Served, body: Annotated[EditRequest, Depends(body_of(EditRequest))]
 ) -> Response:
@@ -155,12 +142,7 @@ async def edit(
     return await _answer(request, service, body, "image_edit")
 
 
-@router.post(
-    "/v1/images/variations",
-    response_model=GenerateResponse,
-    openapi_extra=_body(VariationRequest, image=EXAMPLE_IMAGE),
-    responses=_ANSWERS,
-)
+@router.post("/v1/images/variations", **_described(VariationRequest, image=EXAMPLE_IMAGE))
 async def vary(
     request: Request, service: Served, body: Annotated[VariationRequest, Depends(body_of(VariationRequest))]
 ) -> Response:

@@ -317,7 +317,6 @@ def _samples(options: DALLEOptions, batches: TokenBatches) -> Any:
     sheet = run_folder(options) / "samples.png"
     judge = None if options.judge is None else load_checkpoint(options.judge)
     oracle = None if options.oracle is None else load_oracle(options.oracle)
-    scenes_asked = scenes.sample(_SCENES_IN_LOG, size=8, seed=4_000_003 + options.trainer.seed, holdout="any")
     chosen = Sampling(guidance_scale=2.0 if options.caption_dropout else 1.0)
 
     def evaluate(model: Any) -> dict[str, float]:
@@ -328,7 +327,8 @@ def _samples(options: DALLEOptions, batches: TokenBatches) -> Any:
             rows = embed_images(judge, resized(drawn.flatten(0, 1), judge.preprocess.size)) * embed_texts(judge, texts)
             figures["clip_score"] = float(rows.sum(-1).mean())
         if oracle is not None:
-            figures |= oracle_figures(model, oracle, scenes_asked, guidance_scale=chosen.guidance_scale)
+            asked = scenes.sample(_SCENES_IN_LOG, size=8, seed=4_000_003 + options.trainer.seed, holdout="any")
+            figures |= oracle_figures(model, oracle, asked, guidance_scale=chosen.guidance_scale)
         return figures
 
     return evaluate
