@@ -142,14 +142,20 @@ class ViewTransform:
         # On a CPU as many pictures at a time as its caches hold from one operation to the next: with 512 at once the
         # same takes two to three times as long.
         part = max(4, _PIXELS_AT_ONCE // self.size**2) if images.device.type == "cpu" else max(1, count)
-        for place, recipe in enumerate(self.recipes):
-            drawn = sample_views(count, height, width, recipe, self.generator, images.device)
-            rows, columns = self._crop(drawn.box, drawn.flip, height, width, self.size)
-            for parts in _split((views[place], images, *rows, *columns, *drawn.colours()), part):
-                self._make(normalized, *parts)
+        drawn = []
+        for view, recipe in zip(views, self.recipes, strict=True):
+            sampled = sample_views(count, height, width, recipe, self.generator, images.device)
+            rows, columns = self._crop(sampled.box, sampled.flip, height, width, self.size)
+            drawn.append(_split((view, *rows, *columns, *sampled.colours()), part))
+        for pixels, *parts in zip(images.split(part), *drawn, strict=True):
+            # Once for all views. Compiled, a CPU without AVX-512 loads eight bytes through memory, at the price of all
+            # that is done to them in one blend of colours.
+            pixels = pixels.float()
+            for view_parts in parts:
+                self._make(normalized, pixels, *view_parts)
         return views
 
-    def _make_views(self, normalized: bool, out: Tensor, images: Tensor, *drawn: Any) -> None:
+    def _make_views(self, normalized: bool, images: Tensor, out: Tensor, *drawn: Any) -> None:
         """drawn: rows, columns and colours, as plain tensors, for dozens of small calls a batch have to cost little."""
         views = _coloured(_cropped(on_white(images), _Lines(*drawn[:2]), _Lines(*drawn[2:4])), *drawn[4:]).mT
         out.copy_(self.preprocess.standardize(views) if normalized else views)
@@ -160,7 +166,7 @@ def _split(tensors: Sequence[Tensor | None], part: int) -> Iterator[tuple[Any, .
 
 
 def on_white(images: Tensor) -> Tensor:
-    """uint8 (B, 3 or 4, H, W) -> float (B, 3, H, W) in 0..1, transparency on white."""
+    """(B, 3 or 4, H, W) in 0..255 -> float (B, 3, H, W) in 0..1, transparency on white."""
     pixels = images.float() * (1 / 255)  # a division takes a vector unit ten times as long
     if images.shape[1] == 3:
         return pixels
@@ -264,22 +270,30 @@ def _cropped(pixels: Tensor, rows: _Lines, columns: _Lines) -> Tensor:
     turning the picture back at the end would cost as much as a resampling."""
     half = _resampled(pixels.transpose(1, 2), rows)
     turned = torch.stack([half[:, :, channel].mT for channel in range(3)], 2)
-    return _resampled(turned, columns).transpose(1, 2).clamp(0, 1)
+    return _resampled(turned, columns).transpose(1, 2)
 
 
 def _resampled(lines: Tensor, of: _Lines) -> Tensor:
     """(B, N, C, M) -> (B, size, C, M)."""
     batch = torch.arange(len(lines), device=lines.device)[:, None]
-    parts = [of.shares[:, tap, :, None, None] * lines[batch, of.numbers[:, tap]] for tap in range(of.numbers.shape[1])]
-    return sum(parts[1:], parts[0])
+    shares = of.shares[..., None, None]
+    total = shares[:, 0] * lines[batch, of.numbers[:, 0]]
+    for tap in range(1, of.numbers.shape[1]):
+        total = torch.addcmul(total, shares[:, tap], lines[batch, of.numbers[:, tap]])
+    return total
+
+
+_Planes = tuple[Tensor, Tensor, Tensor]  # red, green, blue, (B, S, S) each: apart, one sweep makes a blend and a mean
 
 
 def _coloured(
     views: Tensor, factors: Tensor, order: Tensor, gray: Tensor, sigma: Tensor | None, solarize: Tensor | None
 ) -> Tensor:
     """All that follows the crop. (B, 3, S, S) in 0..1 -> the same."""
-    views = _jitter(views, factors, order)
-    views = torch.where(gray[:, None, None, None], _luma(views)[:, None], views)
+    red, green, blue = views.unbind(1)
+    planes = _jitter((red, green, blue), factors, order)
+    luma = _luma(planes)
+    views = torch.stack([torch.where(gray[:, None, None], luma, plane) for plane in planes], 1)
     if sigma is not None:
         views = _blur(views, sigma)
     if solarize is not None:
@@ -287,13 +301,12 @@ def _coloured(
     return views
 
 
-def _luma(views: Tensor) -> Tensor:
-    """(B, 3, S, S) -> (B, S, S)."""
-    red, green, blue = views.unbind(1)
-    return _LUMA[0] * red + _LUMA[1] * green + _LUMA[2] * blue
+def _luma(planes: _Planes) -> Tensor:
+    red, green, blue = planes
+    return (_LUMA[0] * red).add(green, alpha=_LUMA[1]).add(blue, alpha=_LUMA[2])
 
 
-def _jitter(views: Tensor, factors: Tensor, order: Tensor) -> Tensor:
+def _jitter(planes: _Planes, factors: Tensor, order: Tensor) -> _Planes:
     """Brightness, contrast, saturation and hue, each picture in its own order.
 
     The first three blend a picture with black, with its mean grey and with its grey, and differ in nothing else. So
@@ -304,11 +317,11 @@ def _jitter(views: Tensor, factors: Tensor, order: Tensor) -> Tensor:
     of_hue = (order == _HUE).long().argmax(1, keepdim=True)
     before, after = (_blends(factors, order, active) for active in (place < of_hue, place > of_hue))
     for position in range(3):
-        views = _blend(views, before[:, position])
-    views = _turn_hue(views, factors[:, _HUE])
+        planes = _blend(planes, before[:, position])
+    planes = _turn_hue(planes, factors[:, _HUE])
     for position in range(1, 4):
-        views = _blend(views, after[:, position])
-    return views
+        planes = _blend(planes, after[:, position])
+    return planes
 
 
 def _blends(factors: Tensor, order: Tensor, active: Tensor) -> Tensor:
@@ -317,21 +330,22 @@ def _blends(factors: Tensor, order: Tensor, active: Tensor) -> Tensor:
     return torch.stack([kept, (1 - kept) * (order == _SATURATION), (1 - kept) * (order == _CONTRAST)], 2)
 
 
-def _blend(views: Tensor, shares: Tensor) -> Tensor:
+def _blend(planes: _Planes, shares: Tensor) -> _Planes:
     kept, of_gray, of_mean = shares[:, :, None, None].unbind(1)
-    gray = _luma(views)
-    added = of_gray * gray + of_mean * gray.mean((1, 2), keepdim=True)
-    return torch.stack([(kept * plane + added).clamp(0, 1) for plane in views.unbind(1)], 1)
+    gray = _luma(planes)
+    added = torch.addcmul(of_mean * gray.mean((1, 2), keepdim=True), of_gray, gray)
+    red, green, blue = (torch.addcmul(added, kept, plane).clamp(0, 1) for plane in planes)
+    return red, green, blue
 
 
-def _turn_hue(views: Tensor, turns: Tensor) -> Tensor:
+def _turn_hue(planes: _Planes, turns: Tensor) -> _Planes:
     """HSV with the hue moved by `turns` (B,) of the circle.
 
     A channel is V - V S max(0, min(k, 4 - k, 1)) with k = (n + 6 H) mod 6 and n = 5, 3, 1 for red, green and blue,
     which is HSV without its six cases.
     """
-    red, green, blue = views.unbind(1)
-    value, low = views.amax(1), views.amin(1)
+    red, green, blue = planes
+    value, low = red.maximum(green).maximum(blue), red.minimum(green).minimum(blue)
     chroma = value - low
     is_red, is_green = value == red, value == green
     difference = torch.where(is_red, green - blue, torch.where(is_green, blue - red, red - green))
@@ -343,7 +357,7 @@ def _turn_hue(views: Tensor, turns: Tensor) -> Tensor:
         k = k - 6 * (k * (1 / 6)).floor()  # several times as fast as a remainder, which becomes a call of fmod
         return value - chroma * (2 - (k - 2).abs()).clamp(0, 1)
 
-    return torch.stack([channel(5), channel(3), channel(1)], 1)
+    return channel(5), channel(3), channel(1)
 
 
 def _blur(views: Tensor, sigma: Tensor) -> Tensor:
