@@ -6,7 +6,7 @@ DATA ?= data
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: serve test format train-demo torture bench-training bench-generation clean
+.PHONY: serve test format train-demo torture bench-training bench-generation bench-search clean
 
 serve: .venv/.serve
 	$(BIN)/semblance serve --demo --host $(HOST) --port $(PORT) --data $(DATA)
@@ -37,6 +37,9 @@ torture: .venv/.test
 # In an environment of its own, so that what is compared with is never among what is served or trained with.
 bench-training: .venv-bench/.done
 	.venv-bench/bin/python tests/benchmarks/bench_training.py
+
+bench-search: .venv/.test
+	$(BIN)/python tests/benchmarks/bench_search.py
 
 bench-generation: .venv-bench/.done
 	.venv-bench/bin/python tests/benchmarks/bench_generation.py

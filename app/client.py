@@ -11,7 +11,8 @@ from typing import Any
 
 import httpx
 
-from app.collections import Collections, lock_note
+from app.collections import Collections
+from app.locking import lock_note
 from app.settings import Settings
 from models.errors import SemblanceError, StorageError
 

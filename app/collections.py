@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import re
 import threading
@@ -18,12 +17,15 @@ import apsw
 import numpy as np
 from numpy.typing import NDArray
 
+from app import snapshots
 from app.database import Database, rows
-from app.index import Ids, VectorIndex, Vectors, make_index
+from app.index import Ids, SharedSearch, VectorIndex, Vectors, make_index
+from app.locking import lock
 from app.pictures import Pictures
 from models.errors import ConflictError, InputError, NotFoundError, StorageError
 
 Kind = Literal["image", "text"]
+_SNAPSHOTS = "index"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -81,7 +83,7 @@ class Collections:
         """note: what the lock file tells others about this process, such as its address."""
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = _lock(self.folder, note)
+        self._lock = lock(self.folder, note)
         try:
             self._database = Database(self.folder / "store.db")
             self._pictures = Pictures(self.folder / "pictures")
@@ -112,7 +114,7 @@ class Collections:
         """
         if not NAME.fullmatch(name):
             raise InputError("a collection's name is 1 to 64 letters, digits, dots, dashes or underscores")
-        made = make_index(index, dimensions)
+        make_index(index, dimensions)  # a kind that cannot be made is refused before anything is written
 
         def change(connection: apsw.Connection) -> tuple[int, str] | None:
             for theirs, print_ in rows(connection, "SELECT model, fingerprint FROM collections WHERE name = ?", name):
@@ -130,9 +132,9 @@ class Collections:
 
         def after(made_now: tuple[int, str] | None) -> None:
             if made_now is not None:
-                opened = Collection(
-                    self._database, self._pictures, made_now[0], name, model, fingerprint, dimensions, made
-                )
+                key = made_now[0]
+                made = make_index(index, dimensions, snapshot=self._snapshot(key))
+                opened = Collection(self._database, self._pictures, key, name, model, fingerprint, dimensions, made)
                 with self._mutex:
                     self._open[name] = opened
 
@@ -141,7 +143,8 @@ class Collections:
 
     def delete(self, name: str) -> None:
         """Delete a collection and its items. Raises NotFoundError."""
-        key = self.get(name).key
+        collection = self.get(name)
+        key = collection.key
 
         def change(connection: apsw.Connection) -> list[str]:
             found = rows(connection, "SELECT DISTINCT picture FROM items WHERE collection = ? AND picture NOTNULL", key)
@@ -157,9 +160,13 @@ class Collections:
             self._pictures.remove(unused)
 
         self._database.write(change, after)
+        collection.close()
+        snapshots.remove(self._snapshot(key))
 
     def close(self) -> None:
         """Finish what was begun and let the folder go."""
+        for collection in self._open.values():
+            collection.close()
         self._database.close()
         self._lock.close()
 
@@ -172,22 +179,25 @@ class Collections:
         self.close()
 
     def _load(self) -> None:
-        """Build every index from the stored vectors and drop pictures that no item has: what a crash left over."""
+        """Make every index of the stored vectors; drop pictures and snapshots that nothing has: what a crash left."""
         with self._database.read() as connection:
             known = "SELECT key, name, model, fingerprint, dimensions, kind FROM collections"
             for key, name, model, fingerprint, dimensions, kind in rows(connection, known):
-                index = make_index(kind, dimensions)
                 stored = rows(
                     connection, "SELECT row, vector FROM vectors JOIN items USING (row) WHERE collection = ?", key
                 )
-                if stored:
-                    ids = np.array([row for row, _ in stored], np.int64)
-                    index.add(ids, _vectors([blob for _, blob in stored], dimensions, self._database.file))
+                ids = np.array([row for row, _ in stored], np.int64)
+                vectors = _vectors([blob for _, blob in stored], dimensions, self._database.file)
+                index = make_index(kind, dimensions, ids, vectors, self._snapshot(key))
                 self._open[name] = Collection(
                     self._database, self._pictures, key, name, model, fingerprint, dimensions, index
                 )
             kept = rows(connection, "SELECT DISTINCT picture FROM items WHERE picture NOTNULL")
             self._pictures.keep_only({row[0] for row in kept})
+        snapshots.keep_only([self._snapshot(each.key) for each in self._open.values()], self.folder / _SNAPSHOTS)
+
+    def _snapshot(self, key: int) -> Path:
+        return self.folder / _SNAPSHOTS / str(key)
 
 
 class Collection:
@@ -206,6 +216,11 @@ class Collection:
     ) -> None:
         self.key, self.name, self.model, self.fingerprint, self.dimensions = key, name, model, fingerprint, dimensions
         self._database, self._pictures, self._index = database, pictures, index
+        self._searches = SharedSearch(index)
+
+    def close(self) -> None:
+        """Stop what its index does in the background."""
+        self._index.close()
 
     def info(self) -> CollectionInfo:
         """What it is and how much it holds."""
@@ -335,7 +350,7 @@ class Collection:
         spare = 0
         while True:
             allowed = self._allowed(target, filters)
-            hits = self._index.search(query, k + offset + spare, allowed)[0]
+            hits = self._searches.search(query, k + offset + spare, allowed)[0]
             items = self._items([hit.id for hit in hits])
             found = [SearchHit(items[hit.id], hit.score) for hit in hits if hit.id in items]
             # Rows that are being replaced or deleted are not among the items; others shall have their places.
@@ -421,28 +436,3 @@ def _vectors(blobs: Sequence[bytes], dimensions: int, file: Path) -> Vectors:
     if any(len(blob) != 4 * dimensions for blob in blobs):
         raise StorageError(f"{file} is damaged: a vector is not {dimensions} numbers long; restore it from a backup")
     return np.frombuffer(b"".join(blobs), "<f4").reshape(-1, dimensions).astype(np.float32)
-
-
-def _lock(folder: Path, note: str) -> Any:
-    """Hold the folder until the returned file is closed or the process ends, however it ends."""
-    file = (folder / "lock").open("a+", encoding="utf-8")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        file.close()
-        holder = lock_note(folder)
-        raise StorageError(
-            f"{folder} is in use by another process{f' ({holder})' if holder else ''}: stop it, or use another folder"
-        ) from error
-    file.truncate(0)
-    file.write(note)
-    file.flush()
-    return file
-
-
-def lock_note(folder: Path) -> str:
-    """What the process that has the folder open says of itself; empty if it says nothing."""
-    try:
-        return (folder / "lock").read_text(encoding="utf-8").strip()
-    except OSError:
-        return ""

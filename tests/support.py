@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -186,3 +187,9 @@ def interrupted_after(steps: int) -> Iterator[None]:
         patch.setattr(Trainer, "_step", watched)
         with pytest.raises(KeyboardInterrupt):
             yield
+
+
+def unit_rows(count: int, seed: int = 0, size: int = 8) -> np.ndarray:
+    """Random directions, float32 (count, size)."""
+    rows = np.random.default_rng(seed).standard_normal((count, size)).astype(np.float32)
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)

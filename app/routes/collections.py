@@ -34,7 +34,8 @@ MAX_METADATA = 16_384  # bytes of an item's metadata as JSON
 
 
 class CollectionRequest(Body):
-    """model: whose vectors it will hold (default: the first that takes text). index: auto or flat."""
+    """model: whose vectors it will hold (default: the first that takes text). index: flat (exact), hnsw (a graph
+    says where to look), ivfpq (short codes do), or auto, from the first to the last as it grows."""
 
     model: str | None = None
     index: str = "auto"

@@ -1,4 +1,4 @@
-"""The index and the store: exact, all or nothing, durable under kill -9, one process at a time."""
+"""The store: all or nothing, durable under kill -9, one process at a time."""
 
 from __future__ import annotations
 
@@ -14,52 +14,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support import unit_rows
 
 from app.collections import Collection, Collections, NewItem
-from app.index import ExactIndex, FaissIndex, VectorIndex, make_index
 from models.errors import ConflictError, InputError, NotFoundError, StorageError
-
-
-def _unit(count: int, seed: int = 0, size: int = 8) -> np.ndarray:
-    rows = np.random.default_rng(seed).standard_normal((count, size)).astype(np.float32)
-    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
-
-
-@pytest.mark.parametrize("kind", [FaissIndex, ExactIndex])
-def test_an_index_agrees_with_a_loop_through_adds_removes_and_filters(kind: type[VectorIndex]) -> None:
-    index, known = kind(8), dict[int, np.ndarray]()  # type: ignore[call-arg]
-    rng = random.Random(0)
-    vectors, queries = _unit(300), _unit(20, 1)
-    for step in range(30):
-        fresh = list(range(step * 10, step * 10 + 10))
-        index.add(np.array(fresh), vectors[fresh])
-        known |= {i: vectors[i] for i in fresh}
-        gone = rng.sample(sorted(known), min(len(known), rng.randrange(6)))
-        index.remove(np.array([*gone, 99_999], np.int64))
-        for i in gone:
-            del known[i]
-        allowed = None if step % 2 else rng.sample(sorted(known), len(known) // 2)
-        k = rng.choice([1, 5, 1000])
-        found = index.search(queries, k, None if allowed is None else np.array(allowed))
-        for query, hits in zip(queries, found, strict=True):
-            choice = known if allowed is None else allowed
-            expected = sorted(choice, key=lambda i: (-float(known[i] @ query), i))[:k]
-            assert [hit.id for hit in hits] == expected
-            assert [hit.score for hit in hits] == pytest.approx([float(known[i] @ query) for i in expected], abs=1e-5)
-    assert len(index) == len(known)
-
-
-@pytest.mark.parametrize("kind", [FaissIndex, ExactIndex])
-def test_an_empty_index_and_wrong_vectors(kind: type[VectorIndex]) -> None:
-    index = kind(8)  # type: ignore[call-arg]
-    assert index.search(_unit(2), 3) == [[], []]
-    assert index.search(_unit(1), 3, np.array([], np.int64)) == [[]]
-    with pytest.raises(InputError, match="expected"):
-        index.add(np.array([1]), _unit(1, size=4))
-    with pytest.raises(InputError, match="finite"):
-        index.search(np.full((1, 8), np.nan, np.float32), 1)
-    with pytest.raises(InputError, match="auto, flat"):
-        make_index("hnsw", 8)
 
 
 @pytest.fixture
@@ -72,7 +30,7 @@ def _create(collections: Collections, name: str = "c") -> Collection:
 
 
 def _item(i: int, **changes: object) -> NewItem:
-    values = {"kind": "image", "vector": _unit(1, i)[0], "id": f"i{i}", "picture": b"picture %d" % (i % 3)}
+    values = {"kind": "image", "vector": unit_rows(1, i)[0], "id": f"i{i}", "picture": b"picture %d" % (i % 3)}
     return NewItem(**(values | {"caption": f"c{i}", "metadata": {"i": i}} | changes))  # type: ignore[arg-type]
 
 
@@ -80,13 +38,13 @@ def test_everything_is_there_after_a_restart(store: Path) -> None:
     with Collections(store) as collections:
         made = _create(collections)
         assert made.add([_item(i) for i in range(20)]) == [f"i{i}" for i in range(20)]
-        made.add([_item(3, vector=_unit(1, 100)[0], caption="new")])
+        made.add([_item(3, vector=unit_rows(1, 100)[0], caption="new")])
         made.delete("i7")
-        before = [(hit.item, hit.score) for hit in made.search(_unit(1, 5)[0], 100)]
+        before = [(hit.item, hit.score) for hit in made.search(unit_rows(1, 5)[0], 100)]
         info = made.info()
     with Collections(store) as collections:
         again = collections.get("c")
-        assert [(hit.item, hit.score) for hit in again.search(_unit(1, 5)[0], 100)] == before
+        assert [(hit.item, hit.score) for hit in again.search(unit_rows(1, 5)[0], 100)] == before
         assert again.info() == info
         assert again.info().count == 19
         assert again.get("i3").caption == "new"
@@ -144,9 +102,9 @@ def test_a_replaced_item_is_never_missed(store: Path) -> None:
 
         def look() -> None:
             while not done.is_set():
-                if {hit.item.id for hit in made.search(_unit(1)[0], 10)} != {"i1", "i2"}:
+                if {hit.item.id for hit in made.search(unit_rows(1)[0], 10)} != {"i1", "i2"}:
                     missed.append(1)
-                if [hit.item.id for hit in made.search(_unit(1, 1)[0], 1)] != ["i1"]:
+                if [hit.item.id for hit in made.search(unit_rows(1, 1)[0], 1)] != ["i1"]:
                     missed.append(2)
 
         reader = threading.Thread(target=look)
@@ -236,7 +194,7 @@ def test_add_delete_and_search_at_once(store: Path) -> None:
         def look() -> None:
             while not done.is_set():
                 gone = set(deleted)
-                found = {hit.item.id for hit in made.search(_unit(1)[0], 1000)}
+                found = {hit.item.id for hit in made.search(unit_rows(1)[0], 1000)}
                 assert not found & gone
 
         def guarded(work: object, *args: object) -> None:
@@ -267,7 +225,7 @@ def test_a_full_disk_refuses_the_write_keeps_searching_and_recovers(store: Path)
         connection.pragma("max_page_count", connection.pragma("page_count") + 1)
         with pytest.raises(StorageError, match="nothing of it kept"):
             made.add([_item(i, metadata={"long": "x" * 8000}) for i in range(2, 60)])
-        assert [hit.item.id for hit in made.search(_unit(1, 1)[0], 10)] == ["i1"]
+        assert [hit.item.id for hit in made.search(unit_rows(1, 1)[0], 10)] == ["i1"]
         connection.pragma("max_page_count", 1 << 20)
         made.add([_item(2)])
         assert made.info().count == 2
@@ -320,7 +278,7 @@ def kill_round(store: Path, rng: random.Random, added: set[int], deleted: set[in
         assert made.info().count == len(there)
         for each in rng.sample(sorted(there), min(20, len(there))):
             assert made.picture(each).decode() == each
-        hits = made.search(_unit(1)[0], 1_000_000)
+        hits = made.search(unit_rows(1)[0], 1_000_000)
         assert {hit.item.id for hit in hits} == there.keys()
         return max(steps | added, default=start) + 1
 

@@ -1,0 +1,37 @@
+"""One process at a time has a data folder open, and says who it is."""
+
+from __future__ import annotations
+
+import fcntl
+from pathlib import Path
+from typing import TextIO
+
+from models.errors import StorageError
+
+
+def lock(folder: Path, note: str) -> TextIO:
+    """Hold the folder until the returned file is closed or the process ends, however it ends.
+
+    Raises StorageError, naming the process that has it.
+    """
+    file = (folder / "lock").open("a+", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        holder = lock_note(folder)
+        raise StorageError(
+            f"{folder} is in use by another process{f' ({holder})' if holder else ''}: stop it, or use another folder"
+        ) from error
+    file.truncate(0)
+    file.write(note)
+    file.flush()
+    return file
+
+
+def lock_note(folder: Path) -> str:
+    """What the process that has the folder open says of itself; empty if it says nothing."""
+    try:
+        return (folder / "lock").read_text(encoding="utf-8").strip()
+    except OSError:
+        return ""

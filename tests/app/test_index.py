@@ -1,0 +1,333 @@
+"""Indexes: exact where they say so, near to it and complete where FAISS narrows them, and nothing deleted ever back."""
+
+from __future__ import annotations
+
+import json
+import random
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support import unit_rows
+
+from app import index as indexes
+from app.collections import Collections, NewItem
+from app.index import ExactIndex, GrowingIndex, SharedSearch, VectorIndex, make_index
+from models.errors import InputError
+
+SIZE = 32
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs from some hundred vectors on."""
+    monkeypatch.setattr(indexes, "_BUILD", 50)
+    monkeypatch.setattr(indexes, "_LEAST", {"hnsw": 200, "ivfpq": 2_000})
+    monkeypatch.setattr(indexes, "_AUTO", {"ivfpq": 2_500, "hnsw": 500})
+
+
+def _built(kind: str, vectors: np.ndarray, snapshot: Path | None = None) -> GrowingIndex:
+    index = make_index(kind, vectors.shape[1], np.arange(len(vectors)), vectors, snapshot)
+    assert isinstance(index, GrowingIndex)
+    index.wait()
+    return index
+
+
+def _ids(index: VectorIndex, query: np.ndarray, k: int, allowed: np.ndarray | None = None) -> list[int]:
+    return [hit.id for hit in index.search(query[None], k, allowed)[0]]
+
+
+def test_an_exact_index_agrees_with_a_loop_through_adds_removes_and_filters(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(indexes, "_BLOCK", 64)  # so that several blocks are put together
+    index, known = ExactIndex(8), dict[int, np.ndarray]()
+    rng = random.Random(0)
+    vectors, queries = unit_rows(300), unit_rows(20, 1)
+    for step in range(30):
+        fresh = list(range(step * 10, step * 10 + 10))
+        index.add(np.array(fresh), vectors[fresh])
+        known |= {i: vectors[i] for i in fresh}
+        gone = rng.sample(sorted(known), min(len(known), rng.randrange(6)))
+        index.remove(np.array([*gone, 99_999], np.int64))
+        for i in gone:
+            del known[i]
+        allowed = None if step % 2 else rng.sample(sorted(known), len(known) // 2)
+        k = rng.choice([1, 5, 1000])
+        found = index.search(queries, k, None if allowed is None else np.array(allowed))
+        for query, hits in zip(queries, found, strict=True):
+            choice = known if allowed is None else allowed
+            expected = sorted(choice, key=lambda i: (-float(known[i] @ query), i))[:k]
+            assert [hit.id for hit in hits] == expected
+            assert [hit.score for hit in hits] == pytest.approx([float(known[i] @ query) for i in expected], abs=1e-5)
+    assert len(index) == len(known)
+
+
+def test_equal_scores_come_by_id_wherever_the_cut_is() -> None:
+    index = ExactIndex(8)
+    same = np.repeat(unit_rows(1), 40, 0)
+    index.add(np.random.default_rng(0).permutation(40), same)
+    for k in (1, 7, 39, 100):
+        assert _ids(index, same[0], k) == list(range(min(k, 40)))
+
+
+@pytest.mark.parametrize("kind", ["flat", "auto", "hnsw", "ivfpq"])
+def test_an_empty_index_and_wrong_vectors(kind: str) -> None:
+    index = make_index(kind, 8)
+    assert index.search(unit_rows(2), 3) == [[], []]
+    assert index.search(unit_rows(1), 3, np.array([], np.int64)) == [[]]
+    with pytest.raises(InputError, match="expected"):
+        index.add(np.array([1]), unit_rows(1, size=4))
+    with pytest.raises(InputError, match="finite"):
+        index.search(np.full((1, 8), np.nan, np.float32), 1)
+    assert (len(index), index.kind) == (0, "flat")
+    with pytest.raises(InputError, match="auto, flat, hnsw, ivfpq"):
+        make_index("annoy", 8)
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize(("kind", "recall"), [("hnsw", 0.99), ("ivfpq", 0.9)])
+def test_what_a_graph_finds_is_there_allowed_exactly_scored_complete_and_nearly_the_best(
+    kind: str, recall: float
+) -> None:
+    rng = np.random.default_rng(2)
+    centres = rng.integers(0, 60, 3040)  # in clusters, as what people have is
+    everything = unit_rows(60, 0, SIZE)[centres] + 0.7 * unit_rows(3040, 1, SIZE)
+    everything /= np.linalg.norm(everything, axis=1, keepdims=True)
+    vectors, late, queries = everything[:3000], everything[3000:], unit_rows(60, 0, SIZE)[:40]
+    index = _built(kind, vectors)
+    assert index.kind == kind
+    removed = rng.permutation(3000)[:600]
+    index.remove(removed)
+    index.add(np.arange(3000, 3040), late)
+    known = dict(enumerate(everything))
+    for each in removed.tolist():
+        del known[each]
+    exact = make_index("flat", SIZE, np.array(list(known)), np.array(list(known.values())))
+    for allowed in (None, rng.permutation(list(known))[:1500], rng.permutation(list(known))[:20]):
+        for k in (1, 10, 100, 5000):
+            right = total = 0
+            for query, hits, best in zip(
+                queries, index.search(queries, k, allowed), exact.search(queries, k, allowed), strict=True
+            ):
+                ids = [hit.id for hit in hits]
+                assert len(set(ids)) == len(ids) == len(best)
+                assert set(ids) <= (known.keys() if allowed is None else set(allowed.tolist()))
+                assert [hit.score for hit in hits] == pytest.approx([float(known[i] @ query) for i in ids], abs=1e-5)
+                assert hits == sorted(hits, key=lambda hit: (-hit.score, hit.id))
+                right += len(set(ids) & {hit.id for hit in best})
+                total += len(best)
+            assert right >= recall * total, f"k {k}, {None if allowed is None else len(allowed)} allowed"
+    assert all(_ids(index, vector, 1) == [3000 + place] for place, vector in enumerate(late))
+
+
+@pytest.mark.usefixtures("small")
+def test_auto_goes_from_one_kind_to_the_next_and_back_and_misses_nothing_on_the_way() -> None:
+    index, vectors = make_index("auto", SIZE), unit_rows(3000, 0, SIZE)
+    assert isinstance(index, GrowingIndex)
+    kinds = []
+    for start in range(0, 3000, 100):
+        ids = np.arange(start, start + 100)
+        index.add(ids, vectors[ids])
+        assert all(_ids(index, vectors[each], 1) == [each] for each in ids[::10].tolist())  # while it is built
+        index.wait()
+        kinds.append(index.kind)
+    assert list(dict.fromkeys(kinds)) == ["flat", "hnsw", "ivfpq"]
+    index.remove(np.arange(2900))
+    index.wait()
+    assert (index.kind, len(index)) == ("flat", 100)
+    assert sorted(_ids(index, vectors[0], 1000)) == list(range(2900, 3000))
+
+
+@pytest.mark.usefixtures("small")
+def test_what_is_added_and_removed_while_a_graph_is_built_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    vectors, begun, go_on = unit_rows(600, 0, SIZE), threading.Event(), threading.Event()
+    empty = indexes._empty
+
+    def slow(*args: object) -> object:
+        begun.set()
+        assert go_on.wait(30)
+        return empty(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(indexes, "_empty", slow)
+    index = make_index("hnsw", SIZE, np.arange(500), vectors[:500])
+    assert isinstance(index, GrowingIndex)
+    assert begun.wait(30)
+    index.remove(np.arange(0, 500, 2))
+    index.add(np.arange(500, 600), vectors[500:])
+    assert _ids(index, vectors[550], 1) == [550]
+    go_on.set()
+    index.wait()
+    assert index.kind == "hnsw"
+    left = {*range(1, 500, 2), *range(500, 600)}
+    assert set(_ids(index, vectors[0], 1000)) == left
+    assert all((_ids(index, vectors[each], 1) == [each]) is (each in left) for each in range(0, 600, 7))
+
+
+@pytest.mark.usefixtures("small")
+def test_a_graph_that_cannot_be_built_leaves_searches_exact(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*args: object) -> None:
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(indexes, "_empty", fail)
+    vectors = unit_rows(300, 0, SIZE)
+    index = _built("hnsw", vectors)
+    assert index.kind == "flat"
+    assert "stay exact" in caplog.text
+    index.add(np.array([300]), unit_rows(1, 9, SIZE))
+    assert _ids(index, vectors[7], 1) == [7]
+
+
+@pytest.fixture
+def building(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The kinds that were built from nothing."""
+    built, empty = [], indexes._empty
+
+    def counted(kind: str, exact: ExactIndex, ids: np.ndarray) -> object:
+        built.append(kind)
+        return empty(kind, exact, ids)
+
+    monkeypatch.setattr(indexes, "_empty", counted)
+    return built
+
+
+@pytest.mark.usefixtures("small")
+def test_a_snapshot_saves_the_building_and_forgets_what_was_deleted_since(tmp_path: Path, building: list[str]) -> None:
+    vectors, place = unit_rows(500, 0, SIZE), tmp_path / "index" / "1"
+    _built("hnsw", vectors, place).close()
+    assert building == ["hnsw"]
+    left = np.arange(30, 500)  # what went and came between the snapshot and the end is told by the store
+    index = make_index(
+        "hnsw", SIZE, np.append(left, 500), np.concatenate([vectors[left], unit_rows(1, 5, SIZE)]), place
+    )
+    assert (index.kind, building) == ("hnsw", ["hnsw"])
+    assert _ids(index, unit_rows(1, 5, SIZE)[0], 1) == [500]
+    assert not {*_ids(index, vectors[3], 20)} & set(range(30))
+    assert all(_ids(index, vectors[each], 1) == [each] for each in range(30, 500, 9))
+    index.close()
+
+
+def _flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def _cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-10])
+
+
+def _forget(file: Path) -> None:
+    file.unlink()
+
+
+def _newer(file: Path) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"format": 99}))
+
+
+def _empty_json(file: Path) -> None:
+    file.write_text("{}")
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize(
+    ("suffix", "damage"),
+    [(suffix, damage) for suffix in (".faiss", ".npy") for damage in (_flip, _cut, _forget)]
+    + [(".json", damage) for damage in (_cut, _newer, _empty_json)],
+)
+def test_a_damaged_snapshot_is_noticed_dropped_and_made_again(
+    tmp_path: Path, building: list[str], caplog: pytest.LogCaptureFixture, suffix: str, damage: Callable[[Path], None]
+) -> None:
+    """Row 37."""
+    vectors, place = unit_rows(300, 0, SIZE), tmp_path / "1"
+    _built("hnsw", vectors, place).close()
+    damage(place.with_suffix(suffix))
+    index = _built("hnsw", vectors, place)
+    assert "dropped and will be built again" in caplog.text
+    assert (index.kind, building) == ("hnsw", ["hnsw", "hnsw"])
+    assert all(_ids(index, vectors[each], 1) == [each] for each in range(0, 300, 9))
+    make_index("hnsw", SIZE, np.arange(300), vectors, place).close()
+    assert len(building) == 2  # the new one is whole
+
+
+@pytest.mark.usefixtures("small")
+def test_a_snapshot_of_another_store_is_dropped(
+    tmp_path: Path, building: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """As after the database alone was restored from a backup, and went on with numbers that it had given before."""
+    vectors, place = unit_rows(300, 0, SIZE), tmp_path / "1"
+    _built("hnsw", vectors, place).close()
+    vectors[290] = unit_rows(1, 8, SIZE)[0]
+    index = _built("hnsw", vectors, place)
+    assert "other vectors" in caplog.text
+    assert building == ["hnsw", "hnsw"]
+    assert _ids(index, vectors[290], 1) == [290]
+
+
+def test_searches_that_meet_are_made_as_one_and_each_has_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    vectors, index = unit_rows(200), ExactIndex(8)
+    index.add(np.arange(200), vectors)
+    begun, go_on, sizes = threading.Event(), threading.Event(), []
+    exact = index.search
+
+    def slow(queries: np.ndarray, k: int, allowed: np.ndarray | None = None) -> list[list[indexes.Hit]]:
+        sizes.append(len(queries))
+        begun.set()
+        assert go_on.wait(30)
+        return exact(queries, k, allowed)
+
+    monkeypatch.setattr(index, "search", slow)
+    shared, found = SharedSearch(index), dict[int, list[int]]()
+
+    def search(each: int) -> None:
+        found[each] = [hit.id for hit in shared.search(vectors[[each]], each % 3 + 1)[0]]
+
+    threads = [threading.Thread(target=search, args=(each,)) for each in range(20)]
+    threads[0].start()
+    assert begun.wait(30)
+    for thread in threads[1:]:
+        thread.start()
+    while len(shared._asked) < 19:
+        pass
+    go_on.set()
+    for thread in threads:
+        thread.join()
+    assert sizes == [1, 19]
+    for each, ids in found.items():
+        assert ids == [hit.id for hit in exact(vectors[[each]], each % 3 + 1)[0]]
+
+
+def test_a_search_that_fails_fails_for_all_that_shared_it_and_the_next_goes_through() -> None:
+    index = ExactIndex(8)
+    index.add(np.arange(5), unit_rows(5))
+    shared = SharedSearch(index)
+    with pytest.raises(InputError, match="expected"):
+        shared.search(unit_rows(1, size=4), 1)
+    index._ids = None  # type: ignore[assignment]
+    with pytest.raises(TypeError):
+        shared.search(unit_rows(1), 1)
+    index._ids = np.arange(16)
+    assert len(shared.search(unit_rows(1), 3)[0]) == 3
+
+
+@pytest.mark.usefixtures("small")
+def test_a_collection_keeps_its_kind_and_its_snapshot_goes_with_it(tmp_path: Path, building: list[str]) -> None:
+    vectors = unit_rows(260, 0, SIZE)
+    with Collections(tmp_path) as collections:
+        made = collections.create("c", model="m", fingerprint="f", dimensions=SIZE, index="hnsw")
+        for start in range(0, 260, 52):
+            made.add([NewItem("text", vectors[i], f"i{i}", f"c{i}") for i in range(start, start + 52)])
+        made._index.wait()  # type: ignore[attr-defined]
+        made.delete("i7")
+        assert made.info().index == "hnsw"
+    (tmp_path / "index" / "99.faiss").write_text("of a collection that is no more")
+    with Collections(tmp_path) as collections:
+        made = collections.get("c")
+        assert (made.info().index, made.info().count, building) == ("hnsw", 259, ["hnsw"])
+        assert [made.search(vectors[i], 1)[0].item.id for i in (0, 100, 259)] == ["i0", "i100", "i259"]
+        assert "i7" not in {hit.item.id for hit in made.search(vectors[7], 300)}
+        assert {file.stem for file in (tmp_path / "index").iterdir()} == {str(made.key)}
+        collections.delete("c")
+        assert not list((tmp_path / "index").iterdir())
