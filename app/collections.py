@@ -6,7 +6,6 @@ import json
 import re
 import threading
 import uuid
-from collections.abc import Collection as Container
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 
 from app import snapshots
 from app.database import Database, rows
+from app.filters import Condition
 from app.index import Ids, SharedSearch, VectorIndex, Vectors, make_index
 from app.locking import lock
 from app.pictures import Pictures
@@ -338,13 +338,12 @@ class Collection:
         *,
         offset: int = 0,
         target: Literal["image", "text", "any"] = "any",
-        filters: Container[tuple[str, str]] = (),
+        filters: Sequence[Condition] = (),
         min_score: float = -1.0,
     ) -> list[SearchHit]:
         """The k nearest items after the first `offset`, best first. vector: (D,), any norm but 0.
 
-        filters: metadata that an item must have, all of them, values compared as text. Raises InputError for a vector
-        that is zero or not finite.
+        filters: all of which an item's metadata must pass. Raises InputError for a vector that is zero or not finite.
         """
         query = self._unit([vector])
         spare = 0
@@ -359,7 +358,7 @@ class Collection:
                 return [hit for hit in found[offset : offset + k] if hit.score >= min_score]
             spare = 2 * missing
 
-    def _allowed(self, target: str, filters: Iterable[tuple[str, str]]) -> Ids | None:
+    def _allowed(self, target: str, filters: Iterable[Condition]) -> Ids | None:
         """The rows a search may return, None for all of them."""
         with self._database.read() as connection:
             conditions = ["collection = ?"]
@@ -369,9 +368,9 @@ class Collection:
             ):
                 conditions.append("kind = ?")
                 values.append(target)
-            for key, value in filters:
-                conditions.append(_FILTER)
-                values += [key, value]
+            for condition, asked in (each.sql() for each in filters):
+                conditions.append(condition)
+                values += asked
             if len(conditions) == 1:
                 return None
             allowed = rows(connection, f"SELECT row FROM items WHERE {' AND '.join(conditions)}", *values)
@@ -413,9 +412,6 @@ class Collection:
 
 
 _ITEM = "id, kind, caption, metadata, picture"
-_FILTER = """EXISTS (SELECT 1 FROM json_each(items.metadata) AS entry WHERE entry.key = ? AND
-  CASE entry.type WHEN 'true' THEN 'true' WHEN 'false' THEN 'false' WHEN 'null' THEN 'null'
-  ELSE CAST(entry.value AS TEXT) END = ?)"""
 
 
 def _item(values: Sequence[Any]) -> Item:

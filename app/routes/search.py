@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import math
+import re
 import time
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import numpy as np
 from fastapi import APIRouter, Depends, Query
-from pydantic import BaseModel, BeforeValidator, Field
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 from starlette.responses import Response
 
 from app.engine import Array
+from app.filters import Condition, Sign
 from app.inputs import Body, Text, WeightedInput, as_list, body_of, check_inputs, request_body
 from app.service import Served, describe_item, json_response
 from models.errors import InputError
@@ -19,13 +23,38 @@ router = APIRouter(tags=["search"])
 Target = Literal["image", "text", "any"]
 
 
+Bound = Annotated[int, Field(ge=-(2**63), lt=2**63)] | float | Text
+
+
+class Filter(Body):
+    """in: any of these values. gte, gt, lte, lt: bounds, numbers for numbers and texts for texts, such as dates."""
+
+    key: Annotated[Text, Field(max_length=64)]
+    any_of: list[bool | Bound | None] | None = Field(None, alias="in", min_length=1, max_length=1000)
+    gte: Bound | None = None
+    gt: Bound | None = None
+    lte: Bound | None = None
+    lt: Bound | None = None
+
+    def condition(self) -> Condition:
+        """The same for the store. Raises InputError if it asks for nothing."""
+        texts = [each if isinstance(each, str) else json.dumps(each) for each in self.any_of or () if not _number(each)]
+        numbers = [each for each in self.any_of or () if _number(each)]
+        given: list[tuple[Sign, Any]] = [(">=", self.gte), (">", self.gt), ("<=", self.lte), ("<", self.lt)]
+        bounds = tuple((sign, bound) for sign, bound in given if bound is not None)
+        if not (texts or numbers or bounds):
+            raise InputError(f"filter {self.key[:80]!r} needs one of in, gte, gt, lte, lt")
+        return Condition(self.key, tuple(texts), tuple(numbers), bounds)  # type: ignore[arg-type]
+
+
 class Options(Body):
-    """target: kinds of items to return. filter: key:value, all of which an item's metadata must have."""
+    """target: kinds of items to return. filter: what their metadata must be, all of it: key:value, key>=number (also
+    >, <=, <; a text that is no number bounds texts), or {"key": ..., "in": [...]} with gte, gt, lte and lt."""
 
     k: int = Field(10, ge=1)
     collection: str | None = None
     target: Target = "any"
-    filter: Annotated[list[Text], BeforeValidator(as_list)] = Field(default_factory=list)
+    filter: Annotated[list[Text | Filter], BeforeValidator(as_list)] = Field(default_factory=list)
     min_score: float = Field(-1.0, ge=-1, le=1)
     offset: int = Field(0, ge=0)
 
@@ -93,7 +122,7 @@ async def _search(service: Served, query: list[WeightedInput], options: Options)
     for name, value, limit in (("k", options.k, service.settings.max_k), ("offset", options.offset, 100_000)):
         if value > limit:
             raise InputError(f"{name} is {value}, at most {limit} is served")
-    filters = [_filter(entry) for entry in options.filter]
+    filters = [_condition(entry) for entry in options.filter]
     collection = service.collection(options.collection)
     served = service.engine_of(collection)
     if not served.engine.takes_text and any(each.text is not None for each in query):
@@ -129,8 +158,31 @@ def _mixed(vectors: Array, query: list[WeightedInput]) -> Array:
     return (vector / norm).astype(np.float32)
 
 
-def _filter(entry: str) -> tuple[str, str]:
-    key, colon, value = entry.partition(":")
-    if not colon or not key:
-        raise InputError(f"filter {entry[:80]!r} must be key:value")
-    return key, value
+_WRITTEN = re.compile(r"([^:<>]+)(?:(:)(.*)|([<>]=?)((?!=).+))", re.DOTALL)
+
+
+def _condition(entry: str | Filter) -> Condition:
+    """One entry of `filter`, as it comes in a query or a body."""
+    if isinstance(entry, Filter):
+        return entry.condition()
+    if entry.startswith("{"):
+        try:
+            return Filter.model_validate_json(entry).condition()
+        except ValidationError as error:
+            raise InputError(f"filter {entry[:80]!r}: {error.errors()[0]['msg']}") from error
+    if (parts := _WRITTEN.fullmatch(entry)) is None:
+        raise InputError(f"filter {entry[:80]!r} must be key:value, key>=number or an object with key and in")
+    key, colon, value, sign, bound = parts.groups()
+    if colon:
+        return Condition(key, (value,))
+    try:
+        number = float(bound)
+    except ValueError:
+        return Condition(key, bounds=((cast(Sign, sign), bound),))
+    if not math.isfinite(number):
+        raise InputError(f"filter {entry[:80]!r}: a bound must be a finite number or a text")
+    return Condition(key, bounds=((cast(Sign, sign), number),))
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

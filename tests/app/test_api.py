@@ -188,6 +188,55 @@ def test_search_options(filled: TestClient) -> None:
     problem(filled.get("/search?q=a&filter=even"), 422, "key:value")
 
 
+def test_filters_by_value_by_bounds_and_by_one_of_several(filled: TestClient) -> None:
+    """What p0 to p5 have: even true or false, i 0 to 5."""
+    stored = [
+        {"id": "a", "text": "a", "metadata": {"year": 1999, "day": "2026-01-31", "colour": "red", "x": None}},
+        {"id": "b", "text": "b", "metadata": {"year": 2000.5, "day": "2026-02-01", "colour": "a:b", "x": 1}},
+        {"id": "c", "text": "c", "metadata": {"year": "2001", "day": 20260201, "colour": "red<blue", "x": True}},
+    ]
+    assert filled.post("/collections/default/items", json={"items": stored}).status_code == 200
+
+    def found(*entries: object) -> str:
+        """By query where that can say it, and always by JSON."""
+        asked = {"query": {"text": "a"}, "filter": list(entries), "k": 100}
+        ids = set(_ids(filled.post("/search", json=asked)))
+        written = [entry if isinstance(entry, str) else json.dumps(entry) for entry in entries]
+        assert set(_ids(filled.get("/search", params={"q": "a", "filter": written, "k": 100}))) == ids
+        return " ".join(sorted(ids))
+
+    assert found("i>=2", "i<4") == "p2 p3"
+    assert found("i>2.5") == "p3 p4 p5"
+    assert found("i<=0") == "p0"
+    assert found({"key": "i", "gte": 2, "lt": 4}) == "p2 p3"
+    assert found({"key": "i", "gt": 3, "lte": 9}, "even:true") == "p4"
+    assert found({"key": "i", "in": [1, 4.0, "5", 77]}) == "p1 p4 p5"
+    assert found("year>=1999") == "a b"  # a text is within no numbers
+    assert found({"key": "year", "gte": "2000"}) == "c"
+    assert found("year:2001") == "c"
+    assert found("day>=2026-02") == "b"
+    assert found("day<2026-02", "year<2000") == "a"
+    assert found("colour:a:b") == "b"
+    assert found("colour:red<blue") == "c"
+    assert found({"key": "colour", "in": ["red", "a:b"]}) == "a b"
+    assert found({"key": "x", "in": [None, True]}) == "a c"
+    assert found({"key": "x", "in": [1]}) == "b"  # true is no 1
+    assert found({"key": "missing", "gte": 0}) == ""
+    for wrong, says in [
+        ("i", "key:value"),
+        (":2", "key:value"),
+        ("i>=", "key>=number"),
+        ("i>=nan", "finite"),
+        ("i<1e999", "finite"),
+        ('{"key": "i"}', "needs one of"),
+        ('{"key": "i", "near": 3}', "Extra inputs"),
+        ('{"key": "i", "in": []}', "at least 1 item"),
+        ("{", "JSON"),
+    ]:
+        problem(filled.get("/search", params={"q": "a", "filter": wrong}), 422, says)
+    problem(filled.post("/search", json={"query": {"text": "a"}, "filter": {"key": "i"}}), 422, "needs one of")
+
+
 def test_items_are_read_replaced_and_deleted(filled: TestClient, encoded: Encoded) -> None:
     item = filled.get("/collections/default/items/p3").json()
     assert item == {
