@@ -44,7 +44,7 @@ def without_cache(model: _FixedTexts, texts: list[str]) -> Tensor:
     for place in range(PICTURE):
         x = torch.cat([model.text_embedding(prompts), model.image_embedding(ids)], 1)
         for block in model.blocks:
-            x = block(x, model.turns[: x.shape[1]])
+            x = block(x, model.turns[:, : x.shape[1]])
         logits = model.image_head(model.norm(x[:, -1]))  # type: ignore[misc]
         ids = torch.cat([ids, draw(filtered(logits, Sampling()), points[:, place])[:, None]], 1)
     return ids

@@ -253,7 +253,7 @@ def test_a_style_is_the_first_token_of_its_texts(tied: bool) -> None:
     assert text.shape == (2, 9, model.tokenizer.vocab_size)  # no style is ever predicted
     assert not torch.allclose(text[0], text[1])
     kinds: list[str | None] = [None, "drawing", "photo"]
-    guided = Sampling(guidance_scale=2.0)
+    guided = Sampling(guidance_scale=30.0)  # for without training a style changes little
     rows = _sample(model, ["a red star"] * 3, [0] * 3, guided, styles=kinds)
     assert len({tuple(row.tolist()) for row in rows}) == 3
     (image,) = generate_image(model, "a red star", seed=0, sampling=guided, style="photo")
