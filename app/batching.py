@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ log = logging.getLogger(__name__)
 
 In = TypeVar("In")
 Out = TypeVar("Out")
+Submit = Callable[[In, float], Awaitable[Out]]
+_MEMORY = 0.2  # share that the last batch has in what is known of the pace
 
 
 @dataclass(slots=True)
@@ -30,9 +33,10 @@ class _Job(Generic[In, Out]):
 class Batcher(Generic[In, Out]):
     """Groups single items into batches for `forward`, which runs in `executor`'s one thread.
 
-    A batch closes at `max_batch` items or `max_wait` seconds after its first item came, whichever is sooner; while
-    a batch runs, the next one fills. `forward` gets 1..max_batch items and returns one result or exception for each.
-    If it raises, the batch is halved until the culprit is alone, so that nobody else fails with it.
+    A batch closes at `max_batch` items, or as soon as nothing that was admitted is still on its way (being decoded), or
+    `max_wait` seconds after its first item came; while a batch runs, the next one fills. `forward` gets 1..max_batch
+    items and returns one result or exception for each. If it raises, the batch is halved until the culprit is alone, so
+    that nobody else fails with it.
     """
 
     def __init__(
@@ -50,29 +54,49 @@ class Batcher(Generic[In, Out]):
         self._max_wait = max_wait
         self._queue_size = queue_size
         self._admitted = 0
+        self._coming = 0  # of them, those that were not submitted yet
+        self._pace = 0.0  # seconds an item, of late
         self._jobs: deque[_Job[In, Out]] = deque()
         self._arrival = asyncio.Event()
         self._loop = asyncio.get_running_loop()
         self._task = self._loop.create_task(self._run())
 
     @contextmanager
-    def admit(self, count: int) -> Iterator[None]:
-        """Hold places for `count` items, from before they are decoded until they are answered.
+    def admit(self, count: int, deadline: float) -> Iterator[Submit[In, Out]]:
+        """Hold places for `count` items, from before they are decoded until they are answered; gives `submit` for them.
 
         One call may overshoot the bound by its own size, which the request limits bound in turn.
 
         Raises:
-            BusyError: all places are taken, or the batcher is closed; at once, nothing waits.
+            BusyError: all places are taken, those before would take until after `deadline` at the pace of late, or the
+                batcher is closed; at once, nothing waits.
         """
         if self._task.done():
             raise BusyError("the server is shutting down", retry_after=5)
-        if self._admitted >= self._queue_size:
-            raise BusyError(f"{self._admitted} inputs are waiting already; try again shortly")
+        seconds = self._pace * (self._admitted + count)
+        over = self._loop.time() + seconds - deadline
+        # Whoever is alone is let in, so that a slow start is forgotten.
+        if self._admitted >= self._queue_size or (self._admitted and over > 0):
+            raise BusyError(
+                f"{self._admitted} inputs are waiting already, for about {seconds:.0f} s; try again later",
+                retry_after=max(1, math.ceil(over if over > 0 else seconds / 2)),
+            )
         self._admitted += count
+        self._coming += count
+        left = count
+
+        def submit(item: In, deadline: float) -> Awaitable[Out]:
+            nonlocal left
+            left -= 1
+            self._coming -= 1
+            return self.submit(item, deadline)
+
         try:
-            yield
+            yield submit
         finally:
             self._admitted -= count
+            self._coming -= left
+            self._arrival.set()
 
     async def submit(self, item: In, deadline: float) -> Out:
         """The result for one item; `deadline` is in the event loop's time.
@@ -105,6 +129,7 @@ class Batcher(Generic[In, Out]):
             jobs = await self._collect()
             if not jobs:
                 continue
+            started = self._loop.time()
             try:
                 items = [job.item for job in jobs]
                 results = await self._loop.run_in_executor(self._executor, self._attempt, items)
@@ -115,6 +140,8 @@ class Batcher(Generic[In, Out]):
                     raise
                 log.exception("a batch could not be run")
                 continue
+            pace = (self._loop.time() - started) / len(jobs)
+            self._pace += (pace - self._pace) * (_MEMORY if self._pace else 1)
             for job, result in zip(jobs, results, strict=True):
                 _settle(job, result)
 
@@ -126,7 +153,7 @@ class Batcher(Generic[In, Out]):
         closes = self._jobs[0].arrived + self._max_wait
         with suppress(TimeoutError):
             async with asyncio.timeout_at(closes):
-                while len(self._jobs) < self._max_batch:
+                while len(self._jobs) < self._max_batch and self._coming:
                     self._arrival.clear()
                     await self._arrival.wait()
         batch: list[_Job[In, Out]] = []

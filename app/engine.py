@@ -155,11 +155,12 @@ class ServedEngine:
             InputError: whatever an opener raises.
         """
 
-        async def embed(opener: Opener) -> Array:
-            row = await self._loop.run_in_executor(self._pool, self._prepare, opener)
-            return await self._images.submit(row, deadline)
+        with self._images.admit(len(openers), deadline) as submit:
 
-        with self._images.admit(len(openers)):
+            async def embed(opener: Opener) -> Array:
+                row = await self._loop.run_in_executor(self._pool, self._prepare, opener)
+                return await submit(row, deadline)
+
             return self._stack(await _all_before(deadline, [embed(opener) for opener in openers]))
 
     async def embed_texts(self, texts: Sequence[str], deadline: float) -> tuple[Array, int]:
@@ -169,10 +170,9 @@ class ServedEngine:
             self._cache.move_to_end(text)
         missing = [text for text in dict.fromkeys(texts) if text not in known]
         if missing:
-            with self._texts.admit(len(missing)):
+            with self._texts.admit(len(missing), deadline) as submit:
                 rows = await self._loop.run_in_executor(self._pool, self.engine.prepare_texts, missing)
-                submitted = [self._texts.submit(row, deadline) for row in rows]
-                vectors = await _all_before(deadline, submitted)
+                vectors = await _all_before(deadline, [submit(row, deadline) for row in rows])
             for text, row, vector in zip(missing, rows, vectors, strict=True):
                 known[text] = self._cache[text] = (vector, int(torch.count_nonzero(row)))
             while len(self._cache) > self._cache_size:

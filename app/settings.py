@@ -53,7 +53,7 @@ class Settings(BaseSettings):
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
     threads: int = Field(0, ge=0, description="processor threads for decoding and for the models; 0: every core")
     batch_size: int = Field(32, gt=0, description="inputs of one forward, at most")
-    batch_wait_ms: float = Field(3.0, ge=0, description="milliseconds that a batch's first input waits for company")
+    batch_wait_ms: float = Field(3.0, ge=0, description="milliseconds that a batch waits for inputs being decoded")
     queue_size: int = Field(256, gt=0, description="inputs admitted at once, per model and kind; then 503")
     deadline: float = Field(30.0, gt=0, description="seconds a request may wait for its embeddings; then 504")
     generate_lanes: int = Field(16, ge=2, description="pictures drawn at once; a guided one counts as two")

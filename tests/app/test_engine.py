@@ -69,15 +69,59 @@ def test_an_input_that_breaks_its_batch_fails_alone() -> None:
 
 def test_a_full_queue_answers_at_once() -> None:
     async def work(batcher: Batcher[int, int], deadline: float) -> None:
-        with batcher.admit(8):
+        with batcher.admit(8, deadline):
             started = asyncio.get_running_loop().time()
-            with pytest.raises(BusyError, match="8 inputs are waiting"), batcher.admit(1):
+            with pytest.raises(BusyError, match="8 inputs are waiting"), batcher.admit(1, deadline):
                 pass
             assert asyncio.get_running_loop().time() - started < 0.05
-        with batcher.admit(1):
+        with batcher.admit(1, deadline):
             pass
 
     _run(work, Recorder())
+
+
+def test_who_would_be_late_by_the_pace_of_those_before_is_told_at_once_and_when() -> None:
+    async def work(batcher: Batcher[int, int], deadline: float) -> None:
+        now = asyncio.get_running_loop().time
+        with batcher.admit(1, deadline) as submit:
+            await submit(1, deadline)  # 0.2 seconds an item
+        with batcher.admit(50, now() + 1):  # alone, whatever it takes
+            started = now()
+            with pytest.raises(BusyError, match=r"for about 1[01] s") as refused, batcher.admit(1, now() + 4):
+                pass
+            assert 6 <= refused.value.retry_after <= 8
+            assert now() - started < 0.05
+            with batcher.admit(1, now() + 20):
+                pass
+        with batcher.admit(1, now() + 0.05):
+            pass
+
+    _run(work, Recorder(seconds=0.2), queue_size=100)
+
+
+def test_a_batch_waits_for_what_is_on_its_way_and_for_nothing_else() -> None:
+    forward = Recorder()
+
+    async def work(batcher: Batcher[int, int], deadline: float) -> None:
+        now = asyncio.get_running_loop().time
+
+        async def decoded(number: int) -> int:
+            with batcher.admit(1, deadline) as submit:
+                await asyncio.sleep(0.1 * number)
+                return await submit(number, deadline)
+
+        started = now()
+        assert await decoded(0) == 0
+        assert now() - started < 0.5  # alone: not the 30 seconds of max_wait
+        assert await asyncio.gather(decoded(1), decoded(2), decoded(0)) == [2, 4, 0]
+        with batcher.admit(2, deadline) as submit:  # one of two that never comes, for it cannot be decoded
+            alone = asyncio.ensure_future(submit(7, deadline))
+            await asyncio.sleep(0.1)
+            assert not alone.done()
+        assert await alone == 14
+
+    _run(work, forward, max_wait=30.0)
+    assert [sorted(batch) for batch in forward.batches] == [[0], [0, 1, 2], [7]]
 
 
 def test_late_and_cancelled_items_are_not_computed() -> None:
@@ -108,7 +152,7 @@ def test_nobody_is_left_waiting_when_it_closes() -> None:
         await batcher.close()
         with pytest.raises(BusyError):
             await waiting
-        with pytest.raises(BusyError), batcher.admit(1):
+        with pytest.raises(BusyError), batcher.admit(1, deadline):
             pass
 
     _run(work, Recorder(), max_wait=1.0)
