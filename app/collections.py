@@ -6,7 +6,7 @@ import json
 import re
 import threading
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from app import snapshots
 from app.database import Database, rows
+from app.duplicates import duplicate_groups
 from app.filters import Condition
 from app.index import Ids, SharedSearch, VectorIndex, Vectors, make_index
 from app.locking import lock
@@ -25,6 +26,7 @@ from app.pictures import Pictures
 from models.errors import ConflictError, InputError, NotFoundError, StorageError
 
 Kind = Literal["image", "text"]
+Target = Literal["image", "text", "any"]
 _SNAPSHOTS = "index"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -337,7 +339,7 @@ class Collection:
         k: int,
         *,
         offset: int = 0,
-        target: Literal["image", "text", "any"] = "any",
+        target: Target = "any",
         filters: Sequence[Condition] = (),
         min_score: float = -1.0,
     ) -> list[SearchHit]:
@@ -358,7 +360,16 @@ class Collection:
                 return [hit for hit in found[offset : offset + k] if hit.score >= min_score]
             spare = 2 * missing
 
-    def _allowed(self, target: str, filters: Iterable[Condition]) -> Ids | None:
+    def duplicates(
+        self, threshold: float, limit: int, *, target: Target = "any", go_on: Callable[[], None] = lambda: None
+    ) -> tuple[int, list[list[SearchHit]]]:
+        """How many groups of near-duplicates there are, and the `limit` largest, as duplicate_groups gives them."""
+        groups = duplicate_groups(self._index, threshold, self._allowed(target, ()), go_on)
+        items = self._items([row for group in groups[:limit] for row, _ in group])
+        shown = [[SearchHit(items[row], score) for row, score in group if row in items] for group in groups[:limit]]
+        return len(groups), [group for group in shown if len(group) > 1]
+
+    def _allowed(self, target: Target, filters: Iterable[Condition]) -> Ids | None:
         """The rows a search may return, None for all of them."""
         with self._database.read() as connection:
             conditions = ["collection = ?"]

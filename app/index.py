@@ -61,6 +61,14 @@ class VectorIndex(Protocol):
         """The k best of (Q, D) each, or all there are, best first, equal scores by id; `allowed` narrows the choice."""
         ...
 
+    def ids(self) -> Ids:
+        """Every id, in no order."""
+        ...
+
+    def vectors(self, ids: Ids) -> tuple[Ids, Vectors]:
+        """Those of the ids that are there, with their vectors."""
+        ...
+
     def close(self) -> None:
         """Stop what goes on in the background."""
         ...
@@ -145,12 +153,10 @@ class ExactIndex:
         return [_ordered(hits)[:k] for hits in found]
 
     def ids(self) -> Ids:
-        """Every id, in no order."""
         with self._lock:
             return self._ids[: len(self)].copy()
 
     def vectors(self, ids: Ids) -> tuple[Ids, Vectors]:
-        """Those of the ids that are there, with their vectors."""
         with self._lock:
             places = [self._places[each] for each in ids.tolist() if each in self._places]
             return self._ids[places], self._vectors[places]
@@ -243,6 +249,12 @@ class GrowingIndex:
         for place, hits in zip(short, self._exact.search(queries[short], k, allowed) if short else [], strict=True):
             found[place] = hits  # a filter leaves parts of a graph that no path leads to
         return found
+
+    def ids(self) -> Ids:
+        return self._exact.ids()
+
+    def vectors(self, ids: Ids) -> tuple[Ids, Vectors]:
+        return self._exact.vectors(ids)
 
     def close(self) -> None:
         """Stop building; what is not finished is begun again at the next start."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from dataclasses import asdict
 from typing import Annotated, Any, Literal
 
@@ -12,7 +13,8 @@ from pydantic import BaseModel, Field, model_validator
 from starlette.responses import Response
 
 from app import images
-from app.collections import Item, NewItem
+from app.batching import late
+from app.collections import Item, NewItem, Target
 from app.inputs import (
     EXAMPLE_IMAGE,
     Body,
@@ -108,6 +110,20 @@ class ItemResponse(BaseModel):
     caption: str | None
     url: str | None
     metadata: dict[str, Any]
+
+
+class NearItem(ItemResponse):
+    """score: cosine to the first of its group."""
+
+    score: float
+
+
+class DuplicatesResponse(BaseModel):
+    """groups: the largest first, in each the oldest item first and the others by their score. total: groups in all."""
+
+    collection: str
+    total: int
+    groups: list[list[NearItem]]
 
 
 class ItemList(BaseModel):
@@ -207,6 +223,26 @@ async def list_items(
     items: list[Item] = await service.store(lambda: service.collection(name).page(limit, after))
     following = items[-1].id if len(items) == limit else None
     return json_response({"items": [describe_item(name, item) for item in items], "next": following})
+
+
+@router.get("/collections/{name}/duplicates", response_model=DuplicatesResponse)
+async def list_duplicates(
+    service: Served,
+    name: Name,
+    threshold: Annotated[float, Query(gt=0, le=1, description="cosine from which two items are near")] = 0.95,
+    target: Target = "any",
+    limit: Annotated[int, Query(ge=1, le=1000, description="groups to return")] = 100,
+) -> Response:
+    """Groups of items that are nearly the same, directly or by way of others."""
+    collection, ends = service.collection(name), time.monotonic() + service.settings.deadline
+
+    def go_on() -> None:
+        if time.monotonic() > ends:
+            raise late("compared")
+
+    total, groups = await service.store(lambda: collection.duplicates(threshold, limit, target=target, go_on=go_on))
+    shown = [[{"score": hit.score, **describe_item(name, hit.item)} for hit in group] for group in groups]
+    return json_response({"collection": name, "total": total, "groups": shown})
 
 
 @router.get("/collections/{name}/items/{id}", response_model=ItemResponse)

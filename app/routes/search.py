@@ -13,6 +13,7 @@ from fastapi import APIRouter, Depends, Query
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 from starlette.responses import Response
 
+from app.collections import Target
 from app.engine import Array
 from app.filters import Condition, Sign
 from app.inputs import Body, Text, WeightedInput, as_list, body_of, check_inputs, request_body
@@ -20,7 +21,6 @@ from app.service import Served, describe_item, json_response
 from models.errors import InputError
 
 router = APIRouter(tags=["search"])
-Target = Literal["image", "text", "any"]
 
 
 Bound = Annotated[int, Field(ge=-(2**63), lt=2**63)] | float | Text

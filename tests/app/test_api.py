@@ -237,6 +237,24 @@ def test_filters_by_value_by_bounds_and_by_one_of_several(filled: TestClient) ->
     problem(filled.post("/search", json={"query": {"text": "a"}, "filter": {"key": "i"}}), 422, "needs one of")
 
 
+def test_duplicates_are_found_in_groups(filled: TestClient, encoded: Encoded) -> None:
+    copies = [{"id": f"copy{i}", "image": _b64(encoded(2)), "metadata": {"copy": i}} for i in range(2)]
+    filled.post("/collections/default/items", json={"items": copies})
+    path = "/collections/default/duplicates"
+    answer = filled.get(path, params={"threshold": 0.999999}).json()
+    (group,) = answer["groups"]
+    assert (answer["collection"], answer["total"]) == ("default", 1)
+    assert [item["id"] for item in group] == ["p2", "copy0", "copy1"]
+    assert group[0]["score"] == pytest.approx(1)
+    assert group[1]["url"] == "/collections/default/items/copy0/image"
+    assert filled.get(path, params={"target": "text"}).json()["groups"] == []
+    everything = filled.get(path, params={"threshold": 1e-9, "target": "image", "limit": 1}).json()
+    assert (everything["total"], len(everything["groups"][0])) == (1, 8)
+    problem(filled.get(path, params={"threshold": 2}), 422, "threshold")
+    problem(filled.get(path, params={"limit": 0}), 422, "limit")
+    problem(filled.get("/collections/nowhere/duplicates"), 404, "nowhere")
+
+
 def test_items_are_read_replaced_and_deleted(filled: TestClient, encoded: Encoded) -> None:
     item = filled.get("/collections/default/items/p3").json()
     assert item == {

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from support import unit_rows
 
+from app import duplicates
 from app import index as indexes
 from app.collections import Collections, NewItem
 from app.index import ExactIndex, GrowingIndex, SharedSearch, VectorIndex, make_index
-from models.errors import InputError
+from models.errors import DeadlineError, InputError
 
 SIZE = 32
 
@@ -310,6 +311,41 @@ def test_a_search_that_fails_fails_for_all_that_shared_it_and_the_next_goes_thro
         shared.search(unit_rows(1), 1)
     index._ids = np.arange(16)
     assert len(shared.search(unit_rows(1), 3)[0]) == 3
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("kind", ["flat", "hnsw"])
+def test_duplicates_are_grouped_as_by_a_loop_over_all_pairs(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(duplicates, "_PART", 64)
+    rng, centres = np.random.default_rng(0), unit_rows(300, 0, SIZE)
+    sizes = np.array([40, 7, 3, 2, 2, *[1] * 295])  # a group of 40 is more than the neighbours of one item
+    vectors = np.repeat(centres, sizes, 0) + rng.uniform(0, 0.05, (sizes.sum(), 1)) * unit_rows(sizes.sum(), 1, SIZE)
+    vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True))[rng.permutation(sizes.sum())].astype("f4")
+    index = make_index(kind, SIZE, np.arange(len(vectors)), vectors)
+    if isinstance(index, GrowingIndex):
+        index.wait()
+    assert index.kind == kind
+    threshold = 0.99
+    near = vectors @ vectors.T >= threshold
+    reached = np.linalg.matrix_power(near.astype(np.int64), 8) > 0
+    expected = sorted({tuple(np.flatnonzero(row)) for row in reached if row.sum() > 1}, key=lambda g: (-len(g), g[0]))
+    found = duplicates.duplicate_groups(index, threshold, None, lambda: None)
+    assert [tuple(sorted(each for each, _ in group)) for group in found] == expected
+    assert len(found[0]) > 16
+    for group in found:
+        assert group[0][0] == min(each for each, _ in group)
+        assert [score for _, score in group[1:]] == sorted((score for _, score in group[1:]), reverse=True)
+        assert all(
+            score == pytest.approx(float(vectors[each] @ vectors[group[0][0]]), abs=1e-6) for each, score in group
+        )
+    only = duplicates.duplicate_groups(index, threshold, np.array(expected[0][:5]), lambda: None)
+    assert [{each for each, _ in group} for group in only] == [set(expected[0][:5])]
+
+    def stop() -> None:
+        raise DeadlineError("enough")
+
+    with pytest.raises(DeadlineError, match="enough"):
+        duplicates.duplicate_groups(index, threshold, None, stop)
 
 
 @pytest.mark.usefixtures("small")
