@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 import logging
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -243,8 +243,7 @@ class GrowingIndex:
         found = []
         for query, ids, hits in zip(queries, near, state.recent.search(queries, k, allowed), strict=True):
             known, vectors = self._exact.vectors(ids)
-            hits += _best(known, vectors @ query, k)
-            found.append(_ordered(set(hits))[:k])
+            found.append(_ordered(hits + _best(known, vectors @ query, k))[:k])
         short = [place for place, hits in enumerate(found) if len(hits) < wanted]
         for place, hits in zip(short, self._exact.search(queries[short], k, allowed) if short else [], strict=True):
             found[place] = hits  # a filter leaves parts of a graph that no path leads to
@@ -291,9 +290,8 @@ class GrowingIndex:
             self._builder.start()
 
     def _build_all(self) -> None:
-        faiss = _faiss()
-        faiss.omp_set_num_threads(1)  # of this thread's work alone; the rest of the machine is the searches'
         try:
+            _faiss().omp_set_num_threads(1)  # of this thread's work alone; the rest of the machine is the searches'
             while True:
                 with self._lock:
                     if self._stop.is_set() or not self._due():
@@ -312,10 +310,10 @@ class GrowingIndex:
             self._take(None)
             return
         if old is None or old.kind != kind or fresh:
-            todo, covered = self._exact.ids(), _NO_IDS
+            todo, covered = self._exact.ids(), [_NO_IDS]
             index = _empty(kind, self._exact, todo)
         else:
-            todo, covered = self._state.recent.ids(), old.ids
+            todo, covered = self._state.recent.ids(), [old.ids]
             index = _faiss().clone_index(old.index)
         for part in _parts(todo, _BUILD):
             if self._stop.is_set():
@@ -323,10 +321,11 @@ class GrowingIndex:
             ids, vectors = self._exact.vectors(part)
             if len(ids):
                 index.add_with_ids(vectors, ids)
-                covered = np.append(covered, ids)
-        self._take(_Graph(kind, index, covered))
+                covered.append(ids)
+        graph = _Graph(kind, index, np.concatenate(covered))
+        self._take(graph)
         if self._snapshot is not None and not self._stop.is_set():
-            snapshots.save(self._snapshot, kind, index, self._exact, covered)
+            snapshots.save(self._snapshot, kind, index, self._exact, graph.ids)
 
     def _take(self, graph: _Graph | None) -> None:
         """Search by this graph from now on."""
@@ -374,7 +373,8 @@ class SharedSearch:
                 each.answer.set_result([next(found)[: each.k] for _ in each.queries])
         except BaseException as error:
             for each in asked:
-                each.answer.set_exception(error)
+                if not each.answer.done():
+                    each.answer.set_exception(error)
         with self._turn:
             self._searching = False
             self._turn.notify_all()
@@ -444,5 +444,5 @@ def _best(ids: Ids, scores: NDArray[np.float32], k: int) -> list[Hit]:
     return [Hit(each, score) for each, score in zip(ids.tolist(), scores.tolist(), strict=True)]
 
 
-def _ordered(hits: Iterable[Hit]) -> list[Hit]:
+def _ordered(hits: list[Hit]) -> list[Hit]:
     return sorted(hits, key=lambda hit: (-hit.score, hit.id))
