@@ -7,7 +7,7 @@ import json
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -132,7 +132,7 @@ class ServedEngine:
         self._loop = asyncio.get_running_loop()
         self._images: Batcher[Tensor, Array] = self._batcher(engine.encode_images, settings, worker)
         self._texts: Batcher[Tensor, Array] = self._batcher(engine.encode_texts, settings, worker)
-        self._cache: OrderedDict[str, tuple[Array, int]] = OrderedDict()
+        self._cache: OrderedDict[str, asyncio.Future[tuple[Array, int]]] = OrderedDict()  # a text's row and tokens
         self._cache_size = settings.text_cache
 
     @staticmethod
@@ -164,20 +164,41 @@ class ServedEngine:
             return self._stack(await _all_before(deadline, [embed(opener) for opener in openers]))
 
     async def embed_texts(self, texts: Sequence[str], deadline: float) -> tuple[Array, int]:
-        """B strings -> (B, D) and the number of tokens they have. Raises as embed_images does."""
-        known = {text: self._cache[text] for text in texts if text in self._cache}
+        """B strings -> (B, D) and the number of tokens they have. Raises as embed_images does.
+
+        A text that another request is having embedded is waited for.
+        """
+        missing = {text: self._loop.create_future() for text in texts if text not in self._cache}
+        self._cache.update(missing)
+        known = {text: self._cache[text] for text in texts}
         for text in known:
             self._cache.move_to_end(text)
-        missing = [text for text in dict.fromkeys(texts) if text not in known]
+        while len(self._cache) > self._cache_size:
+            self._cache.popitem(last=False)
         if missing:
-            with self._texts.admit(len(missing), deadline) as submit:
-                rows = await self._loop.run_in_executor(self._pool, self.engine.prepare_texts, missing)
-                vectors = await _all_before(deadline, [submit(row, deadline) for row in rows])
-            for text, row, vector in zip(missing, rows, vectors, strict=True):
-                known[text] = self._cache[text] = (vector, int(torch.count_nonzero(row)))
-            while len(self._cache) > self._cache_size:
-                self._cache.popitem(last=False)
-        return self._stack([known[text][0] for text in texts]), sum(known[text][1] for text in texts)
+            try:
+                await self._encode_texts(missing, deadline)
+            except BaseException:
+                for text, answer in missing.items():
+                    answer.cancel()
+                    if self._cache.get(text) is answer:
+                        del self._cache[text]
+                raise
+        if others := [answer for answer in known.values() if not answer.done()]:
+            await asyncio.wait(others, timeout=max(0.0, deadline - self._loop.time()))
+            if not all(answer.done() for answer in others):
+                raise late()
+        if any(answer.cancelled() for answer in known.values()):  # who had it embedded has failed or left
+            return await self.embed_texts(texts, deadline)
+        found = [known[text].result() for text in texts]
+        return self._stack([vector for vector, _ in found]), sum(tokens for _, tokens in found)
+
+    async def _encode_texts(self, answers: Mapping[str, asyncio.Future[tuple[Array, int]]], deadline: float) -> None:
+        with self._texts.admit(len(answers), deadline) as submit:
+            rows = await self._loop.run_in_executor(self._pool, self.engine.prepare_texts, list(answers))
+            vectors = await _all_before(deadline, [submit(row, deadline) for row in rows])
+        for answer, row, vector in zip(answers.values(), rows, vectors, strict=True):
+            answer.set_result((vector, int(torch.count_nonzero(row))))
 
     async def close(self) -> None:
         """Stop both batchers."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ClassVar
 
@@ -25,8 +26,6 @@ class Recorder:
         self.seconds = seconds
 
     def __call__(self, items: list[int]) -> list[int | Exception]:
-        import time
-
         self.batches.append(items)
         time.sleep(self.seconds)
         if any(item < 0 for item in items):
@@ -158,42 +157,88 @@ def test_nobody_is_left_waiting_when_it_closes() -> None:
     _run(work, Recorder(), max_wait=1.0)
 
 
-def test_served_texts_are_remembered_and_not_finite_rows_fail_alone() -> None:
-    class Counting:
-        name, fingerprint, embed_dim, image_size, takes_text = "fake", "f", 2, 8, True
-        details: ClassVar[dict[str, Any]] = {}
-        texts = 0
+class Counting:
+    """An engine whose row for a text begins with its length; 13 is no number."""
 
-        def prepare_texts(self, texts: Any) -> list[torch.Tensor]:
-            return [torch.full((3,), len(text)) for text in texts]
+    name, fingerprint, embed_dim, image_size, takes_text = "fake", "f", 2, 8, True
+    details: ClassVar[dict[str, Any]] = {}
 
-        def encode_texts(self, rows: Any) -> np.ndarray:
-            self.texts += len(rows)
-            values = [[float("nan") if row[0] == 13 else float(row[0]), 1.0] for row in rows]
-            return np.array(values, np.float32)
+    def __init__(self, seconds: float = 0.0) -> None:
+        self.seconds, self.texts = seconds, 0
 
-        def encode_images(self, rows: Any) -> np.ndarray:
-            raise AssertionError("no pictures here")
+    def prepare_texts(self, texts: Any) -> list[torch.Tensor]:
+        return [torch.full((3,), len(text)) for text in texts]
 
-    engine = Counting()
+    def encode_texts(self, rows: Any) -> np.ndarray:
+        time.sleep(self.seconds)
+        self.texts += len(rows)
+        values = [[float("nan") if row[0] == 13 else float(row[0]), 1.0] for row in rows]
+        return np.array(values, np.float32)
 
+    def encode_images(self, rows: Any) -> np.ndarray:
+        raise AssertionError("no pictures here")
+
+
+def _serve(work: Any, engine: Counting, **settings: Any) -> None:
     async def main() -> None:
         with ThreadPoolExecutor(1) as pool, ThreadPoolExecutor(1) as worker:
-            served = ServedEngine(engine, Settings(text_cache=2), pool, worker)  # type: ignore[arg-type]
-            deadline = asyncio.get_running_loop().time() + 5
-            first, tokens = await served.embed_texts(["a", "bb", "a"], deadline)
-            assert first[:, 0].tolist() == [1, 2, 1]
-            assert (engine.texts, tokens) == (2, 9)
-            await served.embed_texts(["a"], deadline)
-            assert engine.texts == 2
-            await served.embed_texts(["ccc"], deadline)
-            await served.embed_texts(["bb"], deadline)  # the least recently used one had to leave
-            assert engine.texts == 4
-            with pytest.raises(ModelError, match="no finite numbers"):
-                await served.embed_texts(["x" * 13], deadline)
+            served = ServedEngine(engine, Settings(**settings), pool, worker)  # type: ignore[arg-type]
+            await work(served, asyncio.get_running_loop().time() + 5)
             await served.close()
 
     asyncio.run(main())
+
+
+def test_served_texts_are_remembered_and_not_finite_rows_fail_alone() -> None:
+    engine = Counting()
+
+    async def work(served: ServedEngine, deadline: float) -> None:
+        first, tokens = await served.embed_texts(["a", "bb", "a"], deadline)
+        assert first[:, 0].tolist() == [1, 2, 1]
+        assert (engine.texts, tokens) == (2, 9)
+        await served.embed_texts(["a"], deadline)
+        assert engine.texts == 2
+        await served.embed_texts(["ccc"], deadline)
+        await served.embed_texts(["bb"], deadline)  # the least recently used one had to leave
+        assert engine.texts == 4
+        for _ in range(2):  # a failure is not remembered
+            with pytest.raises(ModelError, match="no finite numbers"):
+                await served.embed_texts(["x" * 13], deadline)
+        assert engine.texts == 6
+
+    _serve(work, engine, text_cache=2)
+
+
+@pytest.mark.parametrize("cache", [0, 100])
+def test_a_text_that_several_ask_for_at_once_is_embedded_once(cache: int) -> None:
+    engine = Counting(seconds=0.1)
+
+    async def work(served: ServedEngine, deadline: float) -> None:
+        asked = [["a", "bb"], ["bb", "ccc"], ["a"], ["a"]]
+        found = await asyncio.gather(*(served.embed_texts(texts, deadline) for texts in asked))
+        assert [rows[:, 0].tolist() for rows, _ in found] == [[1, 2], [2, 3], [1], [1]]
+        assert [tokens for _, tokens in found] == [6, 6, 3, 3]
+
+    _serve(work, engine, text_cache=cache)
+    assert engine.texts == (3 if cache else 6)
+
+
+def test_who_waits_for_a_text_of_another_goes_on_alone_if_that_one_leaves_and_is_late_by_its_own_deadline() -> None:
+    engine = Counting(seconds=0.2)
+
+    async def work(served: ServedEngine, deadline: float) -> None:
+        first = asyncio.create_task(served.embed_texts(["a"], deadline))
+        await asyncio.sleep(0.05)
+        hurried = asyncio.create_task(served.embed_texts(["a"], asyncio.get_running_loop().time() + 0.05))
+        second = asyncio.create_task(served.embed_texts(["a", "bb"], deadline))
+        with pytest.raises(DeadlineError):
+            await hurried
+        first.cancel()
+        rows, _ = await second
+        assert rows[:, 0].tolist() == [1, 2]
+        assert first.cancelled()
+
+    _serve(work, engine)
 
 
 def test_rows_have_unit_length_in_any_precision(engines: dict[str, Engine]) -> None:
