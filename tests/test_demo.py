@@ -15,7 +15,7 @@ from models.checkpoint import load_checkpoint
 from training.figures import evaluate_data
 
 DEMO = Path(__file__).parents[1] / "checkpoints" / "demo"
-IMAGE_ENCODERS = ("moco", "simclr")
+IMAGE_ENCODERS = ("byol", "moco", "simclr")
 
 
 def test_everything_together_is_small() -> None:

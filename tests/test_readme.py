@@ -61,7 +61,7 @@ def _shown(default: object) -> str:
     return "none" if default == () else f"{default:,}" if type(default) is int and default >= 10_000 else str(default)
 
 
-CARDS = [f"checkpoints/demo/{name}" for name in ("clip", "moco", "simclr")]
+CARDS = [f"checkpoints/demo/{name}" for name in ("clip", "byol", "moco", "simclr")]
 
 
 @pytest.mark.parametrize("folder", ["", "app", "training", *CARDS])
