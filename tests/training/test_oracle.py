@@ -71,12 +71,14 @@ def test_a_few_scenes_are_read_after_overfitting() -> None:
     optimizer = torch.optim.AdamW(method.parameters(), 5e-3)
     batch = Renders(1, 12, 0)[0]
     key = scenes.sample(12, size=64, seed=2_000_003, holdout="any", captions=0).key
-    for _ in range(80):
+    assert scene_figures(method.model.eval(), batch["images"], key)["all"] < 0.2
+    method.train()
+    for _ in range(120):
         loss = method(method.prepare(batch))["loss"]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert scene_figures(method.model.eval(), batch["images"], key)["all"] >= 0.9
+    assert scene_figures(method.model.eval(), batch["images"], key)["all"] >= 0.8  # which ones differs by processor
 
 
 def test_a_reader_is_kept_and_judges_a_generator(tmp_path: Path) -> None:
