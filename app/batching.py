@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 In = TypeVar("In")
 Out = TypeVar("Out")
-Submit = Callable[[In, float], Awaitable[Out]]
+Submit = Callable[[In], Awaitable[Out]]
 _MEMORY = 0.2  # share that the last batch has in what is known of the pace
 
 
@@ -63,7 +63,8 @@ class Batcher(Generic[In, Out]):
 
     @contextmanager
     def admit(self, count: int, deadline: float) -> Iterator[Submit[In, Out]]:
-        """Hold places for `count` items, from before they are decoded until they are answered; gives `submit` for them.
+        """Hold places for `count` items, from before they are decoded until they are answered; gives `submit` for them,
+        which waits until `deadline`.
 
         One call may overshoot the bound by its own size, which the request limits bound in turn.
 
@@ -85,7 +86,7 @@ class Batcher(Generic[In, Out]):
         self._coming += count
         left = count
 
-        def submit(item: In, deadline: float) -> Awaitable[Out]:
+        def submit(item: In) -> Awaitable[Out]:
             nonlocal left
             left -= 1
             self._coming -= 1

@@ -20,7 +20,7 @@ from app import snapshots
 from app.database import Database, rows
 from app.duplicates import duplicate_groups
 from app.filters import Condition
-from app.index import Ids, SharedSearch, VectorIndex, Vectors, make_index
+from app.index import Ids, SharedSearch, VectorIndex, Vectors, check_kind, make_index
 from app.locking import lock
 from app.pictures import Pictures
 from models.errors import ConflictError, InputError, NotFoundError, StorageError
@@ -116,7 +116,7 @@ class Collections:
         """
         if not NAME.fullmatch(name):
             raise InputError("a collection's name is 1 to 64 letters, digits, dots, dashes or underscores")
-        make_index(index, dimensions)  # a kind that cannot be made is refused before anything is written
+        check_kind(index)  # before anything is written
 
         def change(connection: apsw.Connection) -> tuple[int, str] | None:
             for theirs, print_ in rows(connection, "SELECT model, fingerprint FROM collections WHERE name = ?", name):

@@ -159,7 +159,7 @@ class ServedEngine:
 
             async def embed(opener: Opener) -> Array:
                 row = await self._loop.run_in_executor(self._pool, self._prepare, opener)
-                return await submit(row, deadline)
+                return await submit(row)
 
             return self._stack(await _all_before(deadline, [embed(opener) for opener in openers]))
 
@@ -196,7 +196,7 @@ class ServedEngine:
     async def _encode_texts(self, answers: Mapping[str, asyncio.Future[tuple[Array, int]]], deadline: float) -> None:
         with self._texts.admit(len(answers), deadline) as submit:
             rows = await self._loop.run_in_executor(self._pool, self.engine.prepare_texts, list(answers))
-            vectors = await _all_before(deadline, [submit(row, deadline) for row in rows])
+            vectors = await _all_before(deadline, [submit(row) for row in rows])
         for answer, row, vector in zip(answers.values(), rows, vectors, strict=True):
             answer.set_result((vector, int(torch.count_nonzero(row))))
 

@@ -6,7 +6,6 @@ import importlib
 import importlib.util
 import logging
 import threading
-from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -81,25 +80,27 @@ def make_index(
     there are enough vectors; "auto" goes from the first to the second and the third as it grows.
 
     snapshot: where what was built is kept, without a suffix, so that it need not be built again.
-    Raises InputError for an unknown kind, and for one that needs FAISS where it is not installed.
+    Raises InputError as check_kind does.
     """
-    if kind not in KINDS:
-        raise InputError(f"index {kind!r} is unknown; choose one of {', '.join(KINDS)}")
+    check_kind(kind)
     exact = ExactIndex(dimensions)
     if vectors is not None:
         exact.add(ids, vectors)
-    has_faiss = importlib.util.find_spec("faiss") is not None
-    if kind == "flat" or (kind == "auto" and not has_faiss):
-        return exact
-    if not has_faiss:
+    return GrowingIndex(kind, exact, snapshot) if kind != "flat" and _has_faiss() else exact
+
+
+def check_kind(kind: str) -> None:
+    """Raises InputError for an unknown kind of index, and for one that needs FAISS where it is not installed."""
+    if kind not in KINDS:
+        raise InputError(f"index {kind!r} is unknown; choose one of {', '.join(KINDS)}")
+    if kind in _LEAST and not _has_faiss():
         raise InputError(f"index {kind!r} needs FAISS, which is not installed; choose flat, or install semblance[cpu]")
-    return GrowingIndex(kind, exact, snapshot)
 
 
 class ExactIndex:
     """A product with all vectors, in rows that a removed one's place is filled from the end of.
 
-    FAISS's IndexFlatIP takes 1.2 to 1.6 times as long for one query and 7 times for 64 (100,000 x 512, two cores), and
+    FAISS's IndexFlatIP takes 1.2 to 2.3 times as long for one query and 7 times for 64 (100,000 x 512, two cores), and
     a removal from it moves everything behind.
     """
 
@@ -315,10 +316,10 @@ class GrowingIndex:
         else:
             todo, covered = self._state.recent.ids(), [old.ids]
             index = _faiss().clone_index(old.index)
-        for part in _parts(todo, _BUILD):
+        for start in range(0, len(todo), _BUILD):
             if self._stop.is_set():
                 return
-            ids, vectors = self._exact.vectors(part)
+            ids, vectors = self._exact.vectors(todo[start : start + _BUILD])
             if len(ids):
                 index.add_with_ids(vectors, ids)
                 covered.append(ids)
@@ -422,8 +423,8 @@ def _faiss() -> Any:
     return importlib.import_module("faiss")
 
 
-def _parts(ids: Ids, size: int) -> Iterator[Ids]:
-    return (ids[start : start + size] for start in range(0, len(ids), size))
+def _has_faiss() -> bool:
+    return importlib.util.find_spec("faiss") is not None
 
 
 def _rows(vectors: Vectors, dimensions: int) -> Vectors:

@@ -61,14 +61,11 @@ Picture = Annotated[str | bytes, WithJsonSchema({"type": "string", "description"
 Text = Annotated[str, StringConstraints(min_length=1), AfterValidator(_clean)]
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 ItemId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:@+-]{0,127}$")]
+# Integers that 64 bits hold: what is stored must be answered again, and JSON writers stop there.
+Number = Annotated[int, Field(ge=-(2**63), lt=2**63)] | Annotated[float, BeforeValidator(_no_integer)]
 Metadata = dict[
     Annotated[str, StringConstraints(min_length=1, max_length=64), AfterValidator(_clean)],
-    # Integers that 64 bits hold: what is stored must be answered again, and JSON writers stop there.
-    Annotated[str, AfterValidator(_clean)]
-    | Annotated[int, Field(ge=-(2**63), lt=2**63)]
-    | Annotated[float, BeforeValidator(_no_integer)]
-    | bool
-    | None,
+    Annotated[str, AfterValidator(_clean)] | Number | bool | None,
 ]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 import logging
 import zlib
@@ -26,11 +25,13 @@ _ROW = np.dtype([("id", "<i8"), ("crc", "<u4")])
 
 def save(place: Path, kind: str, index: Any, exact: ExactIndex, ids: Ids) -> None:
     """Write `index`, which took `ids` of `exact`, to files that begin with `place`. A full disk is logged, no more."""
+    import faiss
+
     graph, table, note = _files(place)
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         note.unlink(missing_ok=True)  # without it the other two say nothing
-        importlib.import_module("faiss").write_index(index, str(graph))
+        faiss.write_index(index, str(graph))
         np.save(table, _table(exact, ids))
         content = {"format": FORMAT, "kind": kind, "graph": _hash(graph), "table": _hash(table)}
         written = note.with_suffix(".tmp")
@@ -43,6 +44,8 @@ def save(place: Path, kind: str, index: Any, exact: ExactIndex, ids: Ids) -> Non
 def load(place: Path, exact: ExactIndex) -> tuple[str, Any, Ids] | None:
     """(kind, FAISS's index, the ids it took), or None, with a line in the log, unless the files are whole and every
     vector that both know is the one in `exact`."""
+    import faiss
+
     graph, table, note = _files(place)
     if not note.is_file():
         return None
@@ -54,8 +57,7 @@ def load(place: Path, exact: ExactIndex) -> tuple[str, Any, Ids] | None:
         there = _table(exact, taken["id"])
         if not np.array_equal(taken[np.isin(taken["id"], there["id"])], there):
             raise ValueError("it was made of other vectors than the store holds")
-        index = importlib.import_module("faiss").read_index(str(graph))
-        return str(content["kind"]), index, taken["id"].astype(np.int64)
+        return str(content["kind"]), faiss.read_index(str(graph)), taken["id"].astype(np.int64)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         log.warning("the index kept in %s is dropped and will be built again: %s", note.name, error)
         remove(place)

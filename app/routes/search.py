@@ -16,14 +16,12 @@ from starlette.responses import Response
 from app.collections import Target
 from app.engine import Array
 from app.filters import Condition, Sign
-from app.inputs import Body, Text, WeightedInput, as_list, body_of, check_inputs, request_body
+from app.inputs import Body, Number, Text, WeightedInput, as_list, body_of, check_inputs, request_body
 from app.service import Served, describe_item, json_response
 from models.errors import InputError
 
 router = APIRouter(tags=["search"])
-
-
-Bound = Annotated[int, Field(ge=-(2**63), lt=2**63)] | float | Text
+Bound = Number | Text
 
 
 class Filter(Body):

@@ -231,6 +231,7 @@ def test_filters_by_value_by_bounds_and_by_one_of_several(filled: TestClient) ->
         ('{"key": "i"}', "needs one of"),
         ('{"key": "i", "near": 3}', "Extra inputs"),
         ('{"key": "i", "in": []}', "at least 1 item"),
+        (f'{{"key": "i", "gte": {10**30}}}', "less than 9223372036854775808"),
         ("{", "JSON"),
     ]:
         problem(filled.get("/search", params={"q": "a", "filter": wrong}), 422, says)

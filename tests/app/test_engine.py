@@ -83,7 +83,7 @@ def test_who_would_be_late_by_the_pace_of_those_before_is_told_at_once_and_when(
     async def work(batcher: Batcher[int, int], deadline: float) -> None:
         now = asyncio.get_running_loop().time
         with batcher.admit(1, deadline) as submit:
-            await submit(1, deadline)  # 0.2 seconds an item
+            await submit(1)  # 0.2 seconds an item
         with batcher.admit(50, now() + 1):  # alone, whatever it takes
             started = now()
             with pytest.raises(BusyError, match=r"for about 1[01] s") as refused, batcher.admit(1, now() + 4):
@@ -107,14 +107,14 @@ def test_a_batch_waits_for_what_is_on_its_way_and_for_nothing_else() -> None:
         async def decoded(number: int) -> int:
             with batcher.admit(1, deadline) as submit:
                 await asyncio.sleep(0.1 * number)
-                return await submit(number, deadline)
+                return await submit(number)
 
         started = now()
         assert await decoded(0) == 0
         assert now() - started < 0.5  # alone: not the 30 seconds of max_wait
         assert await asyncio.gather(decoded(1), decoded(2), decoded(0)) == [2, 4, 0]
         with batcher.admit(2, deadline) as submit:  # one of two that never comes, for it cannot be decoded
-            alone = asyncio.ensure_future(submit(7, deadline))
+            alone = asyncio.ensure_future(submit(7))
             await asyncio.sleep(0.1)
             assert not alone.done()
         assert await alone == 14
