@@ -21,6 +21,10 @@ from models.preprocess import Preprocess
 _LUMA = (0.2989, 0.587, 0.114)  # torchvision's rounding of Rec. 601
 _TRIES = 10  # crops that are drawn before the largest one in the middle is taken, as torchvision does
 _PIXELS_AT_ONCE = 2**16  # of views; in float32 the three channels are 768 KiB
+_COMPILED: dict[str, Any] = {
+    "dynamic": False,
+    "options": {"cpp.enable_floating_point_contract_flag": "fast"},  # products and sums as one instruction on a CPU
+}
 _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = range(4)
 
 
@@ -125,8 +129,8 @@ class ViewTransform:
         self.size, self.recipes = size, recipes
         self.preprocess = preprocess or Preprocess(size=size)
         self.generator = generator
-        self._crop = torch.compile(_crop_lines, dynamic=False) if compile else _crop_lines
-        self._make = torch.compile(self._make_views, dynamic=False) if compile else self._make_views
+        self._crop = torch.compile(_crop_lines, **_COMPILED) if compile else _crop_lines
+        self._make = torch.compile(self._make_views, **_COMPILED) if compile else self._make_views
 
     def __call__(self, images: Tensor) -> Tensor:
         """-> (V, B, 3, size, size), a view a recipe."""
@@ -157,8 +161,10 @@ class ViewTransform:
 
     def _make_views(self, normalized: bool, images: Tensor, out: Tensor, *drawn: Any) -> None:
         """drawn: rows, columns and colours, as plain tensors, for dozens of small calls a batch have to cost little."""
-        views = _coloured(_cropped(on_white(images), _Lines(*drawn[:2]), _Lines(*drawn[2:4])), *drawn[4:]).mT
-        out.copy_(self.preprocess.standardize(views) if normalized else views)
+        planes = _coloured(_cropped(on_white(images), _Lines(*drawn[:2]), _Lines(*drawn[2:4])), *drawn[4:])
+        mean_and_std = zip(self.preprocess.mean, self.preprocess.std, strict=True)
+        for place, plane, (mean, std) in zip(out.unbind(1), planes, mean_and_std, strict=True):
+            place.copy_(((plane - mean) * (1 / std) if normalized else plane).mT)
 
 
 def _split(tensors: Sequence[Tensor | None], part: int) -> Iterator[tuple[Any, ...]]:
@@ -232,7 +238,7 @@ def apply_views(pixels: Tensor, size: int, parameters: ViewParameters) -> Tensor
     """Float (B, 3, H, W) in 0..1 -> (B, 3, size, size) in 0..1."""
     height, width = pixels.shape[2:]
     rows, columns = _crop_lines(parameters.box, parameters.flip, height, width, size)
-    return _coloured(_cropped(pixels, rows, columns), *parameters.colours()).mT
+    return torch.stack(_coloured(_cropped(pixels, rows, columns), *parameters.colours()), 1).mT
 
 
 class _Lines(NamedTuple):
@@ -288,17 +294,18 @@ _Planes = tuple[Tensor, Tensor, Tensor]  # red, green, blue, (B, S, S) each: apa
 
 def _coloured(
     views: Tensor, factors: Tensor, order: Tensor, gray: Tensor, sigma: Tensor | None, solarize: Tensor | None
-) -> Tensor:
-    """All that follows the crop. (B, 3, S, S) in 0..1 -> the same."""
+) -> _Planes:
+    """All that follows the crop. (B, 3, S, S) in 0..1 -> the same as planes."""
     red, green, blue = views.unbind(1)
     planes = _jitter((red, green, blue), factors, order)
     luma = _luma(planes)
-    views = torch.stack([torch.where(gray[:, None, None], luma, plane) for plane in planes], 1)
+    red, green, blue = (torch.where(gray[:, None, None], luma, plane) for plane in planes)
     if sigma is not None:
-        views = _blur(views, sigma)
+        red, green, blue = _blur(torch.stack([red, green, blue], 1), sigma).unbind(1)
     if solarize is not None:
-        views = torch.where(solarize[:, None, None, None] & (views >= 0.5), 1 - views, views)
-    return views
+        inverted = solarize[:, None, None]
+        red, green, blue = (torch.where(inverted & (x >= 0.5), 1 - x, x) for x in (red, green, blue))
+    return red, green, blue
 
 
 def _luma(planes: _Planes) -> Tensor:
@@ -324,6 +331,11 @@ def _jitter(planes: _Planes, factors: Tensor, order: Tensor) -> _Planes:
     return planes
 
 
+def _clamped(values: Tensor) -> Tensor:
+    """In 0..1, in place. As relu, for a maximum looks for NaN, which takes a vector unit three instructions."""
+    return values.relu_().clamp_(max=1)
+
+
 def _blends(factors: Tensor, order: Tensor, active: Tensor) -> Tensor:
     """(B, 4) each -> (B, 4, 3): at each position the shares of the picture, of its grey and of its mean grey."""
     kept = torch.where(active, factors.gather(1, order), 1.0)
@@ -334,7 +346,7 @@ def _blend(planes: _Planes, shares: Tensor) -> _Planes:
     kept, of_gray, of_mean = shares[:, :, None, None].unbind(1)
     gray = _luma(planes)
     added = torch.addcmul(of_mean * gray.mean((1, 2), keepdim=True), of_gray, gray)
-    red, green, blue = (torch.addcmul(added, kept, plane).clamp(0, 1) for plane in planes)
+    red, green, blue = (_clamped(torch.addcmul(added, kept, plane)) for plane in planes)
     return red, green, blue
 
 
@@ -355,7 +367,7 @@ def _turn_hue(planes: _Planes, turns: Tensor) -> _Planes:
     def channel(n: float) -> Tensor:
         k = sixth + n
         k = k - 6 * (k * (1 / 6)).floor()  # several times as fast as a remainder, which becomes a call of fmod
-        return value - chroma * (2 - (k - 2).abs()).clamp(0, 1)
+        return value - chroma * _clamped(2 - (k - 2).abs())
 
     return channel(5), channel(3), channel(1)
 
