@@ -1,4 +1,4 @@
-"""The command line `semblance`: serve | index | search | embed | generate | models."""
+"""The command line `semblance`: serve | index | search | dump | embed | generate | models | export."""
 
 from __future__ import annotations
 
@@ -60,7 +60,11 @@ def build_parser() -> argparse.ArgumentParser:
     serve.add_argument("--insecure", action="store_true", help="serve other machines without an API key")
 
     index = _command(commands, "index", _index, "Put pictures into a collection; run it again to go on or to update")
-    index.add_argument("source", help="a folder, a caption table (.csv .tsv .jsonl .parquet), or .tar(.gz)")
+    index.add_argument(
+        "source",
+        help="a folder, a caption table (.csv .tsv .jsonl .parquet), or .tar(.gz); or embeddings: what `dump` wrote, a "
+        ".parquet with a column `embedding`, .npy files, or a folder of clip-retrieval",
+    )
     index.add_argument("--collection", default="default", help="its name; it is made if need be (default: default)")
     index.add_argument("--embedder", metavar="NAME", help="the model of a new collection (default: the first loaded)")
     index.add_argument("--max-bad", type=int, default=-1, help="exit with 1 if more files are unreadable")
@@ -71,6 +75,11 @@ def build_parser() -> argparse.ArgumentParser:
     search.add_argument("--collection", help="its name (default: default)")
     search.add_argument("-k", type=int, default=10, help="hits (default: 10)")
     search.add_argument("--json", action="store_true", help="print the answer as JSON")
+
+    dump = _command(commands, "dump", _dump, "Write a collection's items with their embeddings to a Parquet file")
+    dump.add_argument("out", help="the file to write")
+    dump.add_argument("--collection", default="default", help="its name (default: default)")
+    dump.add_argument("--pictures", action="store_true", help="put the pictures into it too")
 
     embed = _command(commands, "embed", _embed, "Print embeddings as JSON lines")
     embed.add_argument("inputs", nargs="+", help="texts, or paths of pictures with --image")
@@ -89,7 +98,17 @@ def build_parser() -> argparse.ArgumentParser:
 
     models = _command(commands, "models", _models, "List the models, what they take and what they measured")
     models.add_argument("--json", action="store_true", help="print the answer as JSON")
-    for command in (index, search, embed, generate, models):
+
+    export = _command(commands, "export", _export, "Write a model for ONNX Runtime or OpenVINO, compared with torch")
+    export.add_argument("name", help="a model, as `semblance models` lists it")
+    export.add_argument("--to", required=True, choices=("onnx", "openvino"), help="the runtime")
+    export.add_argument(
+        "--pictures", help="a folder, table or .tar(.gz) to compare and calibrate on (default: the demo's scenes)"
+    )
+    export.add_argument("--samples", type=int, default=256, help="pictures of it that are taken (default: 256)")
+    export.add_argument("--model", action="append", metavar="NAME=REFERENCE", help=_MODEL)
+    _settings(export, "store", "checkpoints", "threads")
+    for command in (index, search, dump, embed, generate, models):
         command.add_argument("--server", metavar="URL", help="a running server (default: the one that holds --data)")
         command.add_argument("--model", action="append", metavar="NAME=REFERENCE", help=_MODEL)
         _settings(command, "store", "checkpoints", "device", "threads")
@@ -134,7 +153,7 @@ def _serve(options: argparse.Namespace) -> int:
 
     from app.collections import Collections
     from app.demo import fill_demo
-    from app.engine import in_order, load_engines, load_generators
+    from app.loading import load_engines, load_generators
     from app.main import create_app
 
     settings = _settings_of(options)
@@ -146,7 +165,7 @@ def _serve(options: argparse.Namespace) -> int:
     started = time.monotonic()
     address = f"http://{settings.host}:{settings.port}"
     with Collections(settings.store, note=address) as collections:
-        engines, generators = in_order(list(load_engines(settings))), load_generators(settings)
+        engines, generators = load_engines(settings), load_generators(settings)
         if not engines and not generators:
             raise SemblanceError(
                 f"no model to serve in {settings.checkpoints}: train one, or give --checkpoints or --model"
@@ -184,14 +203,17 @@ def _index(options: argparse.Namespace) -> int:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from app.ingest import count, ingest
+    from app.vectors import holds_vectors, load_vectors
 
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _rate(), TimeRemainingColumn())
 
+    vectors = holds_vectors(options.source)
+
     async def work(client: Any) -> int:
         with Progress(*columns, console=console) as progress:
-            task = progress.add_task(options.collection, total=count(options.source))
-            report = await ingest(
+            task = progress.add_task(options.collection, total=None if vectors else count(options.source))
+            report = await (load_vectors if vectors else ingest)(
                 client,
                 options.collection,
                 options.source,
@@ -237,6 +259,23 @@ def _search(options: argparse.Namespace) -> int:
         for hit in answer["hits"]:
             table.add_row(f"{hit['score']:.3f}", hit["id"], hit["caption"] or "")
         Console().print(table)
+        return 0
+
+    return _with_client(options, work)
+
+
+def _dump(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from app.vectors import dump_vectors
+
+    console = Console(stderr=True)
+
+    async def work(client: Any) -> int:
+        with console.status(options.collection) as status:
+            async for count in dump_vectors(client, options.collection, options.out, pictures=options.pictures):
+                status.update(f"{options.collection}: {count:,} items")
+        print(f"{options.out}: {count:,} items")  # noqa: T201
         return 0
 
     return _with_client(options, work)
@@ -312,6 +351,34 @@ def _models(options: argparse.Namespace) -> int:
         return 0
 
     return _with_client(options, work)
+
+
+def _export(options: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    from app.demo import SHARD
+    from app.exporter import export_model, read_calibration
+    from app.exports import exports_of
+    from app.loading import find_models
+    from models.checkpoint import load_model
+
+    settings = _settings_of(options)
+    known = find_models(settings)
+    if options.name not in known:
+        raise SemblanceError(f"no model {options.name!r}; there are: {', '.join(known) or 'none'}")
+    model = load_model(known[options.name])
+    calibration = read_calibration(options.pictures or str(settings.checkpoints / SHARD), options.samples)
+    exports = exports_of(model, settings)
+    found = export_model(options.name, model, exports, options.to, calibration, settings.thread_count)
+    table = Table("tower", "backend", "same nearest", "lowest cosine", "ms alone", "ms of eight")
+    for tower, rows in found.items():
+        for backend, parity in rows.items():
+            shown = (f"{parity.agreement:.1%}", f"{parity.cosine:.5f}", *(f"{1000 * s:.2f}" for s in parity[2:]))
+            table.add_row(tower, backend, *shown)
+    Console().print(table)
+    print(f"{exports.folder}: `semblance serve` takes the fastest that finds the same nearest for 99 % or more")  # noqa: T201
+    return 0
 
 
 def _input(value: str, image: bool) -> dict[str, str]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections import deque
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+from app.fairness import FairQueue, Flow, flow_of
 from models.errors import BusyError, DeadlineError, ModelError, SemblanceError
 
 log = logging.getLogger(__name__)
@@ -19,6 +20,7 @@ log = logging.getLogger(__name__)
 In = TypeVar("In")
 Out = TypeVar("Out")
 Submit = Callable[[In], Awaitable[Out]]
+_CALLERS_PART = 0.75  # of all places, for one caller at most, so that another finds one
 _MEMORY = 0.2  # share that the last batch has in what is known of the pace
 
 
@@ -34,9 +36,9 @@ class Batcher(Generic[In, Out]):
     """Groups single items into batches for `forward`, which runs in `executor`'s one thread.
 
     A batch closes at `max_batch` items, or as soon as nothing that was admitted is still on its way (being decoded), or
-    `max_wait` seconds after its first item came; while a batch runs, the next one fills. `forward` gets 1..max_batch
-    items and returns one result or exception for each. If it raises, the batch is halved until the culprit is alone, so
-    that nobody else fails with it.
+    `max_wait` seconds after its first item came; while a batch runs, the next one fills. Who is in it is a matter of
+    fairness (app/fairness.py), not of arrival alone. `forward` gets 1..max_batch items and returns one result or
+    exception for each. If it raises, the batch is halved until the culprit is alone, so that nobody else fails with it.
     """
 
     def __init__(
@@ -53,10 +55,10 @@ class Batcher(Generic[In, Out]):
         self._max_batch = max_batch
         self._max_wait = max_wait
         self._queue_size = queue_size
-        self._admitted = 0
-        self._coming = 0  # of them, those that were not submitted yet
+        self._held: Counter[Flow] = Counter()  # places that each flow has
+        self._coming = 0  # of them, those whose item was not submitted yet
         self._pace = 0.0  # seconds an item, of late
-        self._jobs: deque[_Job[In, Out]] = deque()
+        self._jobs: FairQueue[_Job[In, Out]] = FairQueue()
         self._arrival = asyncio.Event()
         self._loop = asyncio.get_running_loop()
         self._task = self._loop.create_task(self._run())
@@ -69,20 +71,14 @@ class Batcher(Generic[In, Out]):
         One call may overshoot the bound by its own size, which the request limits bound in turn.
 
         Raises:
-            BusyError: all places are taken, those before would take until after `deadline` at the pace of late, or the
-                batcher is closed; at once, nothing waits.
+            BusyError: all places are taken, or the caller has most of them, or those before would take until after
+                `deadline` at the pace of late, or the batcher is closed; at once, nothing waits.
         """
         if self._task.done():
             raise BusyError("the server is shutting down", retry_after=5)
-        seconds = self._pace * (self._admitted + count)
-        over = self._loop.time() + seconds - deadline
-        # Whoever is alone is let in, so that a slow start is forgotten.
-        if self._admitted >= self._queue_size or (self._admitted and over > 0):
-            raise BusyError(
-                f"{self._admitted} inputs are waiting already, for about {seconds:.0f} s; try again later",
-                retry_after=max(1, math.ceil(over if over > 0 else seconds / 2)),
-            )
-        self._admitted += count
+        flow = flow_of(count)
+        self._check_room(flow, count, deadline)
+        self._held[flow] += count
         self._coming += count
         left = count
 
@@ -90,16 +86,36 @@ class Batcher(Generic[In, Out]):
             nonlocal left
             left -= 1
             self._coming -= 1
-            return self.submit(item, deadline)
+            return self.submit(item, deadline, flow)
 
         try:
             yield submit
         finally:
-            self._admitted -= count
+            self._held[flow] -= count
+            self._held += Counter()  # forgets who has none
             self._coming -= left
             self._arrival.set()
 
-    async def submit(self, item: In, deadline: float) -> Out:
+    def _check_room(self, flow: Flow, count: int, deadline: float) -> None:
+        held = self._held.total()
+        seconds = self._pace * self._before(flow, count)
+        over = self._loop.time() + seconds - deadline
+        of_caller = sum(places for other, places in self._held.items() if other.caller == flow.caller)
+        full = held >= self._queue_size or of_caller >= _CALLERS_PART * self._queue_size
+        # Whoever is alone is let in, so that a slow start is forgotten.
+        if full or (held and over > 0):
+            waiting = f"{held} inputs are waiting already, {of_caller} of them yours, for about {seconds:.0f} s"
+            raise BusyError(
+                f"{waiting}; try again later", retry_after=max(1, math.ceil(over if over > 0 else seconds / 2))
+            )
+
+    def _before(self, flow: Flow, count: int) -> float:
+        """Items that are computed until `count` more of a flow are, if all have their shares."""
+        weights = sum(other.weight for other in self._held if other != flow) + flow.weight
+        own = self._held[flow] + count
+        return min(self._held.total() + count, own * weights / flow.weight)
+
+    async def submit(self, item: In, deadline: float, flow: Flow | None = None) -> Out:
         """The result for one item; `deadline` is in the event loop's time.
 
         A caller that is cancelled or late takes its item out of the queue with it.
@@ -108,7 +124,7 @@ class Batcher(Generic[In, Out]):
             DeadlineError: the time ran out. ModelError: the model failed for this item alone.
         """
         job: _Job[In, Out] = _Job(item, self._loop.create_future(), deadline, self._loop.time())
-        self._jobs.append(job)
+        self._jobs.push(flow or flow_of(1), job)
         self._arrival.set()
         try:
             async with asyncio.timeout_at(deadline):
@@ -121,9 +137,8 @@ class Batcher(Generic[In, Out]):
         self._task.cancel()
         with suppress(asyncio.CancelledError):
             await self._task
-        for job in self._jobs:
-            _settle(job, BusyError("the server is shutting down", retry_after=5))
-        self._jobs.clear()
+        while self._jobs:
+            _settle(self._jobs.pop(), BusyError("the server is shutting down", retry_after=5))
 
     async def _run(self) -> None:
         while True:
@@ -151,7 +166,7 @@ class Batcher(Generic[In, Out]):
         while not self._jobs:
             self._arrival.clear()
             await self._arrival.wait()
-        closes = self._jobs[0].arrived + self._max_wait
+        closes = min(job.arrived for job in self._jobs) + self._max_wait
         with suppress(TimeoutError):
             async with asyncio.timeout_at(closes):
                 while len(self._jobs) < self._max_batch and self._coming:
@@ -159,7 +174,7 @@ class Batcher(Generic[In, Out]):
                     await self._arrival.wait()
         batch: list[_Job[In, Out]] = []
         while self._jobs and len(batch) < self._max_batch:
-            job = self._jobs.popleft()
+            job = self._jobs.pop()
             if job.deadline <= self._loop.time():
                 _settle(job, late())
             if not job.result.done():

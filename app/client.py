@@ -43,11 +43,11 @@ async def connect(settings: Settings, server: str | None = None) -> AsyncIterato
         async with httpx.AsyncClient(base_url=str(server), headers=headers, timeout=120) as client:
             yield client
         return
-    from app.engine import in_order, load_engines, load_generators
+    from app.loading import load_engines, load_generators
     from app.main import create_app
 
     with collections:
-        engines = in_order(list(await asyncio.to_thread(lambda: list(load_engines(settings)))))
+        engines = await asyncio.to_thread(load_engines, settings)
         generators = await asyncio.to_thread(load_generators, settings)
         app = create_app(settings, engines, collections, generators)
         async with app.router.lifespan_context(app):

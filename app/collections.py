@@ -317,6 +317,19 @@ class Collection:
             raise self._missing(id)
         return _item(found[0])
 
+    def embeddings(self, items: Sequence[Item]) -> list[Vectors | None]:
+        """The stored vector (D,) of each; None for an item that has been deleted or replaced since."""
+        with self._database.read() as connection:
+            found = dict(
+                connection.execute(
+                    "SELECT id, vector FROM items JOIN vectors USING (row) WHERE collection = ? AND id IN "
+                    "(SELECT value FROM json_each(?))",
+                    (self.key, json.dumps([item.id for item in items])),
+                )
+            )
+        blobs = [found.get(item.id) for item in items]
+        return [None if blob is None else _vectors([blob], self.dimensions, self._database.file)[0] for blob in blobs]
+
     def page(self, limit: int, after: str = "") -> list[Item]:
         """The first `limit` items whose ids come after `after`, in the order of their ids."""
         with self._database.read() as connection:

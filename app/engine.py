@@ -3,31 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
-from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from app.backends import Array, Encode, Tower, choose_device, default_tower, example, towers_of
 from app.batching import Batcher, late
-from app.settings import Settings
-from models.dalle import DALLETransformer
-from models.errors import BusyError, CheckpointError, InputError, ModelError
-from models.retrieval import label_probabilities
+from app.settings import Backend, Settings
+from models.errors import BusyError, InputError, ModelError
+from models.retrieval import Scale
 
-Array = NDArray[np.float32]
 # Gives an upright RGB picture whose shorter side is at least twice the argument, or all it has.
 Opener = Callable[[int], Image.Image]
+_BATCH_TOKENS = 4096  # of one forward
 
 
 class Engine(Protocol):
@@ -39,6 +34,7 @@ class Engine(Protocol):
     image_size: int
     takes_text: bool
     details: dict[str, Any]
+    scale: Scale
 
     def prepare_image(self, image: Image.Image) -> Tensor: ...
     def prepare_texts(self, texts: Sequence[str]) -> list[Tensor]: ...
@@ -46,13 +42,23 @@ class Engine(Protocol):
     def encode_texts(self, rows: Sequence[Tensor]) -> Array: ...
     def embed_images(self, images: Sequence[Image.Image]) -> Array: ...
     def embed_texts(self, texts: Sequence[str]) -> Array: ...
-    def label_probabilities(self, similarity: Array, *, multi_label: bool) -> Array: ...
 
 
-class TorchEngine:
-    """An `Engine` over any model of `models`; one forward runs at a time."""
+class ModelEngine:
+    """An `Engine` over any model of `models`; one forward runs at a time.
 
-    def __init__(self, name: str, model: Any, *, device: str = "auto", batch_size: int = 32) -> None:
+    towers: what computes each (app/exports.py), torch by default.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        model: Any,
+        *,
+        device: str = "auto",
+        batch_size: int = 32,
+        towers: Mapping[Tower, tuple[Backend, Encode]] | None = None,
+    ) -> None:
         self.device = choose_device(device)
         self.name = name
         self.model = model.to(self.device).eval()
@@ -61,8 +67,11 @@ class TorchEngine:
         self.image_size: int = model.preprocess.size
         self.takes_text: bool = model.tokenizer is not None
         self.details: dict[str, Any] = {"architecture": model.architecture, "provenance": model.provenance}
+        self._towers = towers or {tower: default_tower(model, tower, self.device) for tower in towers_of(model)}
+        self.scale = Scale.of(model)
+        self.bytes = sum(each.numel() * each.element_size() for each in (*model.parameters(), *model.buffers()))
+        self.details["backends"] = {tower: backend for tower, (backend, _) in self._towers.items()}
         self._batch_size = batch_size
-        self._bf16 = _has_native_bf16(self.device)
         self._lock = threading.Lock()
 
     def prepare_image(self, image: Image.Image) -> Tensor:
@@ -70,22 +79,27 @@ class TorchEngine:
         return self.model.preprocess(image)
 
     def prepare_texts(self, texts: Sequence[str]) -> list[Tensor]:
-        """B strings -> B rows of token ids, int64 (L,) each.
+        """B strings -> B rows of token ids, int64 (L,) each, as long as the text is.
 
         Raises:
             InputError: the model encodes images only.
         """
         if not self.takes_text:
             raise InputError(f"model {self.name!r} encodes images only")
-        return list(self.model.tokenizer(list(texts)))
+        tokens = self.model.tokenizer(list(texts))
+        return [row[:length] for row, length in zip(tokens, self.model.text_lengths(tokens).tolist(), strict=True)]
 
     def encode_images(self, rows: Sequence[Tensor]) -> Array:
         """B of uint8 (3, S, S) -> (B, D). Raises BusyError when the device has no memory for them."""
-        return self._forward(self.model.encode_image, torch.stack(list(rows)))
+        return self._forward("image", torch.stack(list(rows)))
 
     def encode_texts(self, rows: Sequence[Tensor]) -> Array:
-        """B rows of token ids of any lengths -> (B, D). Raises BusyError as encode_images does."""
-        return self._forward(self.model.encode_text, torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True))
+        """B rows of token ids of any lengths -> (B, D), like lengths together. Raises as encode_images does."""
+        vectors = np.empty((len(rows), self.embed_dim), np.float32)
+        for part in like_lengths([len(row) for row in rows]):
+            batch = torch.nn.utils.rnn.pad_sequence([rows[place] for place in part], batch_first=True)
+            vectors[part] = self._forward("text", batch)
+        return vectors
 
     def embed_images(self, images: Sequence[Image.Image]) -> Array:
         """RGB pictures -> (B, D). Raises ModelError, naming the picture, if a row is not finite."""
@@ -95,9 +109,11 @@ class TorchEngine:
         """Strings -> (B, D). Raises as embed_images and prepare_texts do."""
         return self._in_batches(self.encode_texts, self.prepare_texts(texts) if texts else [])
 
-    def label_probabilities(self, similarity: Array, *, multi_label: bool) -> Array:
-        """Cosines (B, C) -> probabilities (B, C) by the model's own scale."""
-        return label_probabilities(self.model, torch.from_numpy(similarity), multi_label=multi_label).numpy()
+    def warm_up(self) -> None:
+        """Compute something with each tower: what a first forward costs once is paid before the first request."""
+        for tower in self._towers:
+            for count in (1, 2):
+                self._forward(tower, example(self.model, tower).repeat_interleave(count, 0))
 
     def _in_batches(self, encode: Callable[[Sequence[Tensor]], Array], rows: list[Tensor]) -> Array:
         starts = range(0, len(rows), self._batch_size)
@@ -108,18 +124,16 @@ class TorchEngine:
             raise ModelError(f"model {self.name!r} gave no finite numbers for input {bad[0]}")
         return vectors
 
-    def _forward(self, encode: Callable[[Tensor], Tensor], batch: Tensor) -> Array:
-        precision: AbstractContextManager[Any] = nullcontext()
-        if self._bf16:
-            precision = torch.autocast(self.device.type, torch.bfloat16)
+    def _forward(self, tower: Tower, batch: Tensor) -> Array:
+        _, encode = self._towers[tower]
         try:
-            with self._lock, torch.inference_mode(), precision:
-                rows = encode(batch.to(self.device, non_blocking=True)).float()
-                rows = torch.nn.functional.normalize(rows, dim=-1).cpu()  # bfloat16 alone is 0.3 % off unit length
+            with self._lock:
+                rows = encode(batch)
         except torch.OutOfMemoryError as error:
             # The batcher halves on any exception, so only a single input that does not fit ends here.
             raise BusyError("the device has no memory left for this input; try again shortly") from error
-        return np.ascontiguousarray(rows.numpy())
+        # bfloat16 alone is 0.3 % off unit length
+        return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
 
 
 class ServedEngine:
@@ -212,98 +226,17 @@ class ServedEngine:
         return np.stack(rows) if rows else np.zeros((0, self.engine.embed_dim), np.float32)
 
 
-def find_models(settings: Settings) -> dict[str, str]:
-    """Name -> reference of every model the settings name: the list first, then the subfolders of `checkpoints`.
-
-    Image tokenizers are passed over: they neither embed nor generate by themselves.
-
-    Raises:
-        CheckpointError: an entry of `models` is not `name=reference`.
-    """
-    found: dict[str, str] = {}
-    for entry in settings.models:
-        name, equals, reference = entry.partition("=")
-        if not (name and equals and reference):
-            raise CheckpointError(
-                f"model {entry!r} must be name=reference, e.g. vit=open_clip:ViT-B-32/laion2b_s34b_b79k"
-            )
-        found[name] = reference
-    for config in sorted(settings.checkpoints.glob("*/config.json")):
-        if describe_checkpoint(str(config.parent)).get("architecture") != "dvae":
-            found.setdefault(config.parent.name, str(config.parent))
-    return found
-
-
-def load_engine(name: str, reference: str, settings: Settings) -> TorchEngine:
-    """One model that embeds, on its device. Raises CheckpointError if it cannot be loaded."""
-    from models.checkpoint import load_model  # brings open_clip with it, which takes a second
-
-    model = load_model(reference)
-    if not hasattr(model, "encode_image"):
-        raise CheckpointError(f"model {name!r} ({model.architecture}) embeds neither pictures nor texts; leave it out")
-    return TorchEngine(name, model, device=settings.device, batch_size=settings.batch_size)
-
-
-def load_engines(settings: Settings) -> Iterator[TorchEngine]:
-    """Every model that embeds, one by one. Raises CheckpointError as find_models and load_engine do."""
-    torch.set_num_threads(thread_count(settings))
-    for name, reference in find_models(settings).items():
-        if not _generates(reference):
-            yield load_engine(name, reference, settings)
-
-
-def load_generators(settings: Settings) -> dict[str, DALLETransformer]:
-    """Every model that makes pictures, by name, on its device. Raises CheckpointError."""
-    from models.checkpoint import load_checkpoint
-
-    device = choose_device(settings.device)
-    # On a CPU a row's logits in bfloat16 depend on how many others there are, and a seed's picture would with them.
-    native = device.type == "cuda" and _has_native_bf16(device)
-    bfloat16 = settings.generate_precision == "bf16" or (settings.generate_precision == "auto" and native)
-    found = {}
-    for name, reference in find_models(settings).items():
-        if _generates(reference):
-            model: DALLETransformer = load_checkpoint(reference).to(device)
-            found[name] = model.cast(torch.bfloat16) if bfloat16 else model
-    return found
-
-
-def choose_device(name: str) -> torch.device:
-    """ "auto": CUDA if there is any, else the CPU."""
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-
-
-def _generates(reference: str) -> bool:
-    return describe_checkpoint(reference).get("architecture") == "dalle"
-
-
-def in_order(engines: Sequence[Engine]) -> dict[str, Engine]:
-    """By name, those that take text before the rest: the first that can do the work is a request's default."""
-    return {engine.name: engine for engine in sorted(engines, key=lambda engine: not engine.takes_text)}
-
-
-def describe_checkpoint(reference: str) -> dict[str, Any]:
-    """What a checkpoint folder's config.json says, without loading its weights; empty for other references."""
-    config = Path(reference) / "config.json"
-    try:
-        content = json.loads(config.read_text()) if config.is_file() else {}
-    except ValueError as error:
-        raise CheckpointError(f"{config} is not JSON: {error}") from error
-    return {key: content[key] for key in ("architecture", "provenance") if key in content}
-
-
-def thread_count(settings: Settings) -> int:
-    """The setting, or the cores this process may use."""
-    if settings.threads:
-        return settings.threads
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _has_native_bf16(device: torch.device) -> bool:
-    """Whether bfloat16 is faster than float32; a processor that only emulates it is a hundred times slower."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and bool(torch.cpu._is_avx512_bf16_supported())
+def like_lengths(lengths: Sequence[int]) -> list[list[int]]:
+    """Places of texts that are embedded together: none is padded to more than twice its length or 16 tokens, and no
+    batch has more than so many tokens."""
+    groups: dict[int, list[int]] = {}
+    for place in sorted(range(len(lengths)), key=lengths.__getitem__):
+        groups.setdefault(max(4, (lengths[place] - 1).bit_length()), []).append(place)
+    parts = []
+    for bits, places in groups.items():
+        size = max(1, _BATCH_TOKENS >> bits)
+        parts += [places[start : start + size] for start in range(0, len(places), size)]
+    return parts
 
 
 def _finite(rows: Array) -> list[Array | Exception]:

@@ -56,7 +56,7 @@ async def ingest(
     """
     body = {} if model is None else {"model": model}
     await call(client, "PUT", f"/collections/{collection}", json=body)
-    known = {item["id"]: item["metadata"].get("modified") async for item in _items(client, collection)}
+    known = {item["id"]: item["metadata"].get("modified") async for item in items_of(client, collection)}
     rows, report = BadRows(limit=1_000_000_000), Report()
     pictures = (_picture(record, Path(source)) for record in read(source, rows))
     batches = _batches(pictures, known, report, progress)
@@ -81,10 +81,14 @@ def count(source: str) -> int | None:
     return sum(1 for _ in read(source, BadRows(1_000_000_000))) if path.is_dir() else None
 
 
-async def _items(client: httpx.AsyncClient, collection: str) -> AsyncIterator[dict[str, Any]]:
+async def items_of(
+    client: httpx.AsyncClient, collection: str, *, embeddings: bool = False
+) -> AsyncIterator[dict[str, Any]]:
+    """Every item of a collection, as the API shows it."""
     after: str | None = ""
     while after is not None:
-        page = await call(client, "GET", f"/collections/{collection}/items", params={"limit": 1000, "after": after})
+        wanted = {"limit": 1000, "after": after, "embeddings": embeddings}
+        page = await call(client, "GET", f"/collections/{collection}/items", params=wanted)
         for item in page["items"]:
             yield item
         after = page["next"]
@@ -157,10 +161,10 @@ def _picture(record: Record, source: Path) -> _Picture:
         metadata["path"] = name
         if record.image.is_file():
             metadata["modified"] = record.image.stat().st_mtime_ns
-    return _Picture(_id(name), record.where, record, metadata)
+    return _Picture(item_id(name), record.where, record, metadata)
 
 
-def _id(name: str) -> str:
+def item_id(name: str) -> str:
     """An id that reads like the name; two names never share one."""
     slug = _SAFE.sub("-", name.replace("/", ":")).lstrip("-._:@+")
     if slug == name.replace("/", ":") and len(slug) <= 128:

@@ -9,8 +9,10 @@ import re
 from collections.abc import Awaitable, Callable
 from typing import Annotated, Any, ClassVar, TypeVar
 
+import numpy as np
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
+from numpy.typing import NDArray
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -116,6 +118,28 @@ class Input(Body):
     def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
         schema = handler.resolve_ref_schema(handler(core))
         return {"anyOf": [{"type": "string", "minLength": 1}, dict(schema)]}
+
+
+class StoredInput(Input):
+    """A picture or a text to store. An `embedding` (base64 of little-endian float32, or numbers) is stored as it is, so
+    it must be the collection's own model's; then the picture may be missing."""
+
+    embedding: str | list[float] | None = None
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> StoredInput:
+        if (self.text is None) == (self.image is None) and (self.embedding is None or self.text is not None):
+            raise ValueError('an item has {"text": ...} or {"image": ...}; with an embedding it may have neither')
+        return self
+
+    def vector(self, index: int) -> NDArray[np.float32] | None:
+        """The embedding that is given, (D,). Raises InputError with the item's index if it is no base64 of float32."""
+        if not isinstance(self.embedding, str):
+            return None if self.embedding is None else np.array(self.embedding, np.float32)
+        try:
+            return np.frombuffer(base64.b64decode(self.embedding, validate=True), "<f4").astype(np.float32)
+        except (binascii.Error, ValueError):
+            raise InputError("an embedding is base64 of little-endian float32, or numbers", index) from None
 
 
 class WeightedInput(Input):

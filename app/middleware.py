@@ -14,6 +14,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.errors import problem
+from app.fairness import CALLER
 from models.errors import BusyError, TooLargeError, UnauthorizedError
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ class Envelope:
 
 
 class Gate:
-    """Lets a request in if the server is ready and the key is right; health is always open."""
+    """Lets a request in if the server is ready and the key is right, and notes who sent it; health is always open."""
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self.app = app
@@ -68,20 +69,23 @@ class Gate:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
-            self._check_key(Headers(scope=scope))
+            key = self._check_key(Headers(scope=scope))
+            CALLER.set(key or (scope.get("client") or ("",))[0])
             if not self.service.ready:
                 raise BusyError(f"the server is {self.service.state}; try again shortly", retry_after=5)
         await self.app(scope, receive, send)
 
-    def _check_key(self, headers: Headers) -> None:
+    def _check_key(self, headers: Headers) -> str:
+        """The key's digest, empty where none is needed."""
         if not self._digests:
-            return
+            return ""
         scheme, _, key = headers.get("authorization", "").partition(" ")
         digest = _digest(key.strip())
         # No short cut: each key costs the same, whether or not an earlier one matched.
         matches = [hmac.compare_digest(digest, known) for known in self._digests]
         if scheme.lower() != "bearer" or not any(matches):
             raise UnauthorizedError("send an API key of this server as `Authorization: Bearer <key>`")
+        return digest.hex()
 
 
 class BodyLimit:

@@ -16,8 +16,9 @@ from PIL import Image
 from starlette.responses import Response
 
 from app import images
+from app.backends import Array
 from app.collections import Collection, Collections, Item
-from app.engine import Array, Engine, Opener, ServedEngine, thread_count
+from app.engine import Engine, Opener, ServedEngine
 from app.generator import ServedGenerator
 from app.inputs import Input, image_bytes, image_limits
 from app.settings import Settings
@@ -60,7 +61,7 @@ class Service:
 
     def start(self) -> None:
         """Make the threads and the batchers; inside the event loop that will use them."""
-        self._decoders = ThreadPoolExecutor(thread_count(self.settings), "decode")
+        self._decoders = ThreadPoolExecutor(self.settings.thread_count, "decode")
         self._storers = ThreadPoolExecutor(4, "store")
         worker = ThreadPoolExecutor(1, "model")  # one thread owns the device
         self._pools = [self._decoders, self._storers, worker]

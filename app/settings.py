@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -10,6 +11,17 @@ from pydantic import AliasChoices, BeforeValidator, Field, SecretStr
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from models.errors import ForbiddenError
+
+Backend = Literal[
+    "torch-fp32",
+    "torch-bf16",
+    "torch-compiled",
+    "onnx-fp32",
+    "onnx-int8",
+    "openvino-fp32",
+    "openvino-bf16",
+    "openvino-int8",
+]
 
 
 def _split(value: Any) -> Any:
@@ -51,7 +63,15 @@ class Settings(BaseSettings):
     stored_side: int = Field(1_024, gt=0, description="pixels of the longest side of a stored picture")
 
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
+    backend: Backend | Literal["auto"] = Field(
+        "auto", description="what computes embeddings; auto: the fastest of torch and what `semblance export` wrote"
+    )
     threads: int = Field(0, ge=0, description="processor threads for decoding and for the models; 0: every core")
+    model_memory: int = Field(
+        0,
+        ge=0,
+        description="bytes that models which embed may take; the least recently used leave; 0: any number",
+    )
     batch_size: int = Field(32, gt=0, description="inputs of one forward, at most")
     batch_wait_ms: float = Field(3.0, ge=0, description="milliseconds that a batch waits for inputs being decoded")
     queue_size: int = Field(256, gt=0, description="inputs admitted at once, per model and kind; then 503")
@@ -63,6 +83,13 @@ class Settings(BaseSettings):
     generate_queue: int = Field(64, gt=0, description="pictures admitted at once, per model; then 503")
     generate_deadline: float = Field(120.0, gt=0, description="seconds a request may wait for its pictures; then 504")
     text_cache: int = Field(10_000, ge=0, description="text embeddings kept in memory, per model")
+
+    @property
+    def thread_count(self) -> int:
+        """`threads`, or the cores this process may use."""
+        if self.threads:
+            return self.threads
+        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
     def check_exposure(self) -> None:
         """Refuse to offer an unprotected server to the network.

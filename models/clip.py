@@ -66,8 +66,13 @@ class CLIPTextEncoder(nn.Module):
         x = self.token(tokens) + self.position[: tokens.shape[1]]
         for block in self.blocks:
             x = block(x, causal=True)
-        end = (tokens == TextTokenizer.eos_id).int().argmax(1)
-        return self.projection(self.norm(x[torch.arange(len(x), device=x.device), end]))
+        end = text_lengths(tokens) - 1
+        return self.projection(self.norm(x[torch.arange(x.shape[0], device=x.device), end]))
+
+
+def text_lengths(tokens: Tensor) -> Tensor:
+    """(B, L) -> (B,): how many tokens each text has, its end included."""
+    return (tokens == TextTokenizer.eos_id).int().argmax(1) + 1
 
 
 class CLIPModel(nn.Module):
@@ -121,8 +126,13 @@ class CLIPModel(nn.Module):
         return F.normalize(self.image_encoder(self.preprocess.normalize(images)), dim=-1)
 
     def encode_text(self, tokens: Tensor) -> Tensor:
-        """int64 (B, L) -> unit rows (B, D)."""
+        """int64 (B, L) -> unit rows (B, D). What follows a text's end may be cut off (text_lengths)."""
         return F.normalize(self.text_encoder(tokens), dim=-1)
+
+    @staticmethod
+    def text_lengths(tokens: Tensor) -> Tensor:
+        """(B, L) -> (B,): how many tokens decide a text's embedding, up to its end."""
+        return text_lengths(tokens)
 
     def forward(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return self.encode_image(images), self.encode_text(tokens), self.logit_scale.exp()

@@ -30,6 +30,7 @@ class OpenCLIPModel(nn.Module):
     def __init__(self, model: nn.Module, preprocess: Preprocess, tokenizer: Callable[[Sequence[str]], Tensor]) -> None:
         super().__init__()
         self.model: Any = model
+        self._causal = _CausalText.of(model)
         self.preprocess = preprocess
         self.tokenizer = tokenizer
         self.provenance = {}
@@ -53,8 +54,55 @@ class OpenCLIPModel(nn.Module):
         return F.normalize(self.model.encode_image(self.preprocess.normalize(images)), dim=-1)
 
     def encode_text(self, tokens: Tensor) -> Tensor:
-        """int64 (B, L) -> unit rows (B, D)."""
-        return F.normalize(self.model.encode_text(tokens), dim=-1)
+        """int64 (B, L) -> unit rows (B, D). What follows a text's end may be cut off (text_lengths)."""
+        return F.normalize(self._causal(tokens) if self._causal else self.model.encode_text(tokens), dim=-1)
+
+    def text_lengths(self, tokens: Tensor) -> Tensor:
+        """(B, L) -> (B,): how many tokens decide a text's embedding: up to its end, if the encoder reads from left to
+        right and gives what it has there; else all of them."""
+        return self._causal.lengths(tokens) if self._causal else torch.full((len(tokens),), tokens.shape[1])
+
+
+class _CausalText:
+    """open_clip's text encoder that reads from left to right, for rows of any length; its own takes whole rows alone.
+
+    text: an open_clip.CLIP, which has it in itself, or a TextTransformer.
+    """
+
+    def __init__(self, text: Any) -> None:
+        self.text = text
+        self.eos = text.text_eos_id if hasattr(text, "text_eos_id") else text.eos_id
+        self.pool = text.text_pool_type if hasattr(text, "text_pool_type") else text.pool_type
+
+    @classmethod
+    def of(cls, model: Any) -> _CausalText | None:
+        """The text encoder of a model; None if it is of another kind."""
+        from open_clip.model import CLIP
+        from open_clip.transformer import TextTransformer
+
+        text: Any = model if type(model) is CLIP else getattr(model, "text", None)
+        if (
+            type(text) not in (CLIP, TextTransformer)
+            or text.attn_mask is None
+            or getattr(text, "cls_emb", None) is not None
+        ):
+            return None
+        found = cls(text)
+        return found if found.pool in ("argmax", "eos") else None
+
+    def lengths(self, tokens: Tensor) -> Tensor:
+        """(B, L) -> (B,): how many tokens each text has, its end included."""
+        return (tokens if self.pool == "argmax" else (tokens == self.eos).int()).argmax(1) + 1
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        text, length = self.text, tokens.shape[1]
+        x = text.token_embedding(tokens) + text.positional_embedding[:length]
+        x = text.ln_final(text.transformer(x, attn_mask=text.attn_mask[:length, :length]))
+        x = x[torch.arange(x.shape[0], device=x.device), self.lengths(tokens) - 1]
+        projection = text.text_projection
+        if projection is None:
+            return x
+        return projection(x) if isinstance(projection, nn.Linear) else x @ projection
 
 
 def load_open_clip(reference: str) -> OpenCLIPModel:

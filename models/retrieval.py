@@ -25,6 +25,19 @@ class Hit(NamedTuple):
     score: float
 
 
+class Scale(NamedTuple):
+    """What turns a model's cosines into logits: their factor, and the learned bias of a SigLIP model."""
+
+    logit_scale_value: float
+    logit_bias: float | None
+
+    @classmethod
+    def of(cls, model: Any) -> Scale:
+        """A model's; of one that embeds pictures alone, 1."""
+        bias = getattr(model, "logit_bias", None)
+        return cls(float(getattr(model, "logit_scale_value", 1.0)), None if bias is None else float(bias))
+
+
 class ImageTextModel(Protocol):
     """What retrieval needs of a model; CLIPModel and OpenCLIPModel are ones."""
 
@@ -102,7 +115,7 @@ def zero_shot_classification(
     return label_probabilities(model, similarity, multi_label=multi_label)
 
 
-def label_probabilities(model: ImageTextModel, similarity: Tensor, *, multi_label: bool = False) -> Tensor:
+def label_probabilities(model: ImageTextModel | Scale, similarity: Tensor, *, multi_label: bool = False) -> Tensor:
     """Cosines (B, C) -> probabilities (B, C) by the model's own scale.
 
     Without a learned bias a sigmoid would call every label likely, for cosines are rarely negative enough; the mean

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Annotated, Any, Literal
 
@@ -15,13 +17,15 @@ from starlette.responses import Response
 from app import images
 from app.batching import late
 from app.collections import Item, NewItem, Target
+from app.engine import ServedEngine
+from app.index import Vectors
 from app.inputs import (
     EXAMPLE_IMAGE,
     Body,
-    Input,
     ItemId,
     Metadata,
     Name,
+    StoredInput,
     Text,
     body_of,
     check_text,
@@ -61,8 +65,9 @@ class CollectionList(BaseModel):
     collections: list[CollectionResponse]
 
 
-class ItemBody(Input):
-    """A picture or a text to store. Without an id one is made; an id that exists is replaced."""
+class ItemBody(StoredInput):
+    """A picture or a text to store. Without an id one is made; an id that exists is replaced. An `embedding` is stored
+    as it is, so it must be the collection's own model's; the picture may then be missing."""
 
     id: ItemId | None = None
     caption: Text | None = None
@@ -103,13 +108,14 @@ class ItemsResponse(BaseModel):
 
 
 class ItemResponse(BaseModel):
-    """An item. url: of its picture, if it has one."""
+    """An item. url: of its picture, if it is kept here. embedding: base64 of little-endian float32, if asked for."""
 
     id: str
     kind: str
     caption: str | None
     url: str | None
     metadata: dict[str, Any]
+    embedding: str | None = None
 
 
 class NearItem(ItemResponse):
@@ -200,9 +206,9 @@ async def add_items(
         check_text(item.caption, service.settings, index)
     collection = service.collection(name)
     served = service.engine_of(collection)
-    if not served.engine.takes_text and any(item.text is not None for item in body.items):
+    if not served.engine.takes_text and any(item.text is not None and item.embedding is None for item in body.items):
         service.engine(served.engine.name, text=True)  # raises, naming the models that take text
-    vectors, _ = await service.embed(served, body.items)
+    vectors = await _embedded(service, served, body.items)
 
     pictures = await asyncio.gather(*(_stored_picture(service, item, index) for index, item in enumerate(body.items)))
     items = [
@@ -218,11 +224,21 @@ async def list_items(
     name: Name,
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
     after: Annotated[str, Query(max_length=128)] = "",
+    embeddings: Annotated[bool, Query(description="with each item's embedding")] = False,
 ) -> Response:
     """Items by id, a page at a time."""
-    items: list[Item] = await service.store(lambda: service.collection(name).page(limit, after))
+    collection = service.collection(name)
+    items: list[Item] = await service.store(collection.page, limit, after)
     following = items[-1].id if len(items) == limit else None
-    return json_response({"items": [describe_item(name, item) for item in items], "next": following})
+    shown = [describe_item(name, item) for item in items]
+    if embeddings:
+        vectors = await service.store(collection.embeddings, items)
+        shown = [
+            item | {"embedding": base64.b64encode(vector.astype("<f4").tobytes()).decode()}
+            for item, vector in zip(shown, vectors, strict=True)
+            if vector is not None  # deleted since
+        ]
+    return json_response({"items": shown, "next": following})
 
 
 @router.get("/collections/{name}/duplicates", response_model=DuplicatesResponse)
@@ -284,6 +300,20 @@ async def get_picture(
     return Response(content, media_type="image/jpeg", headers=headers)
 
 
+async def _embedded(service: Served, served: ServedEngine, items: Sequence[ItemBody]) -> list[Vectors]:
+    """The vector of each item: what it brings, or what the model makes of it."""
+    found = [item.vector(index) for index, item in enumerate(items)]
+    rest = [index for index, vector in enumerate(found) if vector is None]
+    try:
+        made = await service.embed(served, [items[index] for index in rest])
+    except InputError as error:
+        error.index = None if error.index is None else rest[error.index]
+        raise
+    for index, vector in zip(rest, made.vectors, strict=True):
+        found[index] = vector
+    return [vector for vector in found if vector is not None]
+
+
 async def _stored_picture(service: Served, item: ItemBody, index: int) -> bytes | None:
     """What is kept of a picture: its pixels in a new JPEG, and nothing else of the file that came."""
     if item.image is None:
@@ -294,7 +324,7 @@ async def _stored_picture(service: Served, item: ItemBody, index: int) -> bytes 
 
 
 def _kind(item: ItemBody) -> Literal["image", "text"]:
-    return "text" if item.image is None else "image"
+    return "image" if item.text is None else "text"
 
 
 def _parsed(value: str) -> Any:

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Depends
 from pydantic import BaseModel, Field
 from starlette.responses import Response
 
-from app.engine import Array
+from app.backends import Array
 from app.inputs import EXAMPLE_IMAGE, Body, Inputs, body_of, check_inputs, request_body
 from app.service import Served, json_response
 from models.errors import InputError

@@ -17,7 +17,8 @@ router = APIRouter(tags=["models"])
 class Model(BaseModel):
     """takes: what it is given. makes: what it gives. dimensions: of its embeddings, null if it makes pictures.
 
-    size: side of its pictures in pixels. styles: that /generate takes. metrics: the figures of its model card.
+    size: side of its pictures in pixels. styles: that /generate takes. backends: what computes each tower. metrics: the
+    figures of its model card.
     """
 
     id: str
@@ -30,6 +31,7 @@ class Model(BaseModel):
     dimensions: int | None
     size: int
     styles: list[str]
+    backends: dict[str, str]
     fingerprint: str
     metrics: dict[str, float]
     license: str | None
@@ -92,6 +94,7 @@ def _described(name: str, fingerprint: str, details: dict[str, Any]) -> dict[str
         "created": 0,
         "owned_by": "semblance",
         "architecture": details.get("architecture", ""),
+        "backends": details.get("backends", {}),
         "fingerprint": fingerprint,
         "metrics": provenance.get("metrics", {}),
         "license": provenance.get("license"),

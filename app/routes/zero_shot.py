@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 import numpy as np
+import torch
 from fastapi import APIRouter, Depends
 from pydantic import BaseModel, Field
 from starlette.responses import Response
@@ -12,7 +13,7 @@ from starlette.responses import Response
 from app.inputs import EXAMPLE_IMAGE, Body, Inputs, Text, body_of, check_inputs, check_text, request_body
 from app.service import Served, json_response
 from models.errors import InputError, TooLargeError
-from models.retrieval import TEMPLATES
+from models.retrieval import TEMPLATES, label_probabilities
 
 router = APIRouter(tags=["zero-shot"])
 
@@ -67,7 +68,8 @@ async def zero_shot(service: Served, body: Annotated[ZeroShotRequest, Depends(bo
     texts, _ = await served.embed_texts(prompts, service.deadline())
     labels = texts.reshape(len(body.labels), len(body.templates), -1).mean(1)
     labels /= np.maximum(np.linalg.norm(labels, axis=1, keepdims=True), 1e-12)
-    probabilities = served.engine.label_probabilities(images @ labels.T, multi_label=body.multi_label)
+    cosines = torch.from_numpy(images @ labels.T)
+    probabilities = label_probabilities(served.engine.scale, cosines, multi_label=body.multi_label).numpy()
     data = []
     for index, row in enumerate(probabilities):
         best = np.argsort(-row, kind="stable")[: body.top_k]

@@ -12,7 +12,8 @@ import pytest
 from starlette.testclient import TestClient
 
 from app.collections import Collections
-from app.engine import Engine, in_order, load_engines
+from app.engine import Engine
+from app.loading import load_engines
 from app.main import create_app
 from app.settings import Settings
 
@@ -28,7 +29,7 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def engines(checkpoints: Path) -> dict[str, Engine]:
-    return in_order(list(load_engines(Settings(checkpoints=checkpoints, threads=1))))
+    return load_engines(Settings(checkpoints=checkpoints, threads=1))
 
 
 @pytest.fixture

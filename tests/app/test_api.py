@@ -320,11 +320,11 @@ def test_models_show_their_card(client: TestClient) -> None:
 
 
 def test_another_models_query_is_refused_by_name(start: Start, engines: dict[str, Engine]) -> None:
-    from app.engine import TorchEngine
+    from app.engine import ModelEngine
 
     other = tiny_clip(seed=1)
     other.fingerprint = "another"
-    both = {**engines, "other": TorchEngine("other", other, device="cpu")}
+    both = {**engines, "other": ModelEngine("other", other, device="cpu")}
     client = start(both)
     client.put("/collections/mine", json={"model": "other"})
     problem(client.put("/collections/mine", json={"model": "clip"}), 409, "holds vectors of model 'other'")
@@ -336,11 +336,12 @@ def test_another_models_query_is_refused_by_name(start: Start, engines: dict[str
 
 
 def test_an_image_only_model_names_those_that_take_text(start: Start, engines: dict[str, Engine]) -> None:
-    from app.engine import TorchEngine, in_order
+    from app.engine import ModelEngine
+    from app.loading import in_order
 
     blind = tiny_clip(seed=1)
     blind.tokenizer = None
-    both = in_order([TorchEngine("simclr", blind, device="cpu"), *engines.values()])
+    both = in_order([ModelEngine("simclr", blind, device="cpu"), *engines.values()])
     client = start(both)
     assert [model["id"] for model in client.get("/models").json()["data"]] == ["clip", "simclr"]
     problem(client.post("/embed", json={"input": "a", "model": "simclr"}), 422, "models that take text: clip")
@@ -351,13 +352,13 @@ def test_an_image_only_model_names_those_that_take_text(start: Start, engines: d
 def test_a_checkpoint_of_an_encoder_is_searched_from_picture_to_picture(
     start: Start, tmp_path: Path, encoded: Encoded
 ) -> None:
-    from app.engine import in_order, load_engines
+    from app.loading import load_engines
     from app.settings import Settings
 
     torch.manual_seed(0)
     model = EncoderModel(image={"name": "conv", "image_size": 16, "channels": 16, "blocks": [1, 1], "depth": 0}).eval()
     save_checkpoint(model, tmp_path / "checkpoints" / "simclr", provenance={"metrics": {"knn": 0.5}})
-    client = start(in_order(list(load_engines(Settings(checkpoints=tmp_path / "checkpoints", threads=1)))))
+    client = start(load_engines(Settings(checkpoints=tmp_path / "checkpoints", threads=1)))
     (entry,) = client.get("/models").json()["data"]
     assert (entry["id"], entry["takes"], entry["metrics"]) == ("simclr", ["image"], {"knn": 0.5})
     files = [("file", (f"{seed}.png", encoded(seed, "PNG"))) for seed in range(4)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ClassVar
@@ -13,8 +14,12 @@ import torch
 from support import tiny_clip
 
 from app.batching import Batcher
-from app.engine import Engine, ServedEngine, TorchEngine, find_models
+from app.engine import Engine, ModelEngine, ServedEngine, like_lengths
+from app.fairness import CALLER, FairQueue, Flow
+from app.loading import Shelf, ShelvedEngine, find_models, load_engine, load_engines
 from app.settings import Settings
+from models.checkpoint import save_checkpoint
+from models.clip import CLIPModel
 from models.errors import BusyError, CheckpointError, DeadlineError, InputError, ModelError
 
 
@@ -86,11 +91,14 @@ def test_who_would_be_late_by_the_pace_of_those_before_is_told_at_once_and_when(
             await submit(1)  # 0.2 seconds an item
         with batcher.admit(50, now() + 1):  # alone, whatever it takes
             started = now()
-            with pytest.raises(BusyError, match=r"for about 1[01] s") as refused, batcher.admit(1, now() + 4):
+            with pytest.raises(BusyError, match=r"for about 1[12] s") as refused, batcher.admit(9, now() + 4):
                 pass
-            assert 6 <= refused.value.retry_after <= 8
+            assert 7 <= refused.value.retry_after <= 9
             assert now() - started < 0.05
-            with batcher.admit(1, now() + 20):
+            with (
+                batcher.admit(9, now() + 20),
+                batcher.admit(1, now() + 4),
+            ):  # a short request does not wait for bulk work
                 pass
         with batcher.admit(1, now() + 0.05):
             pass
@@ -155,6 +163,50 @@ def test_nobody_is_left_waiting_when_it_closes() -> None:
             pass
 
     _run(work, Recorder(), max_wait=1.0)
+
+
+def _order(pushed: list[tuple[Flow, int]]) -> list[int]:
+    queue: FairQueue[int] = FairQueue()
+    for flow, item in pushed:
+        queue.push(flow, item)
+    return [queue.pop() for _ in range(len(queue))]
+
+
+def test_a_backlog_waits_behind_its_own_and_short_requests_come_first() -> None:
+    hog, other = Flow("hog", True), Flow("other", True)
+    backlog = [(hog, item) for item in range(6)]
+    assert _order([*backlog, (other, 10), (other, 11)]) == [0, 10, 1, 11, 2, 3, 4, 5]
+    shorts = [(Flow("hog", False), 20 + item) for item in range(3)]  # of the same caller too
+    assert _order([*backlog, *shorts])[:4] == [0, 20, 21, 22]
+
+    queue: FairQueue[int] = FairQueue()
+    for flow, item in backlog:
+        queue.push(flow, item)
+    assert [queue.pop() for _ in range(5)] == [0, 1, 2, 3, 4]
+    queue.push(other, 10)  # who was away has saved up no turns, and owes none
+    queue.push(other, 11)
+    queue.push(hog, 6)
+    assert [queue.pop() for _ in range(4)] == [10, 5, 11, 6]
+
+
+def test_callers_share_the_batches_and_one_leaves_places_for_another() -> None:
+    forward = Recorder(seconds=0.02)
+
+    async def work(batcher: Batcher[int, int], deadline: float) -> None:
+        async def ask(caller: str, items: range) -> None:
+            CALLER.set(caller)
+            with batcher.admit(len(items), deadline) as submit:
+                await asyncio.gather(*(submit(item) for item in items))
+
+        first = asyncio.create_task(ask("hog", range(12)))
+        await asyncio.sleep(0.01)
+        with pytest.raises(BusyError, match="12 of them yours"):
+            await asyncio.create_task(ask("hog", range(12, 24)))
+        await asyncio.gather(first, asyncio.create_task(ask("other", range(100, 102))))
+
+    _run(work, forward, queue_size=16)
+    assert forward.batches[0] == [0, 1, 2, 3]
+    assert set(forward.batches[1]) >= {100, 101}
 
 
 class Counting:
@@ -247,6 +299,25 @@ def test_rows_have_unit_length_in_any_precision(engines: dict[str, Engine]) -> N
     assert engines["clip"].embed_texts([]).shape == (0, 24)
 
 
+def test_texts_of_like_lengths_are_embedded_together_and_come_back_in_order() -> None:
+    lengths = [5, 40, 16, 17, 77, 6, 33, 1]
+    parts = like_lengths(lengths)
+    assert sorted(place for part in parts for place in part) == list(range(len(lengths)))
+    assert [[lengths[place] for place in part] for part in parts] == [[1, 5, 6, 16], [17], [33, 40], [77]]
+    assert [len(part) for part in like_lengths([100] * 70)] == [32, 32, 6]  # 4096 tokens of 128 at once
+
+    model = tiny_clip()
+    seen: list[tuple[int, ...]] = []
+    encode = model.encode_text
+    model.encode_text = lambda tokens: seen.append(tuple(tokens.shape)) or encode(tokens)  # type: ignore[method-assign,func-returns-value]
+    engine = ModelEngine("clip", model, device="cpu")
+    texts = ["a red star", "two hearts on a gray background " * 3, "a blue circle"]
+    together = engine.embed_texts(texts)
+    assert sorted(length for _, length in seen) == sorted({length for _, length in seen})
+    assert len(seen) == 2
+    assert np.allclose(together, np.concatenate([engine.embed_texts([text]) for text in texts]), atol=1e-6)
+
+
 def test_out_of_memory_is_a_busy_answer_for_one_input() -> None:
     model = tiny_clip()
 
@@ -255,7 +326,7 @@ def test_out_of_memory_is_a_busy_answer_for_one_input() -> None:
 
     model.encode_text = fail  # type: ignore[method-assign]
     with pytest.raises(BusyError, match="no memory left"):
-        TorchEngine("clip", model, device="cpu").embed_texts(["a"])
+        ModelEngine("clip", model, device="cpu").embed_texts(["a"])
 
 
 def test_models_are_found_by_folder_and_by_name(checkpoints: Any) -> None:
@@ -263,3 +334,53 @@ def test_models_are_found_by_folder_and_by_name(checkpoints: Any) -> None:
     assert found == {"vit": "open_clip:ViT-B-32/x", "clip": str(checkpoints / "clip")}
     with pytest.raises(CheckpointError, match="name=reference"):
         find_models(Settings(models=("vit",)))
+
+
+def test_models_beyond_the_budget_leave_and_come_back_with_the_same_rows(tmp_path: Any, picture: Any) -> None:
+    for seed, name in enumerate(("a", "b", "c")):
+        save_checkpoint(tiny_clip(seed), tmp_path / name)
+    whole = load_engines(Settings(checkpoints=tmp_path, threads=1))
+    size = whole["a"].bytes  # type: ignore[attr-defined]
+    bounded = load_engines(Settings(checkpoints=tmp_path, threads=1, model_memory=2 * size + 1))
+    shelf: Shelf = bounded["a"]._get.func.__self__  # type: ignore[attr-defined]
+    assert list(shelf._engines) == ["b", "c"]
+    for name in ("a", "b", "c", "c", "a", "b"):
+        assert np.array_equal(bounded[name].embed_texts(["a red star"]), whole[name].embed_texts(["a red star"]))
+        assert np.array_equal(bounded[name].embed_images([picture()]), whole[name].embed_images([picture()]))
+        assert len(shelf._engines) == 2
+        assert list(shelf._engines)[-1] == name
+    assert bounded["a"].fingerprint == whole["a"].fingerprint
+    assert bounded["a"].scale == whole["a"].scale
+
+    tiny = load_engines(Settings(checkpoints=tmp_path, threads=1, model_memory=1))  # one alone may be larger
+    assert np.array_equal(tiny["a"].embed_texts(["x"]), whole["a"].embed_texts(["x"]))
+
+
+def test_a_model_that_many_ask_for_is_loaded_once_and_those_there_do_not_wait_for_it() -> None:
+    shelf, loads, may_go = Shelf(10**9), [], threading.Event()
+
+    def load(name: str) -> ModelEngine:
+        loads.append(name)
+        if name == "slow":
+            assert may_go.wait(10)
+        return ModelEngine(name, tiny_clip(), device="cpu")
+
+    with ThreadPoolExecutor(4) as pool:
+        there = ShelvedEngine("there", lambda: load("there"), shelf)
+        askers = [pool.submit(shelf.get, "slow", lambda: load("slow")) for _ in range(3)]
+        assert there.embed_texts(["a"]).shape == (1, 24)
+        may_go.set()
+        assert len({id(each.result()) for each in askers}) == 1
+    assert loads == ["there", "slow"]
+
+
+def test_a_model_is_warm_when_it_is_ready(checkpoints: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def encode(self: CLIPModel, images: torch.Tensor) -> torch.Tensor:
+        seen.append(len(images))
+        return torch.ones(len(images), 24)
+
+    monkeypatch.setattr(CLIPModel, "encode_image", encode)
+    load_engine("clip", str(checkpoints / "clip"), Settings(threads=1))
+    assert seen == [1, 2]

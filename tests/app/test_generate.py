@@ -19,9 +19,9 @@ from starlette.testclient import TestClient
 from support import problem, running, tiny_clip, tiny_dalle
 
 from app.__main__ import main
-from app.engine import load_generators
 from app.generator import DecodeLoop, Drawing, ServedGenerator
 from app.inputs import EXAMPLE_IMAGE
+from app.loading import load_generators
 from app.settings import Settings
 from models.checkpoint import save_checkpoint
 from models.dalle import DALLETransformer

@@ -23,7 +23,7 @@ from starlette.testclient import TestClient
 from support import png_header, problem, running
 
 from app.collections import Collections
-from app.engine import Engine, TorchEngine
+from app.engine import Engine, ModelEngine
 from app.main import create_app
 from app.settings import Settings
 from models.errors import ForbiddenError
@@ -263,7 +263,7 @@ class _Wrapped:
     """An engine that does what another does, but for what a test changes."""
 
     def __init__(self, engine: Any) -> None:
-        self._engine: TorchEngine = engine
+        self._engine: ModelEngine = engine
         self.entered = threading.Event()
 
     def __getattr__(self, name: str) -> Any:

@@ -18,6 +18,8 @@ from support import OPEN_CLIP, open_clip_folder
 
 from models.checkpoint import load_model
 from models.errors import CheckpointError
+from models.open_clip import OpenCLIPModel
+from models.preprocess import Preprocess
 from models.torchvision import load_torchvision
 
 ROOT = Path(__file__).parents[2]
@@ -45,6 +47,35 @@ def test_same_weights_give_the_same_embeddings(tmp_path: Path, picture: Callable
         assert torch.allclose(ours.encode_text(ours.tokenizer(texts)), expected, atol=1e-6)
     assert ours.logit_scale_value == pytest.approx(float(theirs.logit_scale.detach().exp()))
     assert ours.embed_dim == 32
+
+
+@pytest.mark.parametrize(
+    ("change", "shortest"),
+    [
+        ({}, 5),
+        ({"text_cfg": OPEN_CLIP["text_cfg"] | {"pool_type": "eos", "eos_id": 49407}}, 5),
+        ({"custom_text": True}, 5),
+        ({"text_cfg": OPEN_CLIP["text_cfg"] | {"no_causal_mask": True}, "custom_text": True}, 77),  # as SigLIP
+        ({"text_cfg": OPEN_CLIP["text_cfg"] | {"pool_type": "last"}, "custom_text": True}, 77),
+    ],
+)
+def test_texts_are_cut_where_nothing_after_their_end_counts(
+    change: dict[str, object], shortest: int, tmp_path: Path
+) -> None:
+    load_torchvision()
+    import open_clip
+
+    options = OPEN_CLIP | change
+    builder = open_clip.model.CustomTextCLIP if options.pop("custom_text", False) else open_clip.CLIP
+    theirs = builder(**options).eval()
+    tokens = open_clip.get_tokenizer("ViT-B-32")(["a red star", "a photo of two dogs, playing"])
+    ours = OpenCLIPModel(theirs, Preprocess(size=32), open_clip.get_tokenizer("ViT-B-32"))
+    lengths = ours.text_lengths(tokens)
+    assert lengths[0] == shortest
+    with torch.inference_mode():
+        expected = theirs.encode_text(tokens, normalize=True)
+        assert torch.allclose(ours.encode_text(tokens[:, : int(lengths.max())]), expected, atol=1e-6)
+        assert torch.allclose(ours.encode_text(tokens[:1, : int(lengths[0])]), expected[:1], atol=1e-6)
 
 
 @pytest.mark.parametrize("mode", ["shortest", "squash", "longest"])

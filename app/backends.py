@@ -1,0 +1,137 @@
+"""What computes a model's towers: torch, ONNX Runtime or OpenVINO, behind one face.
+
+A tower makes rows (B, D) of pictures, uint8 (B, 3, S, S), or of texts, token ids int64 (B, L). All but torch compute
+what `semblance export` wrote (app/exports.py).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from app.settings import Backend
+from models.errors import CheckpointError
+
+Array = NDArray[np.float32]
+Tower = Literal["image", "text"]
+Encode = Callable[[Tensor], Array]
+
+# What each of the others reads of an export.
+FILES: dict[Backend, str] = {
+    "onnx-fp32": "{tower}.onnx",
+    "onnx-int8": "{tower}-int8.onnx",
+    "openvino-fp32": "{tower}.onnx",
+    "openvino-bf16": "{tower}.onnx",
+    "openvino-int8": "{tower}-int8.xml",
+}
+_TURNS = 3
+
+
+def example(model: Any, tower: Tower) -> Tensor:
+    """One input of a tower, to warm up and to measure with."""
+    if tower == "image":
+        return torch.zeros(1, 3, model.preprocess.size, model.preprocess.size, dtype=torch.uint8)
+    return model.tokenizer(["a photo of two things on a table"])
+
+
+def towers_of(model: Any) -> tuple[Tower, ...]:
+    """Which towers a model has."""
+    return ("image",) if model.tokenizer is None else ("image", "text")
+
+
+def default_tower(model: Any, tower: Tower, device: torch.device) -> tuple[Backend, Encode]:
+    """A tower by torch, in bfloat16 where the device has it."""
+    backend: Backend = "torch-bf16" if has_native_bf16(device) else "torch-fp32"
+    return backend, torch_tower(backend, model, tower, device)
+
+
+def torch_tower(backend: Backend, model: Any, tower: Tower, device: torch.device) -> Encode:
+    """A tower by torch, on the device that the model is on."""
+    encode = getattr(model, f"encode_{tower}")
+    if backend == "torch-compiled":
+        encode = torch.compile(encode, dynamic=True)
+    bf16 = backend == "torch-bf16" or (backend == "torch-compiled" and has_native_bf16(device))
+
+    def rows(batch: Tensor) -> Array:
+        precision: AbstractContextManager[Any] = nullcontext()
+        if bf16:
+            precision = torch.autocast(device.type, torch.bfloat16)
+        with torch.inference_mode(), precision:
+            return encode(batch.to(device, non_blocking=True)).float().cpu().numpy()
+
+    return rows
+
+
+def onnx_tower(file: Path, threads: int) -> Encode:
+    """A tower by ONNX Runtime on the processor. Raises CheckpointError if that is not installed."""
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise missing("onnxruntime", "onnx") from error
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    return lambda batch: session.run(None, {name: batch.numpy()})[0]
+
+
+def openvino_tower(file: Path, threads: int, precision: Literal["f32", "bf16"]) -> Encode:
+    """A tower by OpenVINO on the processor. Raises CheckpointError if that is not installed."""
+    try:
+        import openvino
+    except ImportError as error:
+        raise missing("openvino", "openvino") from error
+    hints = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": threads}
+    request = openvino.Core().compile_model(file, "CPU", hints).create_infer_request()
+    # A copy: what the request gives is overwritten by its next answer.
+    return lambda batch: np.array(request.infer([batch.numpy()], share_inputs=True, share_outputs=True)[0])
+
+
+def exported_tower(backend: Backend, folder: Path, tower: Tower, threads: int) -> Encode:
+    """A tower by the runtime that a backend names, from a folder of exports."""
+    file = folder / FILES[backend].format(tower=tower)
+    if backend.startswith("onnx"):
+        return onnx_tower(file, threads)
+    return openvino_tower(file, threads, "bf16" if backend == "openvino-bf16" else "f32")
+
+
+def timed(encode: Encode, batch: Tensor) -> tuple[float, float]:
+    """Seconds of one input alone, and of one among eight: the least of some turns of each."""
+    eight = batch.repeat(-(-8 // len(batch)), *[1] * (batch.dim() - 1))[:8]
+    return _seconds(encode, batch[:1]), _seconds(encode, eight) / 8
+
+
+def _seconds(encode: Encode, batch: Tensor) -> float:
+    encode(batch)
+    turns = []
+    for _ in range(_TURNS):
+        start = time.perf_counter()
+        encode(batch)
+        turns.append(time.perf_counter() - start)
+    return min(turns)
+
+
+def choose_device(name: str) -> torch.device:
+    """ "auto": CUDA if there is any, else the CPU."""
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+
+
+def has_native_bf16(device: torch.device) -> bool:
+    """Whether bfloat16 is faster than float32; a processor that only emulates it is a hundred times slower."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and bool(torch.cpu._is_avx512_bf16_supported())
+
+
+def missing(package: str, extra: str) -> CheckpointError:
+    """What to say where a library is not installed."""
+    return CheckpointError(f"{package} is not installed: pip install 'semblance[{extra}]', or choose another backend")

@@ -1,0 +1,198 @@
+"""What `semblance export` left of a model for other runtimes (app/exporter.py), and the choice among them and torch.
+
+A model's exports lie in a folder named by its fingerprint, with a report of what each was found to do; its files are
+used only as long as their hashes are the report's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from app.backends import (
+    FILES,
+    Encode,
+    Tower,
+    default_tower,
+    example,
+    exported_tower,
+    has_native_bf16,
+    timed,
+    torch_tower,
+)
+from app.settings import Backend, Settings
+from models.errors import CheckpointError
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+LEAST_AGREEMENT = 0.99
+
+
+class Parity(NamedTuple):
+    """What a backend was found to do, beside torch in float32.
+
+    agreement: share of the calibration set whose nearest is the same, searched among float32 rows and among its own,
+    the lower of the two. cosine: the lowest of its rows with float32's. alone, of_eight: seconds of an input, by itself
+    and in a batch of eight.
+    """
+
+    agreement: float
+    cosine: float
+    alone: float
+    of_eight: float
+
+
+class Exports:
+    """A model's exports. folder: theirs. Nothing is read before it is asked for, and nothing has to be there."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """What was found, empty before the first export. Raises CheckpointError if it cannot be read."""
+        file = self.folder / "report.json"
+        try:
+            content = json.loads(file.read_text()) if file.is_file() else {}
+        except (OSError, ValueError) as error:
+            raise self._wrong(f"report.json cannot be read ({error})") from error
+        if content and content.get("format") != FORMAT:
+            raise self._wrong(f"report.json is of format {content.get('format')!r}, not {FORMAT}")
+        return content
+
+    def found(self, tower: Tower) -> dict[Backend, Parity]:
+        """Every backend that was compared, with what it was found to do."""
+        return {name: Parity(**row) for name, row in self.report.get("towers", {}).get(tower, {}).items()}
+
+    def open(self, backend: Backend, tower: Tower, threads: int) -> Encode:
+        """A tower from its file. Raises CheckpointError if it is not there, or not what was written."""
+        if backend not in self.found(tower):
+            raise CheckpointError(
+                f"{self.folder} holds no {tower} tower for {backend}: run `semblance export NAME --to "
+                f"{backend.partition('-')[0]}` first"
+            )
+        file = Path(FILES[backend].format(tower=tower))
+        for name in [file.name] if file.suffix == ".onnx" else [file.name, file.with_suffix(".bin").name]:
+            if not self.holds(name):
+                raise self._wrong(f"{name} is not what was written")
+        return exported_tower(backend, self.folder, tower, threads)
+
+    def holds(self, name: str) -> bool:
+        """Whether a file is there as it was written."""
+        digest = self.report.get("files", {}).get(name)
+        return digest is not None and (self.folder / name).is_file() and _hash(self.folder / name) == digest
+
+    def add(self, entries: Mapping[str, Any], files: Sequence[Path], tower: Tower, found: Mapping[Any, Parity]) -> None:
+        """Record files that were written, and what was found of a tower, beside what was there before."""
+        report: dict[str, Any] = {"format": FORMAT, "files": {}, "towers": {}, **self.report, **entries}
+        report["files"] |= {file.name: _hash(file) for file in files}
+        rows = {backend: parity._asdict() for backend, parity in found.items()}
+        report["towers"][tower] = report["towers"].get(tower, {}) | rows
+        _write_json(self.folder / "report.json", report)
+
+    def _wrong(self, what: str) -> CheckpointError:
+        return CheckpointError(f"{self.folder}: {what}; delete the folder and run `semblance export` again")
+
+
+def exports_of(model: Any, settings: Settings) -> Exports:
+    """Where a model's exports lie, by its fingerprint, so that other weights never find them."""
+    return Exports(settings.store / "exports" / model.fingerprint)
+
+
+def choose(
+    name: str, model: Any, tower: Tower, settings: Settings, device: torch.device, threads: int
+) -> tuple[Backend, Encode]:
+    """The tower that the settings ask for; of "auto" the fastest on this machine of torch's and of the exports that
+    agree with float32. Raises CheckpointError as Exports.open does, unless it is auto: then torch serves."""
+    exports, backend = exports_of(model, settings), settings.backend
+    if backend == "auto":
+        return _fastest(name, model, tower, exports, device, threads)
+    if backend.startswith("torch"):
+        return backend, torch_tower(backend, model, tower, device)
+    return backend, exports.open(backend, tower, threads)
+
+
+def _fastest(
+    name: str, model: Any, tower: Tower, exports: Exports, device: torch.device, threads: int
+) -> tuple[Backend, Encode]:
+    own = default_tower(model, tower, device)
+    try:
+        found = exports.found(tower) if device.type == "cpu" else {}
+    except CheckpointError as error:
+        log.warning("exports are passed over: %s", error)
+        found = {}
+    able = [each for each, parity in found.items() if parity.agreement >= LEAST_AGREEMENT and _is_for(each, device)]
+    if not able:
+        return own
+    seconds = _measured(exports, model, tower, own, able, threads)
+    taken = ", ".join(f"{each} {1000 * seconds[each]:.2f}" for each in sorted(seconds, key=seconds.__getitem__))
+    for backend in sorted(seconds, key=seconds.__getitem__):
+        if backend == own[0]:
+            break
+        try:
+            encode = exports.open(backend, tower, threads)
+        except CheckpointError as error:
+            log.warning("%s is passed over: %s", backend, error)
+            continue
+        agreement = 100 * found[backend].agreement
+        log.info("%s, %s: %s, same nearest as float32 for %.1f %% (ms: %s)", name, tower, backend, agreement, taken)
+        return backend, encode
+    log.info("%s, %s: %s (ms: %s)", name, tower, own[0], taken)
+    return own
+
+
+def _is_for(backend: Backend, device: torch.device) -> bool:
+    return not backend.startswith("torch") and (backend != "openvino-bf16" or has_native_bf16(device))
+
+
+def _measured(
+    exports: Exports, model: Any, tower: Tower, own: tuple[Backend, Encode], able: Sequence[Backend], threads: int
+) -> dict[Backend, float]:
+    """Seconds alone and of eight, added, of each that can be opened; kept until machine, library or file changes."""
+    file = exports.folder / f"measured-{tower}.json"
+    machine = [platform.node(), torch.backends.cpu.get_cpu_capability(), threads]
+    versions = [_version(package) for package in ("torch", "onnxruntime", "openvino")]
+    key = json.dumps([*machine, *versions, own[0], sorted(able), exports.report["files"]])
+    try:
+        kept = json.loads(file.read_text())
+        return {backend: float(seconds) for backend, seconds in kept[key].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        pass  # not measured yet, or not by this version
+    batch = example(model, tower)
+    seconds = {own[0]: sum(timed(own[1], batch))}
+    for backend in able:
+        try:
+            seconds[backend] = sum(timed(exports.open(backend, tower, threads), batch))
+        except CheckpointError as error:  # damaged, or its runtime is not installed here
+            log.warning("%s is passed over: %s", backend, error)
+    _write_json(file, {key: seconds})
+    return seconds
+
+
+def _write_json(file: Path, content: Any) -> None:
+    """Atomically: a reader sees the old file or the new one."""
+    written = file.with_suffix(f".{os.getpid()}.tmp")
+    written.write_text(json.dumps(content, indent=2) + "\n")
+    written.replace(file)
+
+
+def _hash(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

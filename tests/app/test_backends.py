@@ -1,0 +1,211 @@
+"""What computes a model: each backend against torch, and the choice among them."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from support import CORPUS, open_clip_folder
+
+from app.backends import torch_tower
+from app.engine import ModelEngine
+from app.exporter import export_model, read_calibration
+from app.exports import Exports, exports_of
+from app.loading import load_engine
+from app.settings import Settings
+from models.checkpoint import load_model
+from models.errors import CheckpointError, DataError
+
+EXACT = ("onnx-fp32", "openvino-fp32")
+NARROW = ("onnx-int8", "openvino-int8")
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of pictures, each with a caption."""
+    folder = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    for number in range(12):
+        pixels = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize((40, 36), Image.Resampling.BICUBIC).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text(CORPUS[number])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(checkpoints: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store with the model `clip` exported for both runtimes."""
+    settings = Settings(store=tmp_path_factory.mktemp("store"))
+    model = load_model(checkpoints / "clip")
+    exports = exports_of(model, settings)
+    calibration = read_calibration(str(pictures), 12)
+    for runtime in ("onnx", "openvino"):
+        export_model("clip", model, exports, runtime, calibration, 1)
+    return settings.store
+
+
+def _engine(checkpoints: Path, store: Path, backend: str) -> ModelEngine:
+    return load_engine("clip", str(checkpoints / "clip"), Settings(store=store, backend=backend, threads=1))
+
+
+@pytest.mark.parametrize("backend", ["torch-bf16", "torch-compiled", *EXACT, *NARROW])
+def test_every_backend_gives_the_rows_of_torch(
+    backend: str,
+    checkpoints: Path,
+    exported: Path,
+    picture: Callable[..., Image.Image],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # What inductor makes of it is torch's business, and takes it a minute.
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    exact, other = (_engine(checkpoints, exported, each) for each in ("torch-fp32", backend))
+    assert other.details["backends"] == {"image": backend, "text": backend}
+    images = [picture(seed) for seed in range(5)]
+    texts = ["a", "a red star", "two hearts on a gray background " * 3]
+    least = {"torch-bf16": 0.999} | dict.fromkeys(NARROW, 0.9)
+    for count in (1, 3, 5):  # sizes that no file was made with
+        for rows, expected in (
+            (other.embed_images(images[:count]), exact.embed_images(images[:count])),
+            (other.embed_texts(texts[:count]), exact.embed_texts(texts[:count])),
+        ):
+            assert rows.dtype == np.float32
+            assert ((rows * expected).sum(1) >= least.get(backend, 0.99999)).all()
+            if backend in EXACT:
+                assert np.allclose(rows, expected, atol=2e-6)
+    assert other.scale == exact.scale
+
+
+def test_weights_that_nothing_computes_with_leave_the_memory(checkpoints: Path, exported: Path) -> None:
+    def held(engine: ModelEngine) -> int:
+        return sum(parameter.numel() for parameter in engine.model.parameters())
+
+    assert held(_engine(checkpoints, exported, "onnx-fp32")) == 0
+    assert held(_engine(checkpoints, exported, "torch-fp32")) > 10_000
+
+
+def test_an_export_says_what_it_was_found_to_do(exported: Path, checkpoints: Path) -> None:
+    exports = exports_of(load_model(checkpoints / "clip"), Settings(store=exported))
+    for tower in ("image", "text"):
+        found = exports.found(tower)
+        assert {*EXACT, *NARROW, "torch-fp32"} <= set(found)
+        for backend in EXACT:
+            assert found[backend].agreement == 1
+            assert found[backend].cosine > 0.99999
+        assert all(0 < each.alone < 10 and 0 < each.of_eight < 10 for each in found.values())
+        assert all(0.9 < found[backend].cosine <= 1.000001 for backend in NARROW)
+    assert exports.report["calibration"]["pictures"] == exports.report["calibration"]["texts"] == 12
+
+
+def _with_report(exported: Path, place: Path, change: Callable[[dict[str, Any]], None]) -> Exports:
+    """A copy of the exports, with another report."""
+    shutil.copytree(exported / "exports", place / "exports")
+    (report,) = place.glob("exports/*/report.json")
+    content = json.loads(report.read_text())
+    change(content)
+    report.write_text(json.dumps(content))
+    return Exports(report.parent)
+
+
+def test_auto_takes_the_fastest_that_agrees_and_measures_once(
+    exported: Path, checkpoints: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def only_onnx_agrees(content: dict[str, Any]) -> None:
+        for tower in content["towers"].values():
+            for backend, row in tower.items():
+                row["agreement"] = 0.995 if backend == "onnx-fp32" else 0.98
+
+    exports = _with_report(exported, tmp_path, only_onnx_agrees)
+    seconds = {"onnx-fp32": 0.001, "torch-fp32": 0.002, "torch-bf16": 0.002}
+    measured = []
+
+    def timed(encode: Any, batch: Any) -> tuple[float, float]:
+        measured.append(batch)
+        return (seconds["torch-fp32" if "torch_tower" in encode.__qualname__ else "onnx-fp32"], 0.0)
+
+    monkeypatch.setattr("app.exports.timed", timed)
+    with caplog.at_level(logging.INFO):
+        engine = _engine(checkpoints, tmp_path, "auto")
+    assert engine.details["backends"] == {"image": "onnx-fp32", "text": "onnx-fp32"}
+    assert "image: onnx-fp32, same nearest as float32 for 99.5 % (ms: onnx-fp32 1.00, torch-" in caplog.text
+    assert len(measured) == 4  # two towers by torch and by one other: what does not agree is not even opened
+    _engine(checkpoints, tmp_path, "auto")
+    assert len(measured) == 4
+
+    seconds["torch-fp32"] = 0.0005
+    for file in exports.folder.glob("measured-*.json"):
+        file.unlink()
+    backends = _engine(checkpoints, tmp_path, "auto").details["backends"]
+    assert set(backends.values()) <= {"torch-fp32", "torch-bf16"}
+
+
+def test_a_damaged_export_is_refused_by_name_and_passed_over_by_auto(
+    exported: Path, checkpoints: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    exports = _with_report(exported, tmp_path, lambda content: None)
+    for file in exports.folder.glob("*.onnx"):
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+    (exports.folder / "image-int8.bin").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"image\.onnx is not what was written.*semblance export"):
+        _engine(checkpoints, tmp_path, "onnx-fp32")
+    with pytest.raises(CheckpointError, match=r"image-int8\.bin is not what was written.*delete the folder"):
+        _engine(checkpoints, tmp_path, "openvino-int8")
+    assert _engine(checkpoints, tmp_path, "auto").details["backends"]["image"].startswith("torch")
+    assert "passed over" in caplog.text
+    (exports.folder / "report.json").write_text("{")
+    assert _engine(checkpoints, tmp_path, "auto").details["backends"]["image"].startswith("torch")
+
+
+def test_what_is_not_there_is_said_with_the_way_out(
+    checkpoints: Path, exported: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(CheckpointError, match=r"no image tower for onnx-int8.*semblance export NAME --to onnx"):
+        _engine(checkpoints, tmp_path, "onnx-int8")
+    with pytest.raises(DataError, match="fewer than two pictures"):
+        read_calibration(str(pictures), 1)
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "a.png").write_bytes(b"no picture")
+    with pytest.raises(DataError, match=r"a\.png.*take it out"):
+        read_calibration(str(tmp_path / "broken"), 2)
+    for package, backend, extra in (("onnxruntime", "onnx-fp32", "onnx"), ("openvino", "openvino-int8", "openvino")):
+        monkeypatch.setitem(sys.modules, package, None)
+        with pytest.raises(CheckpointError, match=rf"{package} is not installed.*semblance\[{extra}\]"):
+            _engine(checkpoints, exported, backend)
+
+
+def test_a_second_export_keeps_the_files_of_the_first(checkpoints: Path, exported: Path, pictures: Path) -> None:
+    model = load_model(checkpoints / "clip")
+    exports = exports_of(model, Settings(store=exported))
+    before = {file.name: file.stat().st_mtime_ns for file in exports.folder.glob("*.onnx")}
+    export_model("clip", model, exports, "openvino", read_calibration(str(pictures), 4), 1)
+    assert before == {file.name: file.stat().st_mtime_ns for file in exports.folder.glob("*.onnx")}
+    assert not [file for file in exports.folder.iterdir() if file.is_dir() or file.suffix == ".tmp"]
+
+
+def test_an_open_clip_model_and_one_without_text_are_exported_too(tmp_path: Path, pictures: Path) -> None:
+    calibration = read_calibration(str(pictures), 6)
+    model = load_model(open_clip_folder(tmp_path / "vit"))
+    found = export_model("vit", model, Exports(tmp_path / "exports"), "onnx", calibration, 1)
+    assert found["image"]["onnx-fp32"].cosine > 0.99999
+    assert found["text"]["onnx-fp32"].cosine > 0.99999
+    model.tokenizer = None
+    assert set(export_model("vit", model, Exports(tmp_path / "blind"), "onnx", calibration, 1)) == {"image"}
+
+
+def test_torch_alone_serves_without_exports(checkpoints: Path, tmp_path: Path) -> None:
+    engine = _engine(checkpoints, tmp_path, "auto")
+    assert set(engine.details["backends"].values()) <= {"torch-fp32", "torch-bf16"}
+    rows = torch_tower("torch-fp32", engine.model, "text", torch.device("cpu"))(engine.model.tokenizer(["a"]))
+    assert np.allclose(rows, engine.embed_texts(["a"]), atol=0.01)
+    assert not (tmp_path / "exports").exists()
