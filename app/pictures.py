@@ -1,15 +1,21 @@
-"""Stored pictures: files named by their content's SHA-256, on the disk before anything refers to them."""
+"""Stored pictures: files named by their content's SHA-256, on the disk before anything refers to them.
+
+A thumbnail lies beside its picture, under its name and the size.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import uuid
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from pathlib import Path
 
 from models.errors import NotFoundError, StorageError
+
+_JPEG_END = b"\xff\xd9"
+_STEP, _LARGEST = 32, 512  # sizes of thumbnails that are kept: so many at most, whatever is asked for
 
 
 class Pictures:
@@ -54,17 +60,34 @@ class Pictures:
         except OSError as error:
             raise StorageError(f"a picture cannot be read: {error.strerror}") from error
 
+    def thumbnail(self, digest: str, size: int, make: Callable[[bytes], bytes]) -> bytes:
+        """What `make` gives for a picture, made once for each size that is asked for often. Raises as `get` does."""
+        file = self._file(digest).with_suffix(f".{size}")
+        # A file that a power cut left empty or half lacks a JPEG's end. Nothing is lost with it, so nothing is synced.
+        with suppress(OSError):
+            if (kept := file.read_bytes()).endswith(_JPEG_END):
+                return kept
+        made = make(self.get(digest))
+        if size % _STEP == 0 and size <= _LARGEST and made.endswith(_JPEG_END):
+            temporary = file.parent / f".{uuid.uuid4().hex}"
+            with suppress(OSError):
+                temporary.write_bytes(made)
+                temporary.replace(file)
+        return made
+
     def remove(self, digests: Iterable[str]) -> None:
         """Delete these; what fails now is swept up by `keep_only` at the next start."""
         for digest in digests:
+            file = self._file(digest)
             with suppress(OSError):
-                self._file(digest).unlink(missing_ok=True)
+                for each in (file, *file.parent.glob(f"{digest}.*")):
+                    each.unlink(missing_ok=True)
 
     def keep_only(self, digests: Collection[str]) -> None:
         """Delete every other file: pictures whose items were never committed, and halves of files."""
         for folder in self._folder.iterdir():
             for file in folder.iterdir() if folder.is_dir() else ():
-                if file.name not in digests:
+                if file.stem not in digests:
                     file.unlink(missing_ok=True)
 
     def _file(self, digest: str) -> Path:

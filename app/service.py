@@ -17,7 +17,8 @@ from starlette.responses import Response
 
 from app import images
 from app.backends import Array
-from app.collections import Collection, Collections, Item
+from app.collection import Collection, Item
+from app.collections import Collections
 from app.engine import Engine, Opener, ServedEngine
 from app.generator import ServedGenerator
 from app.inputs import Input, image_bytes, image_limits

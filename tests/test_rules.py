@@ -73,7 +73,8 @@ import importlib.util
 real = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *a: None if name == "faiss" else real(name, *a)
 import numpy as np
-from app.collections import Collections, NewItem
+from app.collection import NewItem
+from app.collections import Collections
 with Collections({str(tmp_path)!r}) as collections:
     made = collections.create("c", model="m", fingerprint="f", dimensions=3)
     made.add([NewItem("text", np.array([1, 2, 3], "f4"), "a"), NewItem("text", np.array([3, 2, 1], "f4"), "b")])

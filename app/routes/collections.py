@@ -16,7 +16,7 @@ from starlette.responses import Response
 
 from app import images
 from app.batching import late
-from app.collections import Item, NewItem, Target
+from app.collection import Item, NewItem, Target
 from app.engine import ServedEngine
 from app.index import Vectors
 from app.inputs import (
@@ -294,9 +294,12 @@ async def get_picture(
     headers = {"ETag": etag, "Cache-Control": "private, no-cache"}
     if item.picture and if_none_match and etag in if_none_match:
         return Response(status_code=304, headers=headers)
-    content: bytes = await service.store(lambda: service.collection(name).picture(id))
-    if size is not None:
-        content = await service.decode(images.thumbnail, content, size, image_limits(service.settings))
+    collection = service.collection(name)
+    if size is None:
+        content: bytes = await service.store(collection.picture, id)
+    else:
+        limits = image_limits(service.settings)
+        content = await service.decode(collection.picture, id, size, lambda jpeg: images.thumbnail(jpeg, size, limits))
     return Response(content, media_type="image/jpeg", headers=headers)
 
 

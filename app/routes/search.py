@@ -14,7 +14,7 @@ from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 from starlette.responses import Response
 
 from app.backends import Array
-from app.collections import Target
+from app.collection import Target
 from app.filters import Condition, Sign
 from app.inputs import Body, Number, Text, WeightedInput, as_list, body_of, check_inputs, request_body
 from app.service import Served, describe_item, json_response

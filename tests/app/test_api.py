@@ -293,6 +293,7 @@ def test_pictures_come_back_clean_small_and_cached(filled: TestClient) -> None:
     assert Image.open(io.BytesIO(answer.content)).size == (48, 40)
     small = filled.get("/collections/default/items/p1/image?size=24")
     assert max(Image.open(io.BytesIO(small.content)).size) == 24
+    assert filled.get("/collections/default/items/p1/image?size=24").content == small.content
     again = filled.get("/collections/default/items/p1/image", headers={"If-None-Match": answer.headers["etag"]})
     assert (again.status_code, again.content) == (304, b"")
     assert small.headers["etag"] != answer.headers["etag"]

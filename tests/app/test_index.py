@@ -14,7 +14,8 @@ from support import unit_rows
 
 from app import duplicates
 from app import index as indexes
-from app.collections import Collections, NewItem
+from app.collection import NewItem
+from app.collections import Collections
 from app.index import ExactIndex, GrowingIndex, SharedSearch, VectorIndex, make_index
 from models.errors import DeadlineError, InputError
 

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 from support import unit_rows
 
-from app.collections import Collection, Collections, NewItem
+from app.collection import Collection, NewItem
+from app.collections import Collections
 from models.errors import ConflictError, InputError, NotFoundError, StorageError
 
 
@@ -176,6 +177,39 @@ def test_pictures_that_nothing_refers_to_are_swept_up(store: Path) -> None:
         assert collections.get("c").picture("i1") == b"picture 1"
 
 
+def test_thumbnails_are_made_once_and_go_with_their_picture(store: Path) -> None:
+    made: list[bytes] = []
+
+    def make(picture: bytes) -> bytes:
+        made.append(picture)
+        return b"small " + picture + b"\xff\xd9"
+
+    with Collections(store) as collections:
+        collection = _create(collections)
+        collection.add([_item(1), _item(2)])
+        first, second = (item.id for item in collection.page(2))
+        for _ in range(3):
+            assert collection.picture(first, 64, make) == b"small " + collection.picture(first) + b"\xff\xd9"
+        assert len(made) == 1
+        collection.picture(first, 65, make)  # a size nobody asks for often is made, and not kept
+        collection.picture(first, 1024, make)
+        collection.picture(second, 64, make)
+        kept = sorted(store.glob("pictures/*/*.64"))
+        assert len(made) == 4
+        assert len(list(store.glob("pictures/*/*.*"))) == len(kept) == 2
+        kept[0].write_bytes(b"")  # as a power cut may leave it
+        for each in (first, second):
+            assert collection.picture(each, 64, make).startswith(b"small ")
+        assert len(made) == 5
+        collection.delete(first)
+        assert len(list(store.glob("pictures/*/*.64"))) == 1
+        stray = kept[0].parent / f"{'0' * 64}.64"
+        stray.write_bytes(b"of nothing")
+    with Collections(store) as collections:
+        assert not stray.exists()
+        assert len(list(store.glob("pictures/*/*.64"))) == 1
+
+
 def test_add_delete_and_search_at_once(store: Path) -> None:
     """Row 34: an id is never returned after its delete was acknowledged."""
     with Collections(store) as collections:
@@ -233,7 +267,8 @@ def test_a_full_disk_refuses_the_write_keeps_searching_and_recovers(store: Path)
 
 _WRITER = """
 import sys, numpy as np
-from app.collections import Collections, NewItem
+from app.collection import NewItem
+from app.collections import Collections
 collections = Collections(sys.argv[1])
 made = collections.create("c", model="m", fingerprint="f", dimensions=8)
 step = int(sys.argv[2])
