@@ -13,6 +13,7 @@ import apsw
 import numpy as np
 from numpy.typing import NDArray
 
+from app import statistics
 from app.database import Database, rows
 from app.duplicates import duplicate_groups
 from app.filters import Condition
@@ -222,24 +223,26 @@ class Collection:
         offset: int = 0,
         target: Target = "any",
         filters: Sequence[Condition] = (),
+        group_by: str | None = None,
         min_score: float = -1.0,
     ) -> list[SearchHit]:
         """The k nearest items after the first `offset`, best first. vector: (D,), any norm but 0.
 
-        filters: all of which an item's metadata must pass. Raises InputError for a vector that is zero or not finite.
+        filters: all of which an item's metadata must pass. group_by: a key of the metadata; of the items with the same
+        value only the nearest is given. Raises InputError for a vector that is zero or not finite.
         """
-        query = self._unit([vector])
-        spare = 0
+        query, wanted = self._unit([vector]), k + offset
+        asked = wanted
         while True:
-            allowed = self._allowed(target, filters)
-            hits = self._searches.search(query, k + offset + spare, allowed)[0]
+            hits = self._searches.search(query, asked, self._allowed(target, filters))[0]
             items = self._items([hit.id for hit in hits])
             found = [SearchHit(items[hit.id], hit.score) for hit in hits if hit.id in items]
+            if group_by is not None:
+                found = _first_of_groups(found, group_by)
             # Rows that are being replaced or deleted are not among the items; others shall have their places.
-            missing = len(hits) - len(found)
-            if missing <= spare:
-                return [hit for hit in found[offset : offset + k] if hit.score >= min_score]
-            spare = 2 * missing
+            if len(found) >= wanted or len(hits) < asked:
+                return [hit for hit in found[offset:wanted] if hit.score >= min_score]
+            asked *= 2
 
     def duplicates(
         self, threshold: float, limit: int, *, target: Target = "any", go_on: Callable[[], None] = lambda: None
@@ -249,6 +252,13 @@ class Collection:
         items = self._items([row for group in groups[:limit] for row, _ in group])
         shown = [[SearchHit(items[row], score) for row, score in group if row in items] for group in groups[:limit]]
         return len(groups), [group for group in shown if len(group) > 1]
+
+    def statistics(self) -> dict[str, Any]:
+        """What it holds, in numbers: `kinds`, `metadata` and `cosines` of app/statistics.py."""
+        with self._database.read() as connection:
+            counts: dict[str, Any] = {"kinds": statistics.kinds(connection, self.key)}
+            counts["metadata"] = statistics.metadata(connection, self.key)
+        return counts | {"cosines": statistics.cosines(self._index)}
 
     def _allowed(self, target: Target, filters: Iterable[Condition]) -> Ids | None:
         """The rows a search may return, None for all of them."""
@@ -301,6 +311,16 @@ class Collection:
 
     def _missing(self, id: str) -> NotFoundError:
         return NotFoundError(f"no item {id!r} in collection {self.name!r}, which holds {len(self._index)}")
+
+
+def _first_of_groups(hits: Sequence[SearchHit], key: str) -> list[SearchHit]:
+    """Without those whose value at a key of the metadata was seen before; what has none is a group by itself."""
+    first: dict[Any, SearchHit] = {}
+    for hit in hits:
+        value = hit.item.metadata.get(key)
+        # True is no 1 here; 1 and 1.0 are one value.
+        first.setdefault(("alone", hit.item.id) if value is None else (isinstance(value, bool), value), hit)
+    return list(first.values())
 
 
 def _item(values: Sequence[Any]) -> Item:

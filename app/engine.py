@@ -23,6 +23,7 @@ from models.retrieval import Scale
 # Gives an upright RGB picture whose shorter side is at least twice the argument, or all it has.
 Opener = Callable[[int], Image.Image]
 _BATCH_TOKENS = 4096  # of one forward
+_LABEL_SETS = 32  # remembered; one has a thousand rows at most
 
 
 class Engine(Protocol):
@@ -148,6 +149,7 @@ class ServedEngine:
         self._texts: Batcher[Tensor, Array] = self._batcher(engine.encode_texts, settings, worker)
         self._cache: OrderedDict[str, asyncio.Future[tuple[Array, int]]] = OrderedDict()  # a text's row and tokens
         self._cache_size = settings.text_cache
+        self._label_sets: OrderedDict[tuple[tuple[str, ...], tuple[str, ...]], Array] = OrderedDict()
 
     @staticmethod
     def _batcher(
@@ -206,6 +208,21 @@ class ServedEngine:
             return await self.embed_texts(texts, deadline)
         found = [known[text].result() for text in texts]
         return self._stack([vector for vector, _ in found]), sum(tokens for _, tokens in found)
+
+    async def embed_labels(self, labels: Sequence[str], templates: Sequence[str], deadline: float) -> Array:
+        """A unit row a label, the mean over the templates of its prompts: (C, D). Sets that are asked for again are
+        remembered whole. Raises as embed_texts does."""
+        key = (tuple(labels), tuple(templates))
+        if key not in self._label_sets:
+            prompts = [template.replace("{}", label) for label in labels for template in templates]
+            texts, _ = await self.embed_texts(prompts, deadline)
+            rows = texts.reshape(len(labels), len(templates), -1).mean(1)
+            self._label_sets[key] = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+        self._label_sets.move_to_end(key)
+        found = self._label_sets[key]
+        while len(self._label_sets) > _LABEL_SETS:
+            self._label_sets.popitem(last=False)
+        return found
 
     async def _encode_texts(self, answers: Mapping[str, asyncio.Future[tuple[Array, int]]], deadline: float) -> None:
         with self._texts.admit(len(answers), deadline) as submit:

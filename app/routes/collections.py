@@ -132,6 +132,34 @@ class DuplicatesResponse(BaseModel):
     groups: list[list[NearItem]]
 
 
+class Frequent(BaseModel):
+    """A value and how many items have it."""
+
+    value: str
+    items: int
+
+
+class KeyStatistics(BaseModel):
+    """min, max: of the numbers at a key. frequent: the texts that most items have."""
+
+    key: str
+    items: int
+    values: int
+    min: float | None
+    max: float | None
+    frequent: list[Frequent]
+
+
+class StatisticsResponse(BaseModel):
+    """kinds: items of each, and pictures kept. cosines: quantiles, of a sample of items, to others drawn at random and
+    to the nearest other; none with fewer than two items."""
+
+    collection: str
+    kinds: dict[str, int]
+    metadata: list[KeyStatistics]
+    cosines: dict[str, dict[str, float]]
+
+
 class ItemList(BaseModel):
     """next: what to give as `after` for the items that follow; null after the last."""
 
@@ -259,6 +287,12 @@ async def list_duplicates(
     total, groups = await service.store(lambda: collection.duplicates(threshold, limit, target=target, go_on=go_on))
     shown = [[{"score": hit.score, **describe_item(name, hit.item)} for hit in group] for group in groups]
     return json_response({"collection": name, "total": total, "groups": shown})
+
+
+@router.get("/collections/{name}/statistics", response_model=StatisticsResponse)
+async def get_statistics(service: Served, name: Name) -> Response:
+    """What a collection holds, in numbers; what a score is worth in it shows beside its own cosines."""
+    return json_response({"collection": name, **await service.store(service.collection(name).statistics)})
 
 
 @router.get("/collections/{name}/items/{id}", response_model=ItemResponse)

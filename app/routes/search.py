@@ -47,12 +47,14 @@ class Filter(Body):
 
 class Options(Body):
     """target: kinds of items to return. filter: what their metadata must be, all of it: key:value, key>=number (also
-    >, <=, <; a text that is no number bounds texts), or {"key": ..., "in": [...]} with gte, gt, lte and lt."""
+    >, <=, <; a text that is no number bounds texts), or {"key": ..., "in": [...]} with gte, gt, lte and lt. group_by: a
+    key of the metadata; of the items with the same value only the nearest comes."""
 
     k: int = Field(10, ge=1)
     collection: str | None = None
     target: Target = "any"
     filter: Annotated[list[Text | Filter], BeforeValidator(as_list)] = Field(default_factory=list)
+    group_by: Annotated[Text, Field(max_length=64)] | None = None
     min_score: float = Field(-1.0, ge=-1, le=1)
     offset: int = Field(0, ge=0)
 
@@ -98,12 +100,19 @@ async def search_by_text(
     collection: Annotated[str | None, Query()] = None,
     target: Annotated[Target, Query()] = "any",
     filter: Annotated[tuple[str, ...], Query()] = (),
+    group_by: Annotated[str | None, Query(min_length=1, max_length=64)] = None,
     min_score: Annotated[float, Query(ge=-1, le=1, allow_inf_nan=False)] = -1.0,
     offset: Annotated[int, Query(ge=0)] = 0,
 ) -> Response:
     """The items nearest to a text."""
     options = Options(
-        k=k, collection=collection, target=target, filter=list(filter), min_score=min_score, offset=offset
+        k=k,
+        collection=collection,
+        target=target,
+        filter=list(filter),
+        group_by=group_by,
+        min_score=min_score,
+        offset=offset,
     )
     return await _search(service, [WeightedInput(text=q)], options)
 
@@ -133,6 +142,7 @@ async def _search(service: Served, query: list[WeightedInput], options: Options)
             offset=options.offset,
             target=options.target,
             filters=filters,
+            group_by=options.group_by,
             min_score=options.min_score,
         )
     )

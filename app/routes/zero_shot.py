@@ -63,11 +63,8 @@ async def zero_shot(service: Served, body: Annotated[ZeroShotRequest, Depends(bo
     """Probabilities that sum to 1 over the labels, unless `multi_label`. Templates are averaged."""
     _check(service, body)
     served = service.engine(body.model, text=True)
-    prompts = [template.replace("{}", label) for label in body.labels for template in body.templates]
     images, _ = await service.embed(served, body.input)
-    texts, _ = await served.embed_texts(prompts, service.deadline())
-    labels = texts.reshape(len(body.labels), len(body.templates), -1).mean(1)
-    labels /= np.maximum(np.linalg.norm(labels, axis=1, keepdims=True), 1e-12)
+    labels = await served.embed_labels(body.labels, body.templates, service.deadline())
     cosines = torch.from_numpy(images @ labels.T)
     probabilities = label_probabilities(served.engine.scale, cosines, multi_label=body.multi_label).numpy()
     data = []

@@ -188,6 +188,40 @@ def test_search_options(filled: TestClient) -> None:
     problem(filled.get("/search?q=a&filter=even"), 422, "key:value")
 
 
+def test_hits_of_one_group_are_folded_and_others_take_their_places(filled: TestClient) -> None:
+    everything = filled.get("/search?q=a+red+star&k=100").json()["hits"]
+    first = {}
+    for hit in everything:
+        first.setdefault(hit["metadata"]["even"], hit["id"])
+    assert _ids(filled.get("/search?q=a+red+star&group_by=even")) == list(first.values())
+    assert _ids(filled.get("/search?q=a+red+star&group_by=even&k=1&offset=1")) == list(first.values())[1:]
+    asked = {"query": {"text": "a red star"}, "group_by": "i", "k": 3}  # "t" has no i, so it is a group by itself
+    assert _ids(filled.post("/search", json=asked)) == [hit["id"] for hit in everything[:3]]
+    stored = [{"id": f"s{i}", "text": "a red star", "metadata": {"even": [True, 1, "true", 1.0][i]}} for i in range(4)]
+    filled.post("/collections/default/items", json={"items": stored})
+    found = _ids(filled.get("/search?q=a+red+star&group_by=even"))
+    assert len([id for id in found if id in ("t", "s0", "s1", "s2", "s3")]) == 3  # true, 1 and "true" are three values
+    problem(filled.get("/search?q=a&group_by="), 422, "group_by")
+
+
+def test_statistics_say_what_a_collection_holds(filled: TestClient) -> None:
+    stored = [{"id": f"n{i}", "text": f"text {i}", "metadata": {"tag": "ab"[i // 2], "i": 0.5}} for i in range(3)]
+    filled.post("/collections/default/items", json={"items": stored})
+    found = filled.get("/collections/default/statistics").json()
+    assert found["kinds"] == {"image": 6, "text": 4, "pictures": 6}
+    by_key = {entry.pop("key"): entry for entry in found["metadata"]}
+    assert list(by_key) == ["i", "even", "tag"]
+    assert by_key["i"] == {"items": 9, "values": 7, "min": 0, "max": 5, "frequent": []}
+    assert by_key["even"] == {"items": 7, "values": 2, "min": None, "max": None, "frequent": []}
+    assert by_key["tag"]["frequent"] == [{"value": "a", "items": 2}, {"value": "b", "items": 1}]
+    rows = np.stack([_vectors(filled.post("/embed", json={"input": f"text {i}"}))[0] for i in range(3)])
+    assert found["cosines"]["nearest"]["p99"] >= (rows @ rows.T)[np.triu_indices(3, 1)].max() - 1e-5
+    assert -1 <= found["cosines"]["random"]["p5"] <= found["cosines"]["random"]["p95"] <= 1
+    filled.put("/collections/empty")
+    assert filled.get("/collections/empty/statistics").json()["cosines"] == {}
+    problem(filled.get("/collections/nowhere/statistics"), 404, "nowhere")
+
+
 def test_filters_by_value_by_bounds_and_by_one_of_several(filled: TestClient) -> None:
     """What p0 to p5 have: even true or false, i 0 to 5."""
     stored = [

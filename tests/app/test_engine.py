@@ -261,6 +261,24 @@ def test_served_texts_are_remembered_and_not_finite_rows_fail_alone() -> None:
     _serve(work, engine, text_cache=2)
 
 
+def test_label_sets_are_remembered_whole() -> None:
+    engine = Counting()
+
+    async def work(served: ServedEngine, deadline: float) -> None:
+        first = await served.embed_labels(["a", "bb"], ["{}", "{}{}"], deadline)
+        texts, _ = await served.embed_texts(["a", "aa", "bb", "bbbb"], deadline)
+        mean = texts.reshape(2, 2, -1).mean(1)
+        assert np.allclose(first, mean / np.linalg.norm(mean, axis=1, keepdims=True))
+        assert await served.embed_labels(["a", "bb"], ["{}", "{}{}"], deadline) is first
+        assert await served.embed_labels(["bb", "a"], ["{}", "{}{}"], deadline) is not first
+        for number in range(40):
+            await served.embed_labels([f"label {number}"], ["{}"], deadline)
+        assert len(served._label_sets) == 32
+        assert await served.embed_labels(["a", "bb"], ["{}", "{}{}"], deadline) is not first
+
+    _serve(work, engine)
+
+
 @pytest.mark.parametrize("cache", [0, 100])
 def test_a_text_that_several_ask_for_at_once_is_embedded_once(cache: int) -> None:
     engine = Counting(seconds=0.1)
