@@ -1,4 +1,4 @@
-"""The command line `semblance`: serve | index | search | dump | embed | generate | models | export."""
+"""The command line `semblance`: serve | index | search | dump | reindex | embed | generate | models | export."""
 
 from __future__ import annotations
 
@@ -81,6 +81,12 @@ def build_parser() -> argparse.ArgumentParser:
     dump.add_argument("--collection", default="default", help="its name (default: default)")
     dump.add_argument("--pictures", action="store_true", help="put the pictures into it too")
 
+    reindex = _command(
+        commands, "reindex", _reindex, "Make a collection again with another model, while the old serves"
+    )
+    reindex.add_argument("embedder", metavar="NAME", help="the model")
+    reindex.add_argument("--collection", default="default", help="its name (default: default)")
+
     embed = _command(commands, "embed", _embed, "Print embeddings as JSON lines")
     embed.add_argument("inputs", nargs="+", help="texts, or paths of pictures with --image")
     embed.add_argument("--image", action="store_true", help="the inputs are pictures' paths")
@@ -108,7 +114,7 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument("--samples", type=int, default=256, help="pictures of it that are taken (default: 256)")
     export.add_argument("--model", action="append", metavar="NAME=REFERENCE", help=_MODEL)
     _settings(export, "store", "checkpoints", "threads")
-    for command in (index, search, dump, embed, generate, models):
+    for command in (index, search, dump, reindex, embed, generate, models):
         command.add_argument("--server", metavar="URL", help="a running server (default: the one that holds --data)")
         command.add_argument("--model", action="append", metavar="NAME=REFERENCE", help=_MODEL)
         _settings(command, "store", "checkpoints", "device", "threads")
@@ -276,6 +282,29 @@ def _dump(options: argparse.Namespace) -> int:
             async for count in dump_vectors(client, options.collection, options.out, pictures=options.pictures):
                 status.update(f"{options.collection}: {count:,} items")
         print(f"{options.out}: {count:,} items")  # noqa: T201
+        return 0
+
+    return _with_client(options, work)
+
+
+def _reindex(options: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from app.client import call
+
+    async def work(client: Any) -> int:
+        url = f"/collections/{options.collection}/reindex"
+        found = await call(client, "POST", url, json={"model": options.embedder})
+        with Progress(console=Console(stderr=True)) as progress:
+            task = progress.add_task(options.collection, total=found["total"])
+            while found["state"] == "running":
+                await asyncio.sleep(0.2)
+                found = await call(client, "GET", url)
+                progress.update(task, total=found["total"], completed=found["done"])
+        if found["state"] != "done":
+            raise SemblanceError(f"{options.collection}: {found['error'] or found['state']}; run it again to go on")
+        print(f"{options.collection}: {found['done']:,} items of model {found['model']!r}")  # noqa: T201
         return 0
 
     return _with_client(options, work)

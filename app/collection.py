@@ -183,7 +183,7 @@ class Collection:
             found = rows(connection, f"SELECT {_ITEM} FROM items WHERE collection = ? AND id = ?", self.key, id)
         if not found:
             raise self._missing(id)
-        return _item(found[0])
+        return item_of(found[0])
 
     def embeddings(self, items: Sequence[Item]) -> list[Vectors | None]:
         """The stored vector (D,) of each; None for an item that has been deleted or replaced since."""
@@ -205,7 +205,7 @@ class Collection:
                 f"SELECT {_ITEM} FROM items WHERE collection = ? AND id > ? ORDER BY id LIMIT ?",
                 (self.key, after, limit),
             )
-            return [_item(row) for row in found]
+            return [item_of(row) for row in found]
 
     def picture(self, id: str, size: int | None = None, make: Callable[[bytes], bytes] = bytes) -> bytes:
         """The JPEG of an item, or a thumbnail of this size as `make` makes it. Raises NotFoundError for an unknown id,
@@ -284,7 +284,7 @@ class Collection:
                 f"SELECT row, {_ITEM} FROM items WHERE row IN (SELECT value FROM json_each(?))",
                 (json.dumps(list(keys)),),
             )
-            return {row: _item(rest) for row, *rest in found}
+            return {row: item_of(rest) for row, *rest in found}
 
     def _rows_of(self, connection: apsw.Connection, ids: Sequence[str]) -> list[tuple[int, str | None]]:
         return rows(
@@ -323,7 +323,8 @@ def _first_of_groups(hits: Sequence[SearchHit], key: str) -> list[SearchHit]:
     return list(first.values())
 
 
-def _item(values: Sequence[Any]) -> Item:
+def item_of(values: Sequence[Any]) -> Item:
+    """An item of a row's id, kind, caption, metadata and picture."""
     id, kind, caption, metadata, picture = values
     return Item(id, kind, caption, json.loads(metadata), picture)
 

@@ -11,7 +11,7 @@ import apsw
 import numpy as np
 
 from app import snapshots
-from app.collection import Collection, unused, vectors_of
+from app.collection import Collection, Item, item_of, unused, vectors_of
 from app.database import Database, rows
 from app.index import check_kind, make_index
 from app.locking import lock
@@ -19,6 +19,18 @@ from app.pictures import Pictures
 from models.errors import ConflictError, InputError, NotFoundError
 
 _SNAPSHOTS = "index"
+_STAGED = "~"  # begins the name of a collection that is to take another's place; NAME allows it to nobody
+# Items of one collection that another has not, or has otherwise; and those that the other alone has.
+_LACKING = """
+    SELECT old.id, old.kind, old.caption, old.metadata, old.picture FROM items AS old WHERE old.collection = ?
+    AND NOT EXISTS (
+      SELECT 1 FROM items AS new WHERE new.collection = ? AND new.id = old.id AND new.kind = old.kind
+      AND new.caption IS old.caption AND new.metadata = old.metadata AND new.picture IS old.picture)
+"""
+_SURPLUS = """
+    SELECT new.id FROM items AS new WHERE new.collection = ?
+    AND NOT EXISTS (SELECT 1 FROM items AS old WHERE old.collection = ? AND old.id = new.id)
+"""
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -46,13 +58,13 @@ class Collections:
     def names(self) -> list[str]:
         """Every collection's name, sorted."""
         with self._mutex:
-            return sorted(self._open)
+            return sorted(name for name in self._open if not name.startswith(_STAGED))
 
     def get(self, name: str) -> Collection:
         """A collection. Raises NotFoundError, naming what there is."""
         with self._mutex:
             if name not in self._open:
-                known = ", ".join(sorted(self._open)[:20]) or "none yet"
+                known = ", ".join(sorted(name for name in self._open if name[0] != _STAGED)[:20]) or "none yet"
                 raise NotFoundError(f"no collection {name!r}; there are: {known}")
             return self._open[name]
 
@@ -64,7 +76,70 @@ class Collections:
         if not NAME.fullmatch(name):
             raise InputError("a collection's name is 1 to 64 letters, digits, dots, dashes or underscores")
         check_kind(index)  # before anything is written
+        return self._make(name, model, fingerprint, dimensions, index)
 
+    def stage(self, name: str, model: str, fingerprint: str, dimensions: int) -> Collection:
+        """The collection that is to take another's place, empty or as far as it came; nobody sees it.
+
+        Raises NotFoundError if there is no other.
+        """
+        with self._database.read() as connection:
+            ((index,),) = rows(connection, "SELECT kind FROM collections WHERE key = ?", self.get(name).key)
+        staged = self.staged(name)
+        if staged is not None and staged.fingerprint != fingerprint:
+            self.delete(_STAGED + name)
+        return self._make(_STAGED + name, model, fingerprint, dimensions, index)
+
+    def staged(self, name: str) -> Collection | None:
+        """What `stage` made and `switch` has not put in its place."""
+        with self._mutex:
+            return self._open.get(_STAGED + name)
+
+    def unstage(self, name: str) -> None:
+        """Delete what `stage` made, if anything."""
+        if self.staged(name) is not None:
+            self.delete(_STAGED + name)
+
+    def lacking(self, name: str, after: str, limit: int) -> list[Item]:
+        """The first items, by their ids, that the staged collection has not, or not as they are."""
+        keys = self.get(name).key, self.get(_STAGED + name).key
+        with self._database.read() as connection:
+            found = rows(connection, f"{_LACKING} AND old.id > ? ORDER BY old.id LIMIT ?", *keys, after, limit)
+        return [item_of(row) for row in found]
+
+    def switch(self, name: str) -> bool:
+        """Let the staged collection take the place of the other, in one commit; what it alone has goes first.
+
+        False if it lacks something; then nothing is changed.
+        """
+        old, new = self.get(name), self.get(_STAGED + name)
+        with self._database.read() as connection:
+            surplus = rows(connection, _SURPLUS, new.key, old.key)
+        for (id,) in surplus:
+            new.delete(id)
+
+        def change(connection: apsw.Connection) -> bool:
+            if rows(connection, f"{_LACKING} LIMIT 1", old.key, new.key):
+                return False
+            if rows(connection, f"{_SURPLUS} LIMIT 1", new.key, old.key):
+                return False
+            connection.execute("DELETE FROM collections WHERE key = ?", (old.key,))
+            connection.execute("UPDATE collections SET name = ? WHERE key = ?", (name, new.key))
+            return True
+
+        def after(switched: bool) -> None:
+            if switched:
+                with self._mutex:
+                    del self._open[_STAGED + name]
+                    self._open[name], new.name = new, name
+
+        if not self._database.write(change, after):
+            return False
+        old.close()
+        snapshots.remove(self._snapshot(old.key))
+        return True
+
+    def _make(self, name: str, model: str, fingerprint: str, dimensions: int, index: str) -> Collection:
         def change(connection: apsw.Connection) -> tuple[int, str] | None:
             for theirs, print_ in rows(connection, "SELECT model, fingerprint FROM collections WHERE name = ?", name):
                 if print_ != fingerprint:

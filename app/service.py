@@ -22,6 +22,7 @@ from app.collections import Collections
 from app.engine import Engine, Opener, ServedEngine
 from app.generator import ServedGenerator
 from app.inputs import Input, image_bytes, image_limits
+from app.reindex import Progress, Reindexing
 from app.settings import Settings
 from models.dalle import DALLETransformer
 from models.errors import ConflictError, InputError, NotFoundError
@@ -54,6 +55,7 @@ class Service:
         self._served: dict[str, ServedEngine] = {}
         self._generators: dict[str, ServedGenerator] = {}
         self._pools: list[ThreadPoolExecutor] = []
+        self._reindexing: dict[str, Reindexing] = {}
 
     @property
     def ready(self) -> bool:
@@ -77,6 +79,8 @@ class Service:
     async def close(self) -> None:
         """Take no more requests and stop the threads, after what they have begun."""
         self.state = "draining"
+        for run in self._reindexing.values():
+            await run.stop()
         for served in self._served.values():
             await served.close()
         for generator in self._generators.values():
@@ -128,6 +132,40 @@ class Service:
         loaded = ", ".join(self.engines) or "none"
         raise ConflictError(f"{made} model {collection.model!r}, which is not loaded (loaded: {loaded})")
 
+    def reindex(self, name: str, model: str) -> Progress:
+        """Begin to make a collection again with another model. Raises NotFoundError, or ConflictError if it is that
+        model's already, or being made with yet another."""
+        collection, served = self.collection(name), self.engine(model)
+        if collection.fingerprint == served.engine.fingerprint:
+            raise ConflictError(f"collection {name!r} is of model {served.engine.name!r} already")
+        running = self._reindexing.get(name)
+        if running is not None and running.progress.state == "running":
+            if running.progress.model != served.engine.name:
+                raise ConflictError(
+                    f"collection {name!r} is being made again with model {running.progress.model!r}; DELETE stops that"
+                )
+            return running.progress
+        self._reindexing[name] = Reindexing(self, name, served)
+        self._reindexing[name].start()
+        return self._reindexing[name].progress
+
+    def reindexing(self, name: str) -> Progress | None:
+        """How far that is, how it ended, or what an earlier process left; None if there is nothing of it."""
+        collection = self.collection(name)
+        if name in self._reindexing:
+            return self._reindexing[name].progress
+        staged = self.collections.staged(name)
+        if staged is None:
+            return None
+        return Progress(staged.model, "interrupted", staged.info().count, collection.info().count)
+
+    async def stop_reindexing(self, name: str) -> None:
+        """End it and forget what was made. Raises NotFoundError."""
+        self.collection(name)
+        if (run := self._reindexing.pop(name, None)) is not None:
+            await run.stop()
+        await self.store(self.collections.unstage, name)
+
     async def embed(self, engine: ServedEngine, inputs: Sequence[Input]) -> Embedded:
         """Texts and pictures, in the order they came. Raises what ServedEngine does; errors name the input."""
         texts = [index for index, each in enumerate(inputs) if each.text is not None]
@@ -160,6 +198,19 @@ class Service:
     async def store(self, call: Callable[..., T], *args: Any) -> T:
         """A blocking call of the store, in one of its threads."""
         return await asyncio.get_running_loop().run_in_executor(self._storers, call, *args)
+
+    async def in_collection(self, name: str, call: Callable[[Collection], T]) -> T:
+        """A blocking call of a collection; again, if it found nothing because another model's had just taken its place.
+
+        Raises NotFoundError, and what the call does.
+        """
+        while True:
+            collection = self.collection(name)
+            try:
+                return await self.store(call, collection)
+            except NotFoundError:
+                if self.collection(name) is collection:
+                    raise
 
     async def decode(self, call: Callable[..., T], *args: Any) -> T:
         """A blocking call about pixels, in one of the decoding threads."""

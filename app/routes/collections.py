@@ -232,18 +232,25 @@ async def add_items(
     for index, item in enumerate(body.items):
         check_text(item.text, service.settings, index)
         check_text(item.caption, service.settings, index)
-    collection = service.collection(name)
-    served = service.engine_of(collection)
-    if not served.engine.takes_text and any(item.text is not None and item.embedding is None for item in body.items):
-        service.engine(served.engine.name, text=True)  # raises, naming the models that take text
-    vectors = await _embedded(service, served, body.items)
-
-    pictures = await asyncio.gather(*(_stored_picture(service, item, index) for index, item in enumerate(body.items)))
-    items = [
-        NewItem(_kind(item), vector, item.id, item.caption or item.text, item.metadata, picture)
-        for item, vector, picture in zip(body.items, vectors, pictures, strict=True)
-    ]
-    return json_response({"ids": await service.store(collection.add, items)})
+    pictures: list[bytes | None] = []
+    while True:
+        collection = service.collection(name)
+        served = service.engine_of(collection)
+        if not served.engine.takes_text and any(_needs_text(item) for item in body.items):
+            service.engine(served.engine.name, text=True)  # raises, naming the models that take text
+        vectors = await _embedded(service, served, body.items)
+        if not pictures:
+            kept = (_stored_picture(service, item, index) for index, item in enumerate(body.items))
+            pictures = await asyncio.gather(*kept)
+        items = [
+            NewItem(_kind(item), vector, item.id, item.caption or item.text, item.metadata, picture)
+            for item, vector, picture in zip(body.items, vectors, pictures, strict=True)
+        ]
+        try:
+            return json_response({"ids": await service.store(collection.add, items)})
+        except NotFoundError:
+            if service.collection(name) is collection:  # else another model's has taken its place
+                raise
 
 
 @router.get("/collections/{name}/items", response_model=ItemList)
@@ -298,14 +305,14 @@ async def get_statistics(service: Served, name: Name) -> Response:
 @router.get("/collections/{name}/items/{id}", response_model=ItemResponse)
 async def get_item(service: Served, name: Name, id: ItemId) -> Response:
     """One item."""
-    item: Item = await service.store(lambda: service.collection(name).get(id))
+    item = await service.in_collection(name, lambda collection: collection.get(id))
     return json_response(describe_item(name, item))
 
 
 @router.delete("/collections/{name}/items/{id}", status_code=204)
 async def delete_item(service: Served, name: Name, id: ItemId) -> Response:
     """Delete an item; no search that begins after the answer returns it."""
-    await service.store(lambda: service.collection(name).delete(id))
+    await service.in_collection(name, lambda collection: collection.delete(id))
     return Response(status_code=204)
 
 
@@ -323,7 +330,7 @@ async def get_picture(
     if_none_match: Annotated[str | None, Header()] = None,
 ) -> Response:
     """An item's picture, or a thumbnail of it, always as JPEG."""
-    item: Item = await service.store(lambda: service.collection(name).get(id))
+    item = await service.in_collection(name, lambda collection: collection.get(id))
     etag = f'"{item.picture}-{size or "full"}"'
     headers = {"ETag": etag, "Cache-Control": "private, no-cache"}
     if item.picture and if_none_match and etag in if_none_match:
@@ -358,6 +365,10 @@ async def _stored_picture(service: Served, item: ItemBody, index: int) -> bytes 
     side = service.settings.stored_side
     opener = service.opener(item.image, index)
     return await service.decode(lambda: images.reencode(opener(side // 2), side))
+
+
+def _needs_text(item: ItemBody) -> bool:
+    return item.text is not None and item.embedding is None
 
 
 def _kind(item: ItemBody) -> Literal["image", "text"]:

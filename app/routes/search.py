@@ -6,6 +6,7 @@ import json
 import math
 import re
 import time
+from functools import partial
 from typing import Annotated, Any, Literal, cast
 
 import numpy as np
@@ -130,13 +131,14 @@ async def _search(service: Served, query: list[WeightedInput], options: Options)
         if value > limit:
             raise InputError(f"{name} is {value}, at most {limit} is served")
     filters = [_condition(entry) for entry in options.filter]
-    collection = service.collection(options.collection)
-    served = service.engine_of(collection)
-    if not served.engine.takes_text and any(each.text is not None for each in query):
-        service.engine(served.engine.name, text=True)  # raises, naming the models that take text
-    vectors, _ = await service.embed(served, query)
-    hits = await service.store(
-        lambda: collection.search(
+    while True:
+        collection = service.collection(options.collection)
+        served = service.engine_of(collection)
+        if not served.engine.takes_text and any(each.text is not None for each in query):
+            service.engine(served.engine.name, text=True)  # raises, naming the models that take text
+        vectors, _ = await service.embed(served, query)
+        search = partial(
+            collection.search,
             _mixed(vectors, query),
             options.k,
             offset=options.offset,
@@ -145,7 +147,9 @@ async def _search(service: Served, query: list[WeightedInput], options: Options)
             group_by=options.group_by,
             min_score=options.min_score,
         )
-    )
+        hits = await service.store(search)
+        if service.collection(options.collection) is collection:  # else another model's has taken its place
+            break
     return json_response(
         {
             "collection": collection.name,

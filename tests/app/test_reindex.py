@@ -1,0 +1,205 @@
+"""Collections made again with another model while they serve."""
+
+from __future__ import annotations
+
+import base64
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from starlette.testclient import TestClient
+from support import problem, tiny_clip
+
+from app.__main__ import main
+from app.collections import Collections
+from app.engine import Engine, ModelEngine
+from models.checkpoint import save_checkpoint
+
+Encoded = Callable[..., bytes]
+Start = Callable[..., TestClient]
+
+
+class Slow(ModelEngine):
+    """Another model than `clip`, that takes its time and counts pictures."""
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        model = tiny_clip(seed=1, size=24)
+        model.fingerprint = "of another model"
+        super().__init__("other", model, device="cpu")
+        self.seconds, self.pictures = seconds, 0
+
+    def encode_images(self, rows: Any) -> Any:
+        time.sleep(self.seconds)
+        self.pictures += len(rows)
+        return super().encode_images(rows)
+
+
+def _item(number: int, encoded: Encoded) -> dict[str, Any]:
+    if number % 4 == 3:
+        return {"id": f"i{number}", "text": f"text {number}", "metadata": {"n": number}}
+    picture = base64.b64encode(encoded(number)).decode()
+    return {"id": f"i{number}", "image": picture, "caption": f"c{number}", "metadata": {"n": number / 2}}
+
+
+def _fill(client: TestClient, name: str, encoded: Encoded, count: int = 80, model: str = "clip") -> None:
+    assert client.put(f"/collections/{name}", json={"model": model}).status_code == 200
+    for first in range(0, count, 40):
+        items = [_item(number, encoded) for number in range(first, min(count, first + 40))]
+        assert client.post(f"/collections/{name}/items", json={"items": items}).status_code == 200
+
+
+def _wait(client: TestClient, name: str = "c") -> dict[str, Any]:
+    ends = time.monotonic() + 60
+    while (found := client.get(f"/collections/{name}/reindex").json())["state"] == "running":
+        assert time.monotonic() < ends
+        time.sleep(0.02)
+    return found
+
+
+def _scores(client: TestClient, name: str) -> dict[str, float]:
+    hits = client.get(f"/search?q=a+red+star&k=200&collection={name}").json()["hits"]
+    return {hit["id"]: hit["score"] for hit in hits}
+
+
+def test_it_is_as_if_it_had_been_made_with_the_other_model(
+    start: Start, engines: dict[str, Engine], encoded: Encoded, tmp_path: Path
+) -> None:
+    client = start({**engines, "other": Slow()})
+    _fill(client, "c", encoded)
+    before = client.get("/collections/c").json()
+    pictures = sorted((tmp_path / "data" / "pictures").glob("*/*"))
+    answer = client.post("/collections/c/reindex", json={"model": "other"})
+    assert answer.status_code == 202
+    assert answer.json()["total"] == 80
+    assert _wait(client) == {"model": "other", "state": "done", "done": 80, "total": 80, "error": None}
+    after = client.get("/collections/c").json()
+    assert after == before | {"model": "other", "fingerprint": "of another model"}
+    assert [each["name"] for each in client.get("/collections").json()["collections"]] == ["c"]
+    _fill(client, "fresh", encoded, model="other")
+    # Not of the files that came but of the JPEGs that were kept of them, so nearly the same.
+    assert _scores(client, "c") == pytest.approx(_scores(client, "fresh"), abs=0.02)
+    items = client.get("/collections/c/items?limit=1000").json()["items"]
+    assert [item["metadata"] for item in items if item["id"] == "i7"] == [{"n": 7}]
+    assert sorted((tmp_path / "data" / "pictures").glob("*/*")) == pictures  # the same files, not encoded again
+    problem(client.post("/collections/c/reindex", json={"model": "other"}), 409, "of model 'other' already")
+
+
+def test_searches_and_writes_go_on_and_nothing_of_them_is_lost(
+    start: Start, engines: dict[str, Engine], encoded: Encoded
+) -> None:
+    client = start({**engines, "other": Slow(0.05)})
+    _fill(client, "c", encoded)
+    client.post("/collections/c/reindex", json={"model": "other"})
+    counts, done = [], threading.Event()
+
+    def search() -> None:
+        while not done.is_set():
+            answer = client.get("/search?q=a+red+star&k=500&collection=c")
+            assert answer.status_code == 200, answer.text
+            counts.append(len(answer.json()["hits"]))
+
+    searching = threading.Thread(target=search)
+    searching.start()
+    expected = {f"i{number}": number for number in range(80)}
+    for number in range(100, 140):  # some go, some come, some change, at any stage
+        kept = client.post("/collections/c/items", json={"items": [_item(number, encoded)]})
+        assert kept.status_code == 200, kept.text
+        assert client.delete(f"/collections/c/items/i{number - 100}").status_code == 204
+        changed = _item(number, encoded) | {"id": f"i{number - 50}"}
+        assert client.post("/collections/c/items", json={"items": [changed]}).status_code == 200
+        expected |= {f"i{number}": number, f"i{number - 50}": number}
+        del expected[f"i{number - 100}"]
+    assert _wait(client)["state"] == "done"
+    done.set()
+    searching.join()
+    assert min(counts) >= 80
+    assert client.get("/collections/c").json()["model"] == "other"
+    found = {
+        item["id"]: item["metadata"]["n"] for item in client.get("/collections/c/items?limit=1000").json()["items"]
+    }
+    assert found == {id: number if number % 4 == 3 else number / 2 for id, number in expected.items()}
+    assert set(_scores(client, "c")) == set(expected)
+
+
+def test_what_was_interrupted_goes_on_where_it_was(
+    start: Start, engines: dict[str, Engine], encoded: Encoded, tmp_path: Path
+) -> None:
+    with Collections(tmp_path / "data") as _:
+        pass
+    first, again = Slow(0.1), Slow()
+    client = start({**engines, "other": first})
+    _fill(client, "c", encoded)
+    client.post("/collections/c/reindex", json={"model": "other"})
+    while client.get("/collections/c/reindex").json()["done"] < 32:
+        time.sleep(0.01)
+    service = client.app.state.service  # type: ignore[attr-defined]
+    client.portal.call(service._reindexing["c"].stop)  # type: ignore[union-attr]
+    assert client.get("/collections/c/reindex").json()["state"] == "interrupted"
+    service._reindexing.clear()  # as another process finds it
+    left = client.get("/collections/c/reindex").json()
+    assert (left["state"], left["model"]) == ("interrupted", "other")
+    assert 32 <= left["done"] < 80
+    assert client.get("/collections/c").json()["model"] == "clip"
+    service._served["other"].engine = again
+    service._served["other"]._images._forward = lambda rows: list(again.encode_images(rows))
+    client.post("/collections/c/reindex", json={"model": "other"})
+    assert _wait(client)["state"] == "done"
+    assert again.pictures <= 60 - 24  # of 60 pictures, those of the first 32 items are there
+
+    problem(client.delete("/collections/nowhere/reindex"), 404, "nowhere")
+
+
+def test_it_can_be_given_up_and_says_what_is_wrong(start: Start, engines: dict[str, Engine], encoded: Encoded) -> None:
+    third = Slow()
+    third.name, third.fingerprint = "third", "of a third"
+    client = start({**engines, "other": Slow(0.3), "third": third})
+    _fill(client, "c", encoded)
+    problem(client.get("/collections/c/reindex"), 404, "POST begins")
+    problem(client.post("/collections/c/reindex", json={"model": "nobody"}), 404, "no model 'nobody'")
+    problem(client.post("/collections/c/reindex", json={"model": "clip"}), 409, "already")
+    client.post("/collections/c/reindex", json={"model": "other"})
+    problem(client.post("/collections/c/reindex", json={"model": "third"}), 409, "with model 'other'")
+    assert client.delete("/collections/c/reindex").status_code == 204
+    problem(client.get("/collections/c/reindex"), 404)
+    assert client.get("/collections/c").json()["model"] == "clip"
+    client.post("/collections/c/items", json={"items": [{"id": "far", "embedding": [1.0] * 24}]})
+    client.post("/collections/c/reindex", json={"model": "third"})
+    found = _wait(client)
+    assert found["state"] == "failed"
+    assert "'far' came with its embedding alone" in found["error"]
+    client.delete("/collections/c/items/far")
+    client.post("/collections/c/reindex", json={"model": "third"})
+    assert _wait(client)["state"] == "done"
+
+
+def test_a_picture_that_is_gone_ends_it_with_a_word(
+    start: Start, engines: dict[str, Engine], encoded: Encoded, tmp_path: Path
+) -> None:
+    client = start({**engines, "other": Slow()})
+    _fill(client, "c", encoded, count=3)
+    next(iter((tmp_path / "data" / "pictures").glob("*/*"))).unlink()
+    client.post("/collections/c/reindex", json={"model": "other"})
+    assert "is not on the disk any more" in _wait(client)["error"]
+
+
+def test_the_command_waits_for_the_other_model(
+    checkpoints: Path, encoded: Encoded, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    models = tmp_path / "models"
+    for seed, name in enumerate(("clip", "new")):
+        save_checkpoint(tiny_clip(seed), models / name)
+    (tmp_path / "photos").mkdir()
+    for number in range(3):
+        (tmp_path / "photos" / f"{number}.jpg").write_bytes(encoded(number))
+    place = ["--data", str(tmp_path / "data"), "--checkpoints", str(models), "--threads", "1"]
+    assert main(["index", str(tmp_path / "photos"), *place]) == 0
+    assert main(["reindex", "new", *place]) == 0
+    assert "3 items of model 'new'" in capsys.readouterr().out
+    assert main(["reindex", "new", *place]) == 1
+    assert "already" in capsys.readouterr().err
+    with Collections(tmp_path / "data") as collections:
+        assert collections.get("default").model == "new"
+        assert collections.get("default").info().count == 3
