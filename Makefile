@@ -32,7 +32,7 @@ train-demo: .venv/.test
 	$(BIN)/semblance-train scenes --out checkpoints/demo/scenes.tar.gz
 
 torture: .venv/.test
-	KILL_ROUNDS=500 $(BIN)/pytest tests/app/test_store.py -k kill_9
+	KILL_ROUNDS=500 POWER_ROUNDS=100 $(BIN)/pytest -s tests/app/test_torture.py
 
 # In an environment of its own, so that what is compared with is never among what is served or trained with.
 bench-training: .venv-bench/.done

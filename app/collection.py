@@ -175,7 +175,7 @@ class Collection:
             self._index.remove(np.array(changed[0], np.int64))
             self._pictures.remove(changed[1])
 
-        self._database.write(change, after)
+        self._database.write(change, after, frees=True)
 
     def get(self, id: str) -> Item:
         """An item. Raises NotFoundError."""

@@ -183,7 +183,7 @@ class Collections:
                 self._open.pop(name, None)
             self._pictures.remove(unused)
 
-        self._database.write(change, after)
+        self._database.write(change, after, frees=True)
         collection.close()
         snapshots.remove(self._snapshot(key))
 

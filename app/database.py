@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import queue
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -17,6 +18,7 @@ from models.errors import StorageError
 
 T = TypeVar("T")
 FORMAT = 1
+_RESERVE = 1 << 20  # bytes
 GROUP = 64  # changes that share one commit, at most
 
 _SCHEMA = """
@@ -42,6 +44,7 @@ class Database:
 
     def __init__(self, file: Path) -> None:
         self.file = file
+        self._reserve = file.with_suffix(".reserve")
         self._readers: queue.LifoQueue[apsw.Connection] = queue.LifoQueue()
         self._opened: list[apsw.Connection] = []
         try:
@@ -51,6 +54,7 @@ class Database:
             raise StorageError(
                 f"{file} cannot be opened ({error}); restore it from a backup, or move it away"
             ) from error
+        self._take_reserve()
         self._jobs: queue.SimpleQueue[_Job[Any] | None] = queue.SimpleQueue()
         self._closing = False
         self._writer = threading.Thread(target=self._write_all, name="writer", daemon=True)
@@ -61,16 +65,19 @@ class Database:
         change: Callable[[apsw.Connection], T],
         after: Callable[[T], None] | None = None,
         undo: Callable[[T], None] | None = None,
+        *,
+        frees: bool = False,
     ) -> T:
         """Run `change` in a transaction and return its result once it is durable; an error undoes it alone.
 
         Changes of several callers share a commit. after: runs between the commit and the return, in commit order.
-        undo: runs if the commit failed, for what `change` did outside of the database.
+        undo: runs if the commit failed, for what `change` did outside of the database. frees: a delete, for which some
+        room is kept on a disk that is full.
         Raises whatever `change` raises, and StorageError when the disk refuses.
         """
         if self._closing:
             raise StorageError("the store is closed")
-        job: _Job[T] = _Job(change, after, undo, Future())
+        job: _Job[T] = _Job(change, after, undo, frees, Future())
         self._jobs.put(job)
         return job.done.result()
 
@@ -98,6 +105,22 @@ class Database:
         self._writer.join()
         for connection in self._opened:
             connection.close()
+
+    def _take_reserve(self) -> None:
+        """Keep some room on the disk, if there is enough, for a full one could not even delete: a delete is written
+        before anything is freed."""
+        try:
+            if not self._reserve.exists() and shutil.disk_usage(self.file.parent).free >= 4 * _RESERVE:
+                self._reserve.write_bytes(bytes(_RESERVE))
+        except OSError:
+            self._give_reserve()
+
+    def _give_reserve(self) -> bool:
+        """Free that room. False if there is none."""
+        with suppress(OSError):
+            self._reserve.unlink()
+            return True
+        return False
 
     def _connect(self) -> apsw.Connection:
         connection = apsw.Connection(str(self.file))
@@ -152,6 +175,8 @@ class Database:
             for job, result in results:
                 if job.undo is not None:
                     job.undo(result)
+            if isinstance(error, apsw.FullError) and self._give_reserve():
+                self._write_group([job for job in jobs if job.frees and not job.done.done()])
             refused = isinstance(error, (apsw.Error, OSError))
             failure = StorageError(f"the write was refused and nothing of it kept: {error}") if refused else error
             for job in jobs:
@@ -165,6 +190,7 @@ class Database:
                 job.done.set_result(result)
             except BaseException as error:
                 job.done.set_exception(error)
+        self._take_reserve()
 
 
 def rows(connection: apsw.Connection, statement: str, *values: Any) -> list[Any]:
@@ -177,4 +203,5 @@ class _Job(Generic[T]):
     change: Callable[[apsw.Connection], T]
     after: Callable[[T], None] | None
     undo: Callable[[T], None] | None
+    frees: bool
     done: Future[T]

@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import random
-import signal
 import sqlite3
-import subprocess
-import sys
 import threading
-import time
 from pathlib import Path
 
 import numpy as np
@@ -263,64 +257,3 @@ def test_a_full_disk_refuses_the_write_keeps_searching_and_recovers(store: Path)
         connection.pragma("max_page_count", 1 << 20)
         made.add([_item(2)])
         assert made.info().count == 2
-
-
-_WRITER = """
-import sys, numpy as np
-from app.collection import NewItem
-from app.collections import Collections
-collections = Collections(sys.argv[1])
-made = collections.create("c", model="m", fingerprint="f", dimensions=8)
-step = int(sys.argv[2])
-while True:
-    vectors = np.random.default_rng(step).standard_normal((5, 8)).astype("f4")
-    items = [NewItem("image", v, f"{step}-{i}", picture=b"%d-%d" % (step, i)) for i, v in enumerate(vectors)]
-    made.add(items)
-    print("add", step, flush=True)
-    if step % 3 == 0:
-        made.delete(f"{step}-0")
-        print("delete", step, flush=True)
-    step += 1
-"""
-
-
-def kill_round(store: Path, rng: random.Random, added: set[int], deleted: set[int], start: int) -> int:
-    """Let a process write, kill -9 it at a random moment, and check what is there. -> the next step."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", _WRITER, str(store), str(start)], stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
-    lines = [process.stdout.readline()]
-    time.sleep(rng.random() * 0.15)
-    os.kill(process.pid, signal.SIGKILL)
-    lines += process.stdout.readlines()
-    process.stdout.close()
-    process.wait()
-    for line in lines:
-        if line.endswith("\n"):
-            word, step = line.split()
-            (added if word == "add" else deleted).add(int(step))
-    with Collections(store) as collections:
-        made = collections.get("c")
-        there = {item.id: item for item in made.page(1_000_000)}
-        for step in added:
-            # Of every third step the first item is deleted next; unless that was answered, it may be there or not.
-            assert {f"{step}-{i}" for i in range(1 if step % 3 == 0 else 0, 5)} <= there.keys()
-        assert not {f"{step}-0" for step in deleted} & there.keys()
-        steps = {int(each.split("-")[0]) for each in there}
-        for step in steps - added:  # not acknowledged: all or nothing, and perhaps its delete as well
-            assert {f"{step}-{i}" for i in range(1, 5)} <= there.keys()
-        assert made.info().count == len(there)
-        for each in rng.sample(sorted(there), min(20, len(there))):
-            assert made.picture(each).decode() == each
-        hits = made.search(unit_rows(1)[0], 1_000_000)
-        assert {hit.item.id for hit in hits} == there.keys()
-        return max(steps | added, default=start) + 1
-
-
-def test_kill_9_loses_nothing_that_was_acknowledged(store: Path) -> None:
-    """Row 36, in 10 rounds; `make torture` does 500."""
-    rng, added, deleted, step = random.Random(0), set[int](), set[int](), 0
-    for _ in range(int(os.environ.get("KILL_ROUNDS", "10"))):
-        step = kill_round(store, rng, added, deleted, step)
-    assert len(added) > 10
