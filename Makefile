@@ -16,7 +16,7 @@ test: .venv/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/pytest
+	OMP_WAIT_POLICY=passive $(BIN)/pytest -n auto --dist loadfile --durations 15
 
 format: .venv/.test
 	$(BIN)/ruff check --fix .

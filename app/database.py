@@ -51,9 +51,9 @@ class Database:
             self._connection = self._connect()
             self._prepare()
         except apsw.Error as error:
-            raise StorageError(
-                f"{file} cannot be opened ({error}); restore it from a backup, or move it away"
-            ) from error
+            ways = {apsw.FullError: "free some space", apsw.IOError: "check the disk"}
+            way = ways.get(type(error), "restore it from a backup, or move it away")
+            raise StorageError(f"{file} cannot be opened ({error}); {way}") from error
         self._take_reserve()
         self._jobs: queue.SimpleQueue[_Job[Any] | None] = queue.SimpleQueue()
         self._closing = False

@@ -6,6 +6,7 @@ a copy of the image in the moment of the kill, so what had not reached the disk 
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import shutil
@@ -13,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +34,7 @@ _WRITER = """
 import sys, numpy as np
 from app.collection import NewItem
 from app.collections import Collections
+from models.errors import StorageError
 collections = Collections(sys.argv[1])
 collections._database._connection.pragma("synchronous", sys.argv[3])
 made = collections.create("c", model="m", fingerprint="f", dimensions=8)
@@ -40,11 +42,14 @@ step = int(sys.argv[2])
 while True:
     vectors = np.random.default_rng(step).standard_normal((5, 8)).astype("f4")
     items = [NewItem("image", v, f"{step}-{i}", picture=b"%d-%d" % (step, i)) for i, v in enumerate(vectors)]
-    made.add(items)
-    print("add", step, flush=True)
-    if step % 3 == 0:
-        made.delete(f"{step}-0")
-        print("delete", step, flush=True)
+    try:
+        made.add(items)
+        print("add", step, flush=True)
+        if step % 3 == 0:
+            made.delete(f"{step}-0")
+            print("delete", step, flush=True)
+    except StorageError:
+        print("refuse", step, flush=True)
     step += 1
 """
 
@@ -55,16 +60,22 @@ class Acknowledged:
 
     added: set[int] = field(default_factory=set)
     deleted: set[int] = field(default_factory=set)
+    refused: set[int] = field(default_factory=set)
     next: int = 0
 
 
 def write_and_kill(
-    store: Path, rng: random.Random, seen: Acknowledged, then: Callable[[], None] = lambda: None, sync: str = "FULL"
+    store: Path,
+    rng: random.Random,
+    seen: Acknowledged,
+    then: Callable[[], None] = lambda: None,
+    sync: str = "FULL",
+    under: Sequence[str] = (),
 ) -> None:
-    """Let a process write, kill -9 it at a random moment, and note what it was answered. then: at once after it."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", _WRITER, str(store), str(seen.next), sync], stdout=subprocess.PIPE, text=True
-    )
+    """Let a process write, kill -9 it at a random moment, and note what it was answered. then: at once after it. under:
+    a command that runs it."""
+    writer = [*under, sys.executable, "-c", _WRITER, str(store), str(seen.next), sync]
+    process = subprocess.Popen(writer, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     lines = [process.stdout.readline()]
     time.sleep(rng.random() * 0.15)
@@ -76,7 +87,7 @@ def write_and_kill(
     for line in lines:
         if line.endswith("\n"):
             word, step = line.split()
-            (seen.added if word == "add" else seen.deleted).add(int(step))
+            {"add": seen.added, "delete": seen.deleted, "refuse": seen.refused}[word].add(int(step))
 
 
 def check(store: Path, rng: random.Random, seen: Acknowledged) -> None:
@@ -89,6 +100,7 @@ def check(store: Path, rng: random.Random, seen: Acknowledged) -> None:
             assert {f"{step}-{i}" for i in range(1 if step % 3 == 0 else 0, 5)} <= there.keys()
         assert not {f"{step}-0" for step in seen.deleted} & there.keys()
         steps = {int(each.split("-")[0]) for each in there}
+        assert not steps & (seen.refused - seen.added)  # of an add that was refused nothing is kept
         for step in steps - seen.added:
             assert {f"{step}-{i}" for i in range(1, 5)} <= there.keys()
         assert made.info().count == len(there)
@@ -96,7 +108,7 @@ def check(store: Path, rng: random.Random, seen: Acknowledged) -> None:
             assert made.picture(each).decode() == each
         hits = made.search(unit_rows(1)[0], 1_000_000)
         assert {hit.item.id for hit in hits} == there.keys()
-    seen.next = max(steps | seen.added, default=seen.next) + 1
+    seen.next = max(steps | seen.added | seen.refused, default=seen.next) + 1
 
 
 def test_kill_9_loses_nothing_that_was_acknowledged(tmp_path: Path) -> None:
@@ -196,3 +208,23 @@ def test_a_disk_that_is_full_refuses_the_write_and_recovers(disk: Callable[..., 
         assert len(made.picture("5000-0")) == 20_000
     with mounted(tmp_path / "disk.img", tmp_path / "mounted") as place, Collections(place / "data") as collections:
         assert collections.get("c").info().count == len(stored) - 12 + 4
+
+
+@pytest.mark.parametrize("error", [errno.EIO, errno.ENOSPC])
+def test_errors_of_the_disk_refuse_single_writes_and_lose_nothing(tmp_path: Path, error: int) -> None:
+    """libfiu lets one in fifty calls that write or sync fail. An add that is refused is not there, one that is answered
+    is, after the kill too."""
+    if not shutil.which("fiu-run"):
+        pytest.skip("needs fiu-run: apt-get install fiu-utils")
+    calls = ("sync/fsync", "sync/fdatasync", "rw/pwrite")
+    faults = [f"enable_random name=posix/io/{each},probability=0.02,failinfo={error}" for each in calls]
+    fiu = ["fiu-run", "-x", *(word for fault in faults for word in ("-c", fault))]
+    with Collections(tmp_path / "data") as collections:
+        collections.create("c", model="m", fingerprint="f", dimensions=8)
+    rng, seen = random.Random(0), Acknowledged()
+    for _ in range(max(3, KILLS // 10)):
+        write_and_kill(tmp_path / "data", rng, seen, under=fiu)
+        check(tmp_path / "data", rng, seen)
+    print(f"{len(seen.added)} writes acknowledged, {len(seen.refused)} refused, 0 lost")
+    assert seen.added
+    assert seen.refused
