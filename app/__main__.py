@@ -383,6 +383,7 @@ def _models(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
+    import torch
     from rich.console import Console
     from rich.table import Table
 
@@ -396,6 +397,7 @@ def _export(options: argparse.Namespace) -> int:
     known = find_models(settings)
     if options.name not in known:
         raise SemblanceError(f"no model {options.name!r}; there are: {', '.join(known) or 'none'}")
+    torch.set_num_threads(settings.thread_count)
     model = load_model(known[options.name])
     calibration = read_calibration(options.pictures or str(settings.checkpoints / SHARD), options.samples)
     exports = exports_of(model, settings)

@@ -133,11 +133,12 @@ class Service:
         raise ConflictError(f"{made} model {collection.model!r}, which is not loaded (loaded: {loaded})")
 
     def reindex(self, name: str, model: str) -> Progress:
-        """Begin to make a collection again with another model. Raises NotFoundError, or ConflictError if it is that
-        model's already, or being made with yet another."""
+        """Begin to make a collection again with another model; one that is that model's is done. Raises NotFoundError,
+        or ConflictError if it is being made with yet another."""
         collection, served = self.collection(name), self.engine(model)
         if collection.fingerprint == served.engine.fingerprint:
-            raise ConflictError(f"collection {name!r} is of model {served.engine.name!r} already")
+            count = collection.info().count
+            return Progress(served.engine.name, "done", count, count)
         running = self._reindexing.get(name)
         if running is not None and running.progress.state == "running":
             if running.progress.model != served.engine.name:

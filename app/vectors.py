@@ -125,7 +125,7 @@ def _body(row: Row) -> dict[str, Any]:
     body: dict[str, Any] = {"id": row.id, "metadata": row.metadata}
     body["embedding"] = base64.b64encode(row.embedding.astype("<f4").tobytes()).decode()
     if row.kind == "text":
-        body["text"] = row.caption or "-"
+        body["text"] = row.caption or row.id
     elif row.image is not None:
         body["image"] = base64.b64encode(row.image).decode()
     if row.caption and row.kind != "text":

@@ -424,7 +424,7 @@ def test_openapi_documents_every_path_with_an_example(start: Start) -> None:
         body = operations.get("post", {}).get("requestBody", {}).get("content", {}).get("application/json")
         if body is not None:
             answer = client.post(path.replace("{name}", "default"), json=body["example"])
-            assert answer.status_code == 200, (path, answer.text)
+            assert answer.status_code in (200, 202), (path, answer.text)
             tried += 1
     assert tried >= 8
     assert client.get("/docs").status_code == 200

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from support import CORPUS, open_clip_folder
 
-from app.backends import torch_tower
+from app.backends import exported_tower, torch_tower
 from app.engine import ModelEngine
 from app.exporter import export_model, read_calibration
 from app.exports import Exports, exports_of
@@ -199,6 +199,12 @@ def test_an_open_clip_model_and_one_without_text_are_exported_too(tmp_path: Path
     found = export_model("vit", model, Exports(tmp_path / "exports"), "onnx", calibration, 1)
     assert found["image"]["onnx-fp32"].cosine > 0.99999
     assert found["text"]["onnx-fp32"].cosine > 0.99999
+    tokens = model.tokenizer(["a red star", "a blue circle beside a green square"])
+    tokens = tokens[:, : int(model.text_lengths(tokens).max())]  # as they are served: shorter than they were exported
+    with torch.inference_mode():
+        expected = model.encode_text(tokens).numpy()
+    encode = exported_tower("onnx-fp32", tmp_path / "exports", "text", 1)
+    assert np.allclose(encode(tokens), expected, atol=1e-5)
     model.tokenizer = None
     assert set(export_model("vit", model, Exports(tmp_path / "blind"), "onnx", calibration, 1)) == {"image"}
 
