@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Coroutine, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ _SETTINGS = {
     "store": "folder of the collections",
     "checkpoints": "folder whose subfolders are the models to serve",
     "device": "auto, cpu, cuda, cuda:1, ...",
+    "backend": "what computes embeddings: auto, torch-fp32, onnx-int8, ... (app/README.md)",
     "threads": "processor threads, 0 for every core",
 }
 
@@ -54,38 +56,12 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     serve = _command(commands, "serve", _serve, "Serve the API on http://127.0.0.1:8000, its pages under /docs")
-    _settings(serve, "host", "port", "store", "checkpoints", "device", "threads")
+    _settings(serve, "host", "port", "store", "checkpoints", "device", "backend", "threads")
     serve.add_argument("--model", action="append", metavar="NAME=REFERENCE", help=_MODEL)
     serve.add_argument("--demo", action="store_true", help="fill the default collection with scenes on first start")
     serve.add_argument("--insecure", action="store_true", help="serve other machines without an API key")
 
-    index = _command(commands, "index", _index, "Put pictures into a collection; run it again to go on or to update")
-    index.add_argument(
-        "source",
-        help="a folder, a caption table (.csv .tsv .jsonl .parquet), or .tar(.gz); or embeddings: what `dump` wrote, a "
-        ".parquet with a column `embedding`, .npy files, or a folder of clip-retrieval",
-    )
-    index.add_argument("--collection", default="default", help="its name; it is made if need be (default: default)")
-    index.add_argument("--embedder", metavar="NAME", help="the model of a new collection (default: the first loaded)")
-    index.add_argument("--max-bad", type=int, default=-1, help="exit with 1 if more files are unreadable")
-
-    search = _command(commands, "search", _search, "Search a collection by a text or a picture")
-    search.add_argument("query", help="a text, or the path of a picture with --image")
-    search.add_argument("--image", action="store_true", help="the query is a picture's path")
-    search.add_argument("--collection", help="its name (default: default)")
-    search.add_argument("-k", type=int, default=10, help="hits (default: 10)")
-    search.add_argument("--json", action="store_true", help="print the answer as JSON")
-
-    dump = _command(commands, "dump", _dump, "Write a collection's items with their embeddings to a Parquet file")
-    dump.add_argument("out", help="the file to write")
-    dump.add_argument("--collection", default="default", help="its name (default: default)")
-    dump.add_argument("--pictures", action="store_true", help="put the pictures into it too")
-
-    reindex = _command(
-        commands, "reindex", _reindex, "Make a collection again with another model, while the old serves"
-    )
-    reindex.add_argument("embedder", metavar="NAME", help="the model")
-    reindex.add_argument("--collection", default="default", help="its name (default: default)")
+    of_collections = _collection_commands(commands)
 
     embed = _command(commands, "embed", _embed, "Print embeddings as JSON lines")
     embed.add_argument("inputs", nargs="+", help="texts, or paths of pictures with --image")
@@ -114,11 +90,45 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument("--samples", type=int, default=256, help="pictures of it that are taken (default: 256)")
     export.add_argument("--model", action="append", metavar="NAME=REFERENCE", help=_MODEL)
     _settings(export, "store", "checkpoints", "threads")
-    for command in (index, search, dump, reindex, embed, generate, models):
+    for command in (*of_collections, embed, generate, models):
         command.add_argument("--server", metavar="URL", help="a running server (default: the one that holds --data)")
         command.add_argument("--model", action="append", metavar="NAME=REFERENCE", help=_MODEL)
         _settings(command, "store", "checkpoints", "device", "threads")
     return parser
+
+
+def _collection_commands(commands: Any) -> list[argparse.ArgumentParser]:
+    index = _command(commands, "index", _index, "Put pictures into a collection; run it again to go on or to update")
+    index.add_argument(
+        "source",
+        help="a folder, a caption table (.csv .tsv .jsonl .parquet), or .tar(.gz); or embeddings: what `dump` wrote, a "
+        ".parquet with a column `embedding`, .npy files, or a folder of clip-retrieval",
+    )
+    index.add_argument("--collection", default="default", help="its name; it is made if need be (default: default)")
+    index.add_argument("--embedder", metavar="NAME", help="the model of a new collection (default: the first loaded)")
+    index.add_argument(
+        "--in-place", action="store_true", help="refer to the files where they are (below SEMBLANCE_PICTURE_ROOT)"
+    )
+    index.add_argument("--max-bad", type=int, default=-1, help="exit with 1 if more files are unreadable")
+
+    search = _command(commands, "search", _search, "Search a collection by a text or a picture")
+    search.add_argument("query", help="a text, or the path of a picture with --image")
+    search.add_argument("--image", action="store_true", help="the query is a picture's path")
+    search.add_argument("--collection", help="its name (default: default)")
+    search.add_argument("-k", type=int, default=10, help="hits (default: 10)")
+    search.add_argument("--json", action="store_true", help="print the answer as JSON")
+
+    dump = _command(commands, "dump", _dump, "Write a collection's items with their embeddings to a Parquet file")
+    dump.add_argument("out", help="the file to write")
+    dump.add_argument("--collection", default="default", help="its name (default: default)")
+    dump.add_argument("--pictures", action="store_true", help="put the pictures into it too")
+
+    reindex = _command(
+        commands, "reindex", _reindex, "Make a collection again with another model, while the old serves"
+    )
+    reindex.add_argument("embedder", metavar="NAME", help="the model")
+    reindex.add_argument("--collection", default="default", help="its name (default: default)")
+    return [index, search, dump, reindex]
 
 
 _MODEL = "one more model, such as vit=open_clip:ViT-B-32/laion2b_s34b_b79k; may be repeated"
@@ -170,7 +180,7 @@ def _serve(options: argparse.Namespace) -> int:
     log = logging.getLogger("semblance")
     started = time.monotonic()
     address = f"http://{settings.host}:{settings.port}"
-    with Collections(settings.store, note=address) as collections:
+    with Collections(settings.store, note=address, picture_root=settings.picture_root) as collections:
         engines, generators = load_engines(settings), load_generators(settings)
         if not engines and not generators:
             raise SemblanceError(
@@ -215,11 +225,12 @@ def _index(options: argparse.Namespace) -> int:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _rate(), TimeRemainingColumn())
 
     vectors = holds_vectors(options.source)
+    fill = load_vectors if vectors else partial(ingest, in_place=options.in_place)
 
     async def work(client: Any) -> int:
         with Progress(*columns, console=console) as progress:
             task = progress.add_task(options.collection, total=None if vectors else count(options.source))
-            report = await (load_vectors if vectors else ingest)(
+            report = await fill(
                 client,
                 options.collection,
                 options.source,

@@ -34,7 +34,7 @@ async def connect(settings: Settings, server: str | None = None) -> AsyncIterato
     collections = None
     if server is None:
         try:
-            collections = Collections(settings.store)
+            collections = Collections(settings.store, picture_root=settings.picture_root)
         except StorageError:
             server = lock_note(settings.store)
             if not server.startswith("http"):

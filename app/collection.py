@@ -18,7 +18,7 @@ from app.database import Database, rows
 from app.duplicates import duplicate_groups
 from app.filters import Condition
 from app.index import Ids, SharedSearch, VectorIndex, Vectors
-from app.pictures import Pictures
+from app.pictures import Pictures, place_of
 from models.errors import InputError, NotFoundError, StorageError
 
 Kind = Literal["image", "text"]
@@ -28,25 +28,31 @@ _ITEM = "id, kind, caption, metadata, picture"
 
 @dataclass(frozen=True)
 class NewItem:
-    """What is to be stored. vector: (D,), any norm but 0. picture: the bytes of a JPEG. No id: one is made."""
+    """What is to be stored. vector: (D,), any norm but 0. picture: the bytes of a JPEG, or the place of a picture that
+    stays there. No id: one is made."""
 
     kind: Kind
     vector: NDArray[np.float32]
     id: str | None = None
     caption: str | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
-    picture: bytes | None = None
+    picture: bytes | Path | None = None
 
 
 @dataclass(frozen=True)
 class Item:
-    """What is stored. picture: the SHA-256 of its file, None for a text."""
+    """What is stored. picture: the SHA-256 of its file, or its place; None without one."""
 
     id: str
     kind: Kind
     caption: str | None
     metadata: dict[str, Any]
     picture: str | None
+
+    @property
+    def place(self) -> Path | None:
+        """Where its picture is, if it is not kept in the store."""
+        return place_of(self.picture)
 
 
 @dataclass(frozen=True)
@@ -138,7 +144,7 @@ class Collection:
                         item.caption,
                         json.dumps(dict(item.metadata)),
                         digest,
-                        len(item.picture or b""),
+                        len(item.picture) if isinstance(item.picture, bytes) else 0,
                     ),
                 )
                 row = connection.last_insert_rowid()
@@ -207,13 +213,20 @@ class Collection:
             )
             return [item_of(row) for row in found]
 
+    def version(self, item: Item) -> str:
+        """What changes when an item's picture does. Raises NotFoundError for an item without one."""
+        return self._pictures.version(self._named(item))
+
     def picture(self, id: str, size: int | None = None, make: Callable[[bytes], bytes] = bytes) -> bytes:
-        """The JPEG of an item, or a thumbnail of this size as `make` makes it. Raises NotFoundError for an unknown id,
-        or an item without a picture."""
-        item = self.get(id)
+        """The file of an item's picture, or a thumbnail of this size as `make` makes it. A file that is kept is a JPEG,
+        one in its place what it was. Raises NotFoundError for an unknown id, or an item without a picture."""
+        name = self._named(self.get(id))
+        return self._pictures.get(name) if size is None else self._pictures.thumbnail(name, size, make)
+
+    def _named(self, item: Item) -> str:
         if item.picture is None:
-            raise NotFoundError(f"item {id!r} has no picture: it is a text, or its picture is elsewhere")
-        return self._pictures.get(item.picture) if size is None else self._pictures.thumbnail(item.picture, size, make)
+            raise NotFoundError(f"item {item.id!r} has no picture: it is a text, or its picture is elsewhere")
+        return item.picture
 
     def search(
         self,

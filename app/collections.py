@@ -40,14 +40,15 @@ class Collections:
     Raises StorageError if another process has it open (naming that process) or a file in it is damaged.
     """
 
-    def __init__(self, folder: str | Path, note: str = "") -> None:
-        """note: what the lock file tells others about this process, such as its address."""
+    def __init__(self, folder: str | Path, note: str = "", picture_root: Path | None = None) -> None:
+        """note: what the lock file tells others about this process, such as its address. picture_root: below which
+        pictures are read that items refer to in place."""
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = lock(self.folder, note)
         try:
             self._database = Database(self.folder / "store.db")
-            self._pictures = Pictures(self.folder / "pictures")
+            self._pictures = Pictures(self.folder / "pictures", picture_root)
             self._open: dict[str, Collection] = {}
             self._mutex = threading.Lock()
             self._load()

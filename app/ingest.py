@@ -41,15 +41,22 @@ class _Picture:
         return file_bytes(self.record.image)  # type: ignore[arg-type]
 
 
+# A picture with its bytes, or without where it is to stay in its place; a batch has one kind.
+_Content = tuple[_Picture, bytes | None]
+
+
 async def ingest(
     client: httpx.AsyncClient,
     collection: str,
     source: str,
     *,
     model: str | None = None,
+    in_place: bool = False,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Report:
     """Put every picture of `source` (as models.readers.read takes it) into a collection, which is made if need be.
+
+    in_place: files stay where they are and the collection refers to them, if the server allows that.
 
     Pictures that are there with the same time of change are passed over. progress: told how many were dealt with.
     Raises AnswerError when the server refuses more than single pictures, DataError when there is nothing to read.
@@ -59,7 +66,7 @@ async def ingest(
     known = {item["id"]: item["metadata"].get("modified") async for item in items_of(client, collection)}
     rows, report = BadRows(limit=1_000_000_000), Report()
     pictures = (_picture(record, Path(source)) for record in read(source, rows))
-    batches = _batches(pictures, known, report, progress)
+    batches = _batches(pictures, known, report, progress, in_place)
     pending: set[asyncio.Task[int]] = set()
     try:
         while (batch := await asyncio.to_thread(next, batches, None)) is not None:
@@ -95,10 +102,14 @@ async def items_of(
 
 
 def _batches(
-    pictures: Iterator[_Picture], known: dict[str, Any], report: Report, progress: Callable[[int], None]
-) -> Iterator[list[tuple[_Picture, bytes]]]:
+    pictures: Iterator[_Picture],
+    known: dict[str, Any],
+    report: Report,
+    progress: Callable[[int], None],
+    in_place: bool,
+) -> Iterator[list[_Content]]:
     """What is to be sent, with its bytes: a request holds so many pictures and bytes at most."""
-    batch: list[tuple[_Picture, bytes]] = []
+    batch: list[_Content] = []
     size = 0
     for picture in pictures:
         if picture.id in known and known[picture.id] == picture.metadata.get("modified"):
@@ -106,32 +117,27 @@ def _batches(
             progress(1)
             continue
         try:
-            content = picture.content()
+            content = None if in_place and isinstance(picture.record.image, Path) else picture.content()
         except OSError as error:
             report.bad.append(f"{picture.where}: {error.strerror}")
             progress(1)
             continue
-        if batch and (len(batch) == BATCH or size + len(content) > BATCH_BYTES):
+        length = len(content or b"")
+        if batch and (len(batch) == BATCH or size + length > BATCH_BYTES or (batch[0][1] is None) != (content is None)):
             yield batch
             batch, size = [], 0
         batch.append((picture, content))
-        size += len(content)
+        size += length
     if batch:
         yield batch
 
 
-async def _send(client: httpx.AsyncClient, collection: str, batch: list[tuple[_Picture, bytes]], report: Report) -> int:
+async def _send(client: httpx.AsyncClient, collection: str, batch: list[_Content], report: Report) -> int:
     """Store a batch, without the pictures that the server refuses; they are reported. -> how many were dealt with."""
     total = len(batch)
     while batch:
-        form = {
-            "id": [picture.id for picture, _ in batch],
-            "caption": [picture.record.captions[0] if picture.record.captions else "" for picture, _ in batch],
-            "metadata": [json.dumps(picture.metadata) for picture, _ in batch],
-        }
-        files = [("file", (f"{index}", content)) for index, (_, content) in enumerate(batch)]
         try:
-            await call(client, "POST", f"/collections/{collection}/items", data=form, files=files)
+            await call(client, "POST", f"/collections/{collection}/items", **_request(batch))
         except AnswerError as error:
             if error.status not in (413, 415, 422) or (error.input is None and len(batch) > 1):
                 raise
@@ -141,6 +147,23 @@ async def _send(client: httpx.AsyncClient, collection: str, batch: list[tuple[_P
         report.added += len(batch)
         break
     return total
+
+
+def _request(batch: list[_Content]) -> dict[str, Any]:
+    captions = [picture.record.captions[0] if picture.record.captions else "" for picture, _ in batch]
+    if batch[0][1] is None:
+        items = [
+            {"id": picture.id, "path": str(Path(str(picture.record.image)).absolute()), "metadata": picture.metadata}
+            | ({"caption": caption} if caption else {})
+            for (picture, _), caption in zip(batch, captions, strict=True)
+        ]
+        return {"json": {"items": items}}
+    form = {
+        "id": [picture.id for picture, _ in batch],
+        "caption": captions,
+        "metadata": [json.dumps(picture.metadata) for picture, _ in batch],
+    }
+    return {"data": form, "files": [("file", (f"{index}", content)) for index, (_, content) in enumerate(batch)]}
 
 
 def _picture(record: Record, source: Path) -> _Picture:

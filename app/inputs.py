@@ -7,6 +7,7 @@ import base64
 import binascii
 import re
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar
 
 import numpy as np
@@ -121,16 +122,40 @@ class Input(Body):
 
 
 class StoredInput(Input):
-    """A picture or a text to store. An `embedding` (base64 of little-endian float32, or numbers) is stored as it is, so
-    it must be the collection's own model's; then the picture may be missing."""
+    """A picture or a text to store. path: of a picture that stays where it is, below a folder that the operator names.
+    An `embedding` (base64 of little-endian float32, or numbers) is stored as it is, so it must be the collection's own
+    model's; then the picture may be missing."""
 
+    path: Annotated[Text, Field(max_length=4096)] | None = None
     embedding: str | list[float] | None = None
 
     @model_validator(mode="after")
     def _one_of_two(self) -> StoredInput:
-        if (self.text is None) == (self.image is None) and (self.embedding is None or self.text is not None):
+        given = sum(value is not None for value in (self.text, self.image, self.path))
+        if given > 1 or (given == 0 and self.embedding is None):
             raise ValueError('an item has {"text": ...} or {"image": ...}; with an embedding it may have neither')
         return self
+
+    def place(self, settings: Settings, index: int) -> Path | None:
+        """Where the picture at `path` is, checked.
+
+        Raises:
+            ForbiddenError: there is no folder for such pictures. InputError: it lies outside, or no file is there.
+            TooLargeError: it is larger than a body may be.
+        """
+        if self.path is None:
+            return None
+        if settings.picture_root is None:
+            raise ForbiddenError("this server keeps every picture itself; send the picture, or set PICTURE_ROOT")
+        root = settings.picture_root.resolve()
+        place = (root / self.path).resolve()
+        if not place.is_relative_to(root):
+            raise InputError("the path lies outside of the folder whose pictures may stay in their places", index)
+        if not place.is_file():
+            raise InputError("no file is at this path", index)
+        if (size := place.stat().st_size) > settings.max_body:
+            raise TooLargeError(f"the file has {size:,} bytes, at most {settings.max_body:,} are read", index)
+        return place
 
     def vector(self, index: int) -> NDArray[np.float32] | None:
         """The embedding that is given, (D,). Raises InputError with the item's index if it is no base64 of float32."""
@@ -207,8 +232,8 @@ async def _from_form(model: type[B], request: Request) -> B:
     raise RequestValidationError(problems)
 
 
-def image_bytes(value: str | bytes, settings: Settings) -> bytes:
-    """The file behind an `image` value: an upload's bytes, base64, or a data: URI.
+def image_bytes(value: str | bytes | Path, settings: Settings) -> bytes:
+    """The file behind an `image` value: an upload's bytes, base64, a data: URI, or a file in its place.
 
     Raises:
         ForbiddenError: an http(s) URL, for fetching is off. InputError: another scheme, or no base64.
@@ -216,6 +241,11 @@ def image_bytes(value: str | bytes, settings: Settings) -> bytes:
     """
     if isinstance(value, bytes):
         return value
+    if isinstance(value, Path):
+        try:
+            return value.read_bytes()
+        except OSError as error:
+            raise InputError(f"the file cannot be read: {error.strerror}") from error
     scheme = _SCHEME.match(value)
     if scheme is None:
         return _unbase64(value)

@@ -1,6 +1,7 @@
 """Stored pictures: files named by their content's SHA-256, on the disk before anything refers to them.
 
-A thumbnail lies beside its picture, under its name and the size.
+A thumbnail lies beside its picture, under its name and the size. A picture may also stay where it is, below a folder
+that the operator names; its name then is its path, and it is read as long as it is there.
 """
 
 from __future__ import annotations
@@ -18,21 +19,34 @@ _JPEG_END = b"\xff\xd9"
 _STEP, _LARGEST = 32, 512  # sizes of thumbnails that are kept: so many at most, whatever is asked for
 
 
-class Pictures:
-    """Files under `folder`, by the first two digits of their names. Thread-safe."""
+_IN_PLACE = "at:"  # begins the name of a picture that stays where it is; no digest holds a colon
 
-    def __init__(self, folder: Path) -> None:
+
+def place_of(name: str | None) -> Path | None:
+    """Where a picture is that is not kept in the store; None for one that is."""
+    return Path(name.removeprefix(_IN_PLACE)) if name is not None and name.startswith(_IN_PLACE) else None
+
+
+class Pictures:
+    """Files under `folder`, by the first two digits of their names. Thread-safe. root: where others may be read."""
+
+    def __init__(self, folder: Path, root: Path | None = None) -> None:
         self._folder = folder
+        self._root = None if root is None else root.resolve()
         folder.mkdir(parents=True, exist_ok=True)
 
-    def put(self, content: bytes) -> str:
-        """Store a picture durably and return its name. Raises StorageError when the disk refuses."""
+    def put(self, content: bytes | Path) -> str:
+        """Store a picture durably, or note its place, and give its name. Raises StorageError when the disk refuses."""
+        if isinstance(content, Path):
+            return f"{_IN_PLACE}{content}"
         digest = hashlib.sha256(content).hexdigest()
         self.ensure(digest, content)
         return digest
 
-    def ensure(self, digest: str, content: bytes) -> None:
+    def ensure(self, digest: str, content: bytes | Path) -> None:
         """Store it unless it is there."""
+        if isinstance(content, Path):
+            return
         file = self._file(digest)
         if file.is_file():
             return
@@ -52,9 +66,9 @@ class Pictures:
             raise StorageError(f"the disk refused a picture: {error.strerror}; free some space") from error
 
     def get(self, digest: str) -> bytes:
-        """A picture's bytes. Raises NotFoundError if it was deleted in the meantime."""
+        """A picture's bytes. Raises NotFoundError if it was deleted since, or may not be read in its place."""
         try:
-            return self._file(digest).read_bytes()
+            return self._source(digest).read_bytes()
         except FileNotFoundError as error:
             raise NotFoundError("the picture has been deleted") from error
         except OSError as error:
@@ -62,7 +76,7 @@ class Pictures:
 
     def thumbnail(self, digest: str, size: int, make: Callable[[bytes], bytes]) -> bytes:
         """What `make` gives for a picture, made once for each size that is asked for often. Raises as `get` does."""
-        file = self._file(digest).with_suffix(f".{size}")
+        file = self._file(self.version(digest)).with_suffix(f".{size}")
         # A file that a power cut left empty or half lacks a JPEG's end. Nothing is lost with it, so nothing is synced.
         with suppress(OSError):
             if (kept := file.read_bytes()).endswith(_JPEG_END):
@@ -71,13 +85,35 @@ class Pictures:
         if size % _STEP == 0 and size <= _LARGEST and made.endswith(_JPEG_END):
             temporary = file.parent / f".{uuid.uuid4().hex}"
             with suppress(OSError):
+                file.parent.mkdir(exist_ok=True)
                 temporary.write_bytes(made)
                 temporary.replace(file)
         return made
 
+    def _source(self, digest: str) -> Path:
+        place = place_of(digest)
+        if place is None:
+            return self._file(digest)
+        if self._root is None or not place.resolve().is_relative_to(self._root):
+            raise NotFoundError("the picture is at a place that this server does not read")
+        return place
+
+    def version(self, digest: str) -> str:
+        """A picture's digest; for one in its place, one of what a look at the file tells. Raises NotFoundError."""
+        source = self._source(digest)
+        if place_of(digest) is None:
+            return digest
+        try:
+            state = source.stat()
+        except OSError as error:
+            raise NotFoundError("the picture has been deleted") from error
+        return hashlib.sha256(f"{source} {state.st_mtime_ns} {state.st_size}".encode()).hexdigest()
+
     def remove(self, digests: Iterable[str]) -> None:
-        """Delete these; what fails now is swept up by `keep_only` at the next start."""
+        """Delete these, but not in their places; what fails now is swept up by `keep_only` at the next start."""
         for digest in digests:
+            if place_of(digest) is not None:
+                continue
             file = self._file(digest)
             with suppress(OSError):
                 for each in (file, *file.parent.glob(f"{digest}.*")):

@@ -103,8 +103,9 @@ class Reindexing:
         of_texts, _ = await self._patiently(lambda deadline: self._served.embed_texts(texts, deadline))
         made = zip([*shown, *written], [*of_pictures, *of_texts], strict=True)
         vectors = {item.id: vector for item, vector in made}
+        kept = {item.id: item.place or pictures.get(item.id) for item in items}
         return [
-            NewItem(item.kind, vectors[item.id], item.id, item.caption, item.metadata, pictures.get(item.id))
+            NewItem(item.kind, vectors[item.id], item.id, item.caption, item.metadata, kept[item.id])
             for item in items
             if item.id in vectors
         ]

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 from urllib.parse import quote
 
@@ -181,11 +182,11 @@ class Service:
             vectors[texts], tokens = await engine.embed_texts([inputs[index].text or "" for index in texts], deadline)
         return Embedded(vectors, tokens)
 
-    def opener(self, value: str | bytes, index: int) -> Opener:
+    def opener(self, value: str | bytes | Path, index: int) -> Opener:
         """Decodes one `image` value when called, in a worker thread; its errors carry `index`."""
         return partial(self._open, value, index)
 
-    def _open(self, value: str | bytes, index: int, target: int) -> Image.Image:
+    def _open(self, value: str | bytes | Path, index: int, target: int) -> Image.Image:
         try:
             return images.decode(image_bytes(value, self.settings), image_limits(self.settings), target)
         except InputError as error:

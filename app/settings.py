@@ -49,6 +49,9 @@ class Settings(BaseSettings):
     )
     # Not `data`: SEMBLANCE_DATA names the pictures that training reads, and nothing shall be written there.
     store: Path = Field(Path("data"), description="the folder of the collections; one process at a time")
+    picture_root: Path | None = Field(
+        None, description="folder of pictures that items may refer to in place; none: all are kept in the store"
+    )
     default_collection: str = Field("default", description="searched when a request names no collection")
     demo: bool = Field(False, description="fill the default collection with generated scenes on first start")
 

@@ -8,6 +8,7 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Header, Query, Request
@@ -22,6 +23,7 @@ from app.index import Vectors
 from app.inputs import (
     EXAMPLE_IMAGE,
     Body,
+    Input,
     ItemId,
     Metadata,
     Name,
@@ -232,16 +234,18 @@ async def add_items(
     for index, item in enumerate(body.items):
         check_text(item.text, service.settings, index)
         check_text(item.caption, service.settings, index)
-    pictures: list[bytes | None] = []
+    settings = service.settings
+    places = await service.store(lambda: [item.place(settings, index) for index, item in enumerate(body.items)])
+    pictures: list[bytes | Path | None] = []
     while True:
         collection = service.collection(name)
         served = service.engine_of(collection)
         if not served.engine.takes_text and any(_needs_text(item) for item in body.items):
             service.engine(served.engine.name, text=True)  # raises, naming the models that take text
-        vectors = await _embedded(service, served, body.items)
+        vectors = await _embedded(service, served, body.items, places)
         if not pictures:
-            kept = (_stored_picture(service, item, index) for index, item in enumerate(body.items))
-            pictures = await asyncio.gather(*kept)
+            kept = await asyncio.gather(*(_kept(service, item, index) for index, item in enumerate(body.items)))
+            pictures = [place or picture for place, picture in zip(places, kept, strict=True)]
         items = [
             NewItem(_kind(item), vector, item.id, item.caption or item.text, item.metadata, picture)
             for item, vector, picture in zip(body.items, vectors, pictures, strict=True)
@@ -331,25 +335,29 @@ async def get_picture(
 ) -> Response:
     """An item's picture, or a thumbnail of it, always as JPEG."""
     item = await service.in_collection(name, lambda collection: collection.get(id))
-    etag = f'"{item.picture}-{size or "full"}"'
+    collection, limits = service.collection(name), image_limits(service.settings)
+    if size is None and item.place is not None:  # only pictures that were encoded anew are given
+        size = service.settings.stored_side
+    etag = f'"{await service.store(collection.version, item)}-{size or "full"}"'
     headers = {"ETag": etag, "Cache-Control": "private, no-cache"}
-    if item.picture and if_none_match and etag in if_none_match:
+    if if_none_match and etag in if_none_match:
         return Response(status_code=304, headers=headers)
-    collection = service.collection(name)
     if size is None:
         content: bytes = await service.store(collection.picture, id)
     else:
-        limits = image_limits(service.settings)
-        content = await service.decode(collection.picture, id, size, lambda jpeg: images.thumbnail(jpeg, size, limits))
+        content = await service.decode(collection.picture, id, size, lambda file: images.thumbnail(file, size, limits))
     return Response(content, media_type="image/jpeg", headers=headers)
 
 
-async def _embedded(service: Served, served: ServedEngine, items: Sequence[ItemBody]) -> list[Vectors]:
+async def _embedded(
+    service: Served, served: ServedEngine, items: Sequence[ItemBody], places: Sequence[Path | None]
+) -> list[Vectors]:
     """The vector of each item: what it brings, or what the model makes of it."""
     found = [item.vector(index) for index, item in enumerate(items)]
     rest = [index for index, vector in enumerate(found) if vector is None]
     try:
-        made = await service.embed(served, [items[index] for index in rest])
+        inputs = [Input.model_construct(text=items[at].text, image=places[at] or items[at].image) for at in rest]
+        made = await service.embed(served, inputs)
     except InputError as error:
         error.index = None if error.index is None else rest[error.index]
         raise
@@ -358,7 +366,7 @@ async def _embedded(service: Served, served: ServedEngine, items: Sequence[ItemB
     return [vector for vector in found if vector is not None]
 
 
-async def _stored_picture(service: Served, item: ItemBody, index: int) -> bytes | None:
+async def _kept(service: Served, item: ItemBody, index: int) -> bytes | None:
     """What is kept of a picture: its pixels in a new JPEG, and nothing else of the file that came."""
     if item.image is None:
         return None
