@@ -66,7 +66,7 @@ class Settings(BaseSettings):
     stored_side: int = Field(1_024, gt=0, description="pixels of the longest side of a stored picture")
 
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
-    backend: Backend | Literal["auto"] = Field(
+    backend: Literal["auto", Backend] = Field(
         "auto", description="what computes embeddings; auto: the fastest of torch and what `semblance export` wrote"
     )
     threads: int = Field(0, ge=0, description="processor threads for decoding and for the models; 0: every core")
