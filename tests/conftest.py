@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from support import tiny_clip
 
 from models.checkpoint import save_checkpoint
 
+# A shell starts what it puts into the background with Ctrl-C ignored, and all that is started from there with it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 
 
