@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -25,6 +26,12 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in os.environ:
         if name.startswith("SEMBLANCE_"):
             monkeypatch.delenv(name)
+
+
+@pytest.fixture(autouse=True)
+def _warnings_are_heard(caplog: pytest.LogCaptureFixture) -> None:
+    """Whatever a library that some test has used did to logging."""
+    caplog.set_level(logging.WARNING)
 
 
 @pytest.fixture(scope="session")
