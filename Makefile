@@ -16,9 +16,8 @@ test: .venv/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	@# Two halves at once, of about the same length, for two cores.
-	export OMP_WAIT_POLICY=passive; $(BIN)/pytest --quiet tests/training & training=$$!; \
-	$(BIN)/pytest --quiet --ignore tests/training; others=$$?; wait $$training && exit $$others
+	$(BIN)/pytest --ignore tests/training
+	$(BIN)/pytest tests/training
 
 format: .venv/.test
 	$(BIN)/ruff check --fix .
