@@ -105,6 +105,11 @@ def exported_tower(backend: Backend, folder: Path, tower: Tower, threads: int) -
     return openvino_tower(file, threads, "bf16" if backend == "openvino-bf16" else "f32")
 
 
+def unit(rows: Array) -> Array:
+    """Rows (B, D) at length 1; a row of zeros stays."""
+    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+
+
 def timed(encode: Encode, batch: Tensor) -> tuple[float, float]:
     """Seconds of one input alone, and of one among eight: the least of some turns of each."""
     eight = batch.repeat(-(-8 // len(batch)), *[1] * (batch.dim() - 1))[:8]

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from app.backends import Array, Encode, Tower, choose_device, default_tower, example, towers_of
+from app.backends import Array, Encode, Tower, choose_device, default_tower, example, towers_of, unit
 from app.batching import Batcher, late
 from app.settings import Backend, Settings
 from models.errors import BusyError, InputError, ModelError
@@ -134,7 +134,7 @@ class ModelEngine:
             # The batcher halves on any exception, so only a single input that does not fit ends here.
             raise BusyError("the device has no memory left for this input; try again shortly") from error
         # bfloat16 alone is 0.3 % off unit length
-        return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+        return unit(rows)
 
 
 class ServedEngine:
@@ -216,8 +216,7 @@ class ServedEngine:
         if key not in self._label_sets:
             prompts = [template.replace("{}", label) for label in labels for template in templates]
             texts, _ = await self.embed_texts(prompts, deadline)
-            rows = texts.reshape(len(labels), len(templates), -1).mean(1)
-            self._label_sets[key] = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+            self._label_sets[key] = unit(texts.reshape(len(labels), len(templates), -1).mean(1))
         self._label_sets.move_to_end(key)
         found = self._label_sets[key]
         while len(self._label_sets) > _LABEL_SETS:

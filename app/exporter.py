@@ -30,6 +30,7 @@ from app.backends import (
     missing,
     timed,
     torch_tower,
+    unit,
 )
 from app.exports import Exports, Parity
 from app.images import Limits, decode
@@ -120,8 +121,7 @@ def _backends(
 
 def _rows(encode: Encode, batch: Tensor) -> Array:
     """(B, D) of unit length."""
-    rows = np.concatenate([encode(part) for part in batch.split(_PART)]).astype(np.float32)
-    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    return unit(np.concatenate([encode(part) for part in batch.split(_PART)]).astype(np.float32))
 
 
 def _agreement(queries: Array, gallery: Array, reference: Array, truth: Array, *, others: bool = False) -> float:

@@ -6,7 +6,6 @@ used only as long as their hashes are the report's.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -30,6 +29,7 @@ from app.backends import (
     torch_tower,
 )
 from app.settings import Backend, Settings
+from app.snapshots import file_hash
 from models.errors import CheckpointError
 
 log = logging.getLogger(__name__)
@@ -90,12 +90,12 @@ class Exports:
     def holds(self, name: str) -> bool:
         """Whether a file is there as it was written."""
         digest = self.report.get("files", {}).get(name)
-        return digest is not None and (self.folder / name).is_file() and _hash(self.folder / name) == digest
+        return digest is not None and (self.folder / name).is_file() and file_hash(self.folder / name) == digest
 
     def add(self, entries: Mapping[str, Any], files: Sequence[Path], tower: Tower, found: Mapping[Any, Parity]) -> None:
         """Record files that were written, and what was found of a tower, beside what was there before."""
         report: dict[str, Any] = {"format": FORMAT, "files": {}, "towers": {}, **self.report, **entries}
-        report["files"] |= {file.name: _hash(file) for file in files}
+        report["files"] |= {file.name: file_hash(file) for file in files}
         rows = {backend: parity._asdict() for backend, parity in found.items()}
         report["towers"][tower] = report["towers"].get(tower, {}) | rows
         _write_json(self.folder / "report.json", report)
@@ -184,11 +184,6 @@ def _write_json(file: Path, content: Any) -> None:
     written = file.with_suffix(f".{os.getpid()}.tmp")
     written.write_text(json.dumps(content, indent=2) + "\n")
     written.replace(file)
-
-
-def _hash(file: Path) -> str:
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def _version(package: str) -> str | None:

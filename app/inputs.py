@@ -121,6 +121,16 @@ class Input(Body):
         return {"anyOf": [{"type": "string", "minLength": 1}, dict(schema)]}
 
 
+def written(vector: NDArray[np.float32]) -> str:
+    """A vector as base64 of little-endian float32."""
+    return base64.b64encode(vector.astype("<f4").tobytes()).decode()
+
+
+def vector_of(text: str) -> NDArray[np.float32]:
+    """What `written` gave, as a vector. Raises ValueError for anything else."""
+    return np.frombuffer(base64.b64decode(text, validate=True), "<f4").astype(np.float32)
+
+
 class StoredInput(Input):
     """A picture or a text to store. path: of a picture that stays where it is, below a folder that the operator names.
     An `embedding` (base64 of little-endian float32, or numbers) is stored as it is, so it must be the collection's own
@@ -162,7 +172,7 @@ class StoredInput(Input):
         if not isinstance(self.embedding, str):
             return None if self.embedding is None else np.array(self.embedding, np.float32)
         try:
-            return np.frombuffer(base64.b64decode(self.embedding, validate=True), "<f4").astype(np.float32)
+            return vector_of(self.embedding)
         except (binascii.Error, ValueError):
             raise InputError("an embedding is base64 of little-endian float32, or numbers", index) from None
 

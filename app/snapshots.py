@@ -33,7 +33,7 @@ def save(place: Path, kind: str, index: Any, exact: ExactIndex, ids: Ids) -> Non
         note.unlink(missing_ok=True)  # without it the other two say nothing
         faiss.write_index(index, str(graph))
         np.save(table, _table(exact, ids))
-        content = {"format": FORMAT, "kind": kind, "graph": _hash(graph), "table": _hash(table)}
+        content = {"format": FORMAT, "kind": kind, "graph": file_hash(graph), "table": file_hash(table)}
         written = note.with_suffix(".tmp")
         written.write_text(json.dumps(content))
         written.replace(note)
@@ -51,7 +51,7 @@ def load(place: Path, exact: ExactIndex) -> tuple[str, Any, Ids] | None:
         return None
     try:
         content = json.loads(note.read_text())
-        if content["format"] != FORMAT or content["graph"] != _hash(graph) or content["table"] != _hash(table):
+        if content["format"] != FORMAT or content["graph"] != file_hash(graph) or content["table"] != file_hash(table):
             raise ValueError("a file of it is not what was written")
         taken = np.load(table, allow_pickle=False)
         there = _table(exact, taken["id"])
@@ -82,7 +82,8 @@ def _files(place: Path) -> tuple[Path, Path, Path]:
     return place.with_suffix(".faiss"), place.with_suffix(".npy"), place.with_suffix(".json")
 
 
-def _hash(file: Path) -> str:
+def file_hash(file: Path) -> str:
+    """SHA-256 of a file, in hex."""
     with file.open("rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()
 

@@ -61,8 +61,10 @@ def cosines(index: VectorIndex) -> dict[str, dict[str, float]]:
         return {}
     pairs = (vectors @ vectors.T)[np.triu_indices(len(known), 1)]
     found = index.search(vectors, 2)
-    nearest = [max(hit.score for hit in hits if hit.id != own) for own, hits in zip(known.tolist(), found, strict=True)]
-    return {"random": _quantiles(pairs), "nearest": _quantiles(np.array(nearest))}
+    # The first that is another; what was deleted meanwhile has none.
+    others = ((hit.score for hit in hits if hit.id != own) for own, hits in zip(known.tolist(), found, strict=True))
+    nearest = [score for scores in others if (score := next(scores, None)) is not None]
+    return {name: _quantiles(values) for name, values in (("random", pairs), ("nearest", nearest)) if len(values)}
 
 
 def _quantiles(values: Any) -> dict[str, float]:

@@ -20,10 +20,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from app.client import call
-from app.ingest import Report, item_id, items_of
+from app.ingest import BATCH, Report, item_id, items_of
+from app.inputs import vector_of, written
 from models.errors import ConflictError, DataError
+from models.readers import pyarrow_for
 
-BATCH = 16
 _OWN = b"semblance"  # what the schema of a dump says of the collection
 _NAMES = ("id", "key", "image_path", "path", "url")  # columns that may name a row, the best first
 _NOT_METADATA = {"id", "kind", "caption", "metadata", "embedding", "image", "text"}
@@ -85,7 +86,7 @@ async def dump_vectors(
 
     pictures: with a column `image` of JPEGs, so that the file is all there is of the items.
     """
-    arrow, parquet = _arrow()
+    arrow = pyarrow_for(Path(out))
     info = await call(client, "GET", f"/collections/{collection}")
     kept = {name: info[name] for name in ("name", "model", "fingerprint", "dimensions")}
     columns = [("id", arrow.string()), ("kind", arrow.string()), ("caption", arrow.string())]
@@ -94,11 +95,11 @@ async def dump_vectors(
     target, count = Path(out), 0
     unfinished = target.with_name(f".{target.name}.part")
     try:
-        with parquet.ParquetWriter(unfinished, schema) as writer:
+        with arrow.parquet.ParquetWriter(unfinished, schema) as writer:
             page: list[dict[str, Any]] = []
             async for item in items_of(client, collection, embeddings=True):
                 item["metadata"] = json.dumps(item["metadata"])
-                item["embedding"] = np.frombuffer(base64.b64decode(item["embedding"]), "<f4")
+                item["embedding"] = vector_of(item["embedding"])
                 if pictures:
                     item["image"] = await _picture(client, item["url"])
                 page.append({name: item[name] for name in schema.names})
@@ -123,7 +124,7 @@ async def _picture(client: httpx.AsyncClient, url: str | None) -> bytes | None:
 
 def _body(row: Row) -> dict[str, Any]:
     body: dict[str, Any] = {"id": row.id, "metadata": row.metadata}
-    body["embedding"] = base64.b64encode(row.embedding.astype("<f4").tobytes()).decode()
+    body["embedding"] = written(row.embedding)
     if row.kind == "text":
         body["text"] = row.caption or row.id
     elif row.image is not None:
@@ -194,36 +195,25 @@ def _row(content: dict[str, Any], vector: NDArray[np.float32], kind: str, otherw
 
 
 def _table_rows(file: Path) -> Iterator[dict[str, Any]]:
-    arrow, parquet = _arrow()
+    arrow = pyarrow_for(file)
     try:
-        for batch in parquet.ParquetFile(file).iter_batches(batch_size=256):
+        for batch in arrow.parquet.ParquetFile(file).iter_batches(batch_size=256):
             yield from batch.to_pylist()
     except arrow.ArrowException as error:
         raise DataError(f"{file} cannot be read as Parquet ({error})") from error
 
 
 def _has_embedding(file: Path) -> bool:
-    _, parquet = _arrow()
-    return "embedding" in parquet.read_schema(file).names
+    return "embedding" in pyarrow_for(file).parquet.read_schema(file).names
 
 
 def _check_model(source: Path, collection: dict[str, Any]) -> None:
     """A dump says whose embeddings it holds."""
     if source.suffix != ".parquet":
         return
-    _, parquet = _arrow()
-    own = (parquet.read_schema(source).metadata or {}).get(_OWN)
+    own = (pyarrow_for(source).parquet.read_schema(source).metadata or {}).get(_OWN)
     if own is not None and (said := json.loads(own))["fingerprint"] != collection["fingerprint"]:
         raise ConflictError(
             f"{source} holds embeddings of model {said['model']!r} ({said['fingerprint']}), the collection "
             f"{collection['name']!r} those of {collection['model']!r} ({collection['fingerprint']}); load that model"
         )
-
-
-def _arrow() -> tuple[Any, Any]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise DataError("Parquet needs pyarrow: pip install 'semblance[train]'") from error
-    return pyarrow, pyarrow.parquet

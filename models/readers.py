@@ -229,14 +229,20 @@ def _shard_record(path: Path, key: str, parts: dict[str, Any], bad: BadRows) -> 
     yield Record(where, image, captions, label, meta | {"key": key.lstrip("/")})
 
 
+def pyarrow_for(path: Path) -> Any:
+    """pyarrow with its `parquet`. Raises DataError, naming the file that needs it, if it is not installed."""
+    try:
+        import pyarrow.parquet
+    except ImportError as error:
+        raise DataError(f"{path} needs the package `pyarrow`: pip install 'semblance[train]'") from error
+    return pyarrow
+
+
 def _table_rows(path: Path, bad: BadRows) -> Iterator[tuple[int, dict[str, Any]]]:
     if path.suffix == ".parquet":
-        try:
-            import pyarrow.parquet
-        except ImportError as error:
-            raise DataError(f"{path} needs the package `pyarrow`: pip install 'semblance[train]'") from error
+        parquet = pyarrow_for(path).parquet
         yield from enumerate(
-            (row for batch in pyarrow.parquet.ParquetFile(path).iter_batches() for row in batch.to_pylist()), 1
+            (row for batch in parquet.ParquetFile(path).iter_batches() for row in batch.to_pylist()), 1
         )
         return
     with path.open(encoding="utf-8-sig", newline="") as file:

@@ -162,6 +162,7 @@ class ViewTransform:
     def _make_views(self, normalized: bool, images: Tensor, out: Tensor, *drawn: Any) -> None:
         """drawn: rows, columns and colours, as plain tensors, for dozens of small calls a batch have to cost little."""
         planes = _coloured(_cropped(on_white(images), _Lines(*drawn[:2]), _Lines(*drawn[2:4])), *drawn[4:])
+        # Preprocess.standardize a plane at a time, so that it is part of the last sweep and no sweep of its own.
         mean_and_std = zip(self.preprocess.mean, self.preprocess.std, strict=True)
         for place, plane, (mean, std) in zip(out.unbind(1), planes, mean_and_std, strict=True):
             place.copy_(((plane - mean) * (1 / std) if normalized else plane).mT)

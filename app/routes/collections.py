@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import json
 import time
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from starlette.responses import Response
 
 from app import images
 from app.batching import late
-from app.collection import Item, NewItem, Target
+from app.collection import Collection, Item, NewItem, Target
 from app.engine import ServedEngine
 from app.index import Vectors
 from app.inputs import (
@@ -33,6 +32,7 @@ from app.inputs import (
     check_text,
     image_limits,
     request_body,
+    written,
 )
 from app.service import Served, describe_item, json_response
 from models.errors import InputError, NotFoundError, TooLargeError
@@ -273,7 +273,7 @@ async def list_items(
     if embeddings:
         vectors = await service.store(collection.embeddings, items)
         shown = [
-            item | {"embedding": base64.b64encode(vector.astype("<f4").tobytes()).decode()}
+            item | {"embedding": written(vector)}
             for item, vector in zip(shown, vectors, strict=True)
             if vector is not None  # deleted since
         ]
@@ -334,11 +334,16 @@ async def get_picture(
     if_none_match: Annotated[str | None, Header()] = None,
 ) -> Response:
     """An item's picture, or a thumbnail of it, always as JPEG."""
-    item = await service.in_collection(name, lambda collection: collection.get(id))
-    collection, limits = service.collection(name), image_limits(service.settings)
+
+    def look(collection: Collection) -> tuple[Collection, Item, str]:
+        item = collection.get(id)
+        return collection, item, collection.version(item)
+
+    collection, item, version = await service.in_collection(name, look)
+    limits = image_limits(service.settings)
     if size is None and item.place is not None:  # only pictures that were encoded anew are given
         size = service.settings.stored_side
-    etag = f'"{await service.store(collection.version, item)}-{size or "full"}"'
+    etag = f'"{version}-{size or "full"}"'
     headers = {"ETag": etag, "Cache-Control": "private, no-cache"}
     if if_none_match and etag in if_none_match:
         return Response(status_code=304, headers=headers)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -10,8 +9,8 @@ from fastapi import APIRouter, Depends
 from pydantic import BaseModel, Field
 from starlette.responses import Response
 
-from app.backends import Array
-from app.inputs import EXAMPLE_IMAGE, Body, Inputs, body_of, check_inputs, request_body
+from app.backends import Array, unit
+from app.inputs import EXAMPLE_IMAGE, Body, Inputs, body_of, check_inputs, request_body, written
 from app.service import Served, json_response
 from models.errors import InputError
 
@@ -82,9 +81,8 @@ async def embed(service: Served, body: Annotated[EmbedRequest, Depends(body_of(E
 def _cut(vectors: Array, length: int, normalize: bool) -> Array:
     """The first numbers of each row: what a Matryoshka model keeps the most in (arXiv:2205.13147)."""
     cut = np.ascontiguousarray(vectors[:, :length])
-    norms = np.linalg.norm(cut, axis=1, keepdims=True)
-    return cut / np.maximum(norms, 1e-12) if normalize else cut
+    return unit(cut) if normalize else cut
 
 
 def _encoded(row: Array, encoding: str) -> Any:
-    return base64.b64encode(row.astype("<f4").tobytes()).decode() if encoding == "base64" else row
+    return written(row) if encoding == "base64" else row
