@@ -64,10 +64,10 @@ class Collections:
     def get(self, name: str) -> Collection:
         """A collection. Raises NotFoundError, naming what there is."""
         with self._mutex:
-            if name not in self._open:
-                known = ", ".join(sorted(name for name in self._open if name[0] != _STAGED)[:20]) or "none yet"
-                raise NotFoundError(f"no collection {name!r}; there are: {known}")
-            return self._open[name]
+            found = None if name.startswith(_STAGED) else self._open.get(name)
+        if found is None:
+            raise NotFoundError(f"no collection {name!r}; there are: {', '.join(self.names()[:20]) or 'none yet'}")
+        return found
 
     def create(self, name: str, *, model: str, fingerprint: str, dimensions: int, index: str = "auto") -> Collection:
         """Make a collection, or give the one there is if it was made the same way.
@@ -88,7 +88,7 @@ class Collections:
             ((index,),) = rows(connection, "SELECT kind FROM collections WHERE key = ?", self.get(name).key)
         staged = self.staged(name)
         if staged is not None and staged.fingerprint != fingerprint:
-            self.delete(_STAGED + name)
+            self._delete(staged)
         return self._make(_STAGED + name, model, fingerprint, dimensions, index)
 
     def staged(self, name: str) -> Collection | None:
@@ -98,12 +98,12 @@ class Collections:
 
     def unstage(self, name: str) -> None:
         """Delete what `stage` made, if anything."""
-        if self.staged(name) is not None:
-            self.delete(_STAGED + name)
+        if (staged := self.staged(name)) is not None:
+            self._delete(staged)
 
     def lacking(self, name: str, after: str, limit: int) -> list[Item]:
         """The first items, by their ids, that the staged collection has not, or not as they are."""
-        keys = self.get(name).key, self.get(_STAGED + name).key
+        keys = self.get(name).key, self._stage_of(name).key
         with self._database.read() as connection:
             found = rows(connection, f"{_LACKING} AND old.id > ? ORDER BY old.id LIMIT ?", *keys, after, limit)
         return [item_of(row) for row in found]
@@ -113,7 +113,7 @@ class Collections:
 
         False if it lacks something; then nothing is changed.
         """
-        old, new = self.get(name), self.get(_STAGED + name)
+        old, new = self.get(name), self._stage_of(name)
         with self._database.read() as connection:
             surplus = rows(connection, _SURPLUS, new.key, old.key)
         for (id,) in surplus:
@@ -140,6 +140,11 @@ class Collections:
         snapshots.remove(self._snapshot(old.key))
         return True
 
+    def _stage_of(self, name: str) -> Collection:
+        if (staged := self.staged(name)) is None:
+            raise NotFoundError(f"nothing is to take the place of collection {name!r}")
+        return staged
+
     def _make(self, name: str, model: str, fingerprint: str, dimensions: int, index: str) -> Collection:
         def change(connection: apsw.Connection) -> tuple[int, str] | None:
             for theirs, print_ in rows(connection, "SELECT model, fingerprint FROM collections WHERE name = ?", name):
@@ -164,12 +169,16 @@ class Collections:
                     self._open[name] = opened
 
         self._database.write(change, after)
-        return self.get(name)
+        with self._mutex:
+            return self._open[name]
 
     def delete(self, name: str) -> None:
-        """Delete a collection and its items. Raises NotFoundError."""
-        collection = self.get(name)
-        key = collection.key
+        """Delete a collection and its items, and what is to take its place. Raises NotFoundError."""
+        self._delete(self.get(name))
+        self.unstage(name)
+
+    def _delete(self, collection: Collection) -> None:
+        name, key = collection.name, collection.key
 
         def change(connection: apsw.Connection) -> list[str]:
             found = rows(connection, "SELECT DISTINCT picture FROM items WHERE collection = ? AND picture NOTNULL", key)

@@ -42,9 +42,9 @@ class Progress:
 class Reindexing:
     """One run; `start` it inside the event loop."""
 
-    def __init__(self, service: Service, name: str, served: ServedEngine) -> None:
+    def __init__(self, service: Service, name: str, served: ServedEngine, total: int) -> None:
         self._service, self._name, self._served = service, name, served
-        self.progress = Progress(served.engine.name, "running", 0, service.collection(name).info().count)
+        self.progress = Progress(served.engine.name, "running", 0, total)
 
     def start(self) -> None:
         """Begin; the progress tells the rest."""

@@ -133,12 +133,12 @@ class Service:
         loaded = ", ".join(self.engines) or "none"
         raise ConflictError(f"{made} model {collection.model!r}, which is not loaded (loaded: {loaded})")
 
-    def reindex(self, name: str, model: str) -> Progress:
+    async def reindex(self, name: str, model: str) -> Progress:
         """Begin to make a collection again with another model; one that is that model's is done. Raises NotFoundError,
         or ConflictError if it is being made with yet another."""
         collection, served = self.collection(name), self.engine(model)
+        count = (await self.store(collection.info)).count
         if collection.fingerprint == served.engine.fingerprint:
-            count = collection.info().count
             return Progress(served.engine.name, "done", count, count)
         running = self._reindexing.get(name)
         if running is not None and running.progress.state == "running":
@@ -147,11 +147,11 @@ class Service:
                     f"collection {name!r} is being made again with model {running.progress.model!r}; DELETE stops that"
                 )
             return running.progress
-        self._reindexing[name] = Reindexing(self, name, served)
-        self._reindexing[name].start()
-        return self._reindexing[name].progress
+        begun = self._reindexing[name] = Reindexing(self, name, served, count)
+        begun.start()
+        return begun.progress
 
-    def reindexing(self, name: str) -> Progress | None:
+    async def reindexing(self, name: str) -> Progress | None:
         """How far that is, how it ended, or what an earlier process left; None if there is nothing of it."""
         collection = self.collection(name)
         if name in self._reindexing:
@@ -159,7 +159,8 @@ class Service:
         staged = self.collections.staged(name)
         if staged is None:
             return None
-        return Progress(staged.model, "interrupted", staged.info().count, collection.info().count)
+        made, whole = await asyncio.gather(self.store(staged.info), self.store(collection.info))
+        return Progress(staged.model, "interrupted", made.count, whole.count)
 
     async def stop_reindexing(self, name: str) -> None:
         """End it and forget what was made. Raises NotFoundError."""

@@ -42,7 +42,7 @@ async def start(
     service: Served, name: Name, body: Annotated[ReindexRequest, Depends(body_of(ReindexRequest))]
 ) -> Response:
     """Begin, or go on, in the background. Searches and writes go on too, and all at once the other model answers."""
-    answer = json_response(asdict(service.reindex(name, body.model)))
+    answer = json_response(asdict(await service.reindex(name, body.model)))
     answer.status_code = 202
     return answer
 
@@ -50,7 +50,7 @@ async def start(
 @router.get("/collections/{name}/reindex", response_model=ReindexResponse)
 async def progress(service: Served, name: Name) -> Response:
     """How far it is, or how it ended."""
-    found = service.reindexing(name)
+    found = await service.reindexing(name)
     if found is None:
         raise NotFoundError(f"collection {name!r} is not being made again; POST begins that")
     return json_response(asdict(found))

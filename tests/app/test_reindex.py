@@ -163,6 +163,7 @@ def test_it_can_be_given_up_and_says_what_is_wrong(start: Start, engines: dict[s
     problem(client.get("/collections/c/reindex"), 404, "POST begins")
     client.post("/collections/c/reindex", json={"model": "other"})
     problem(client.post("/collections/c/reindex", json={"model": "third"}), 409, "with model 'other'")
+    problem(client.post("/search", json={"query": "a", "collection": "~c"}), 404, "there are: c")  # seen by nobody
     assert client.delete("/collections/c/reindex").status_code == 204
     problem(client.get("/collections/c/reindex"), 404)
     assert client.get("/collections/c").json()["model"] == "clip"
@@ -174,6 +175,18 @@ def test_it_can_be_given_up_and_says_what_is_wrong(start: Start, engines: dict[s
     client.delete("/collections/c/items/far")
     client.post("/collections/c/reindex", json={"model": "third"})
     assert _wait(client)["state"] == "done"
+
+
+def test_what_is_to_take_its_place_goes_with_a_collection(tmp_path: Path) -> None:
+    with Collections(tmp_path / "data") as collections:
+        collections.create("c", model="m", fingerprint="f", dimensions=8)
+        assert collections.stage("c", "n", "g", 4) is collections.staged("c")
+        assert collections.names() == ["c"]
+        collections.delete("c")
+        assert collections.staged("c") is None
+        collections.create("c", model="m", fingerprint="f", dimensions=8)
+    with Collections(tmp_path / "data") as collections:
+        assert (collections.names(), collections.staged("c")) == (["c"], None)
 
 
 def test_a_picture_that_is_gone_ends_it_with_a_word(
