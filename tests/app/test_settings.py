@@ -12,15 +12,15 @@ from app.settings import Settings
 
 def test_environment_and_keywords(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SEMBLANCE_PORT", "9000")
-    monkeypatch.setenv("SEMBLANCE_API_KEYS", "one, two")
+    monkeypatch.setenv("SEMBLANCE_API_KEYS", "first-key, second-key")
     monkeypatch.setenv("SEMBLANCE_MODELS", "a=b,c=d")
     monkeypatch.setenv("SEMBLANCE_STORE", "/somewhere")
     monkeypatch.setenv("SEMBLANCE_DATA", "/pictures")  # training's, and never written to
     settings = Settings(threads=3)
     assert (settings.port, settings.threads, settings.models) == (9000, 3, ("a=b", "c=d"))
-    assert [key.get_secret_value() for key in settings.api_keys] == ["one", "two"]
+    assert [key.get_secret_value() for key in settings.api_keys] == ["first-key", "second-key"]
     assert settings.store == Path("/somewhere")
-    assert "one" not in repr(settings)
+    assert "first-key" not in repr(settings)
     monkeypatch.delenv("SEMBLANCE_STORE")
     assert Settings().store == Path("data")
     assert Settings(store=Path("x")).store == Path("x")

@@ -246,7 +246,18 @@ def presets() -> dict[str, DALLEOptions]:
         chunk=64,
         trainer=TrainerConfig(steps=20_000, lr=1e-3, warmup=200, ema_decay=0.999, time_limit=1800),
     )
-    return {"tiny-cpu": tiny}
+    demo = DALLEOptions(
+        data=("scenes=3", "emoji=1"),
+        out="checkpoints/demo/dalle",
+        vocab_size=1536,
+        depth=7,
+        batch_size=256,
+        chunk=64,
+        trainer=TrainerConfig(
+            steps=40_000, lr=2e-3, warmup=500, weight_decay=0.05, ema_decay=0.999, time_limit=3600, threads=2
+        ),
+    )
+    return {"tiny-cpu": tiny, "demo": demo}
 
 
 def build_dalle(options: DALLEOptions, dvae: DiscreteVAE, corpus: Any, styles: Sequence[str] = ()) -> DALLETransformer:

@@ -186,7 +186,19 @@ def presets() -> dict[str, DVAEOptions]:
         chunk=64,
         trainer=TrainerConfig(steps=20_000, lr=2e-3, warmup=200, weight_decay=0.01, ema_decay=0.999, time_limit=600),
     )
-    return {"tiny-cpu": tiny}
+    demo = DVAEOptions(
+        data=("scenes", "emoji"),
+        out="checkpoints/dvae",
+        image_size=48,
+        levels=(8, 5, 5, 5),
+        channels=(48, 96),
+        batch_size=128,
+        chunk=32,
+        trainer=TrainerConfig(
+            steps=40_000, lr=2e-3, warmup=200, weight_decay=0.01, ema_decay=0.999, time_limit=2400, threads=2
+        ),
+    )
+    return {"tiny-cpu": tiny, "demo": demo}
 
 
 def build_dvae(options: DVAEOptions) -> DiscreteVAE:
