@@ -113,12 +113,15 @@ def generate_ids(
     *,
     known: Tensor | None = None,
     styles: Sequence[str | None] | None = None,
+    reader: TokenReader | None = None,
 ) -> Iterator[Tensor]:
     """The picture of each text, a token at a time: yields int64 (B,) image_length times; stop iterating to stop.
 
     A row depends on its text, seed and options alone, whatever else is in the batch: each row draws one number a token
     from its own generator. known: int64 (B, image_length), tokens that are given, -1 where one is to be drawn: what
-    completes a picture, or varies it. styles: of each text one of the model's, or None. Raises ValueError.
+    completes a picture, or varies it. styles: of each text one of the model's, or None. reader: of this model, with a
+    row for each text (two where there is guidance), to be used again and again; on a GPU it is compiled once, and the
+    one that is made where none is given is not compiled at all. Raises ValueError.
     """
     sampling = sampling or Sampling()
     if len(seeds) != len(texts):
@@ -126,7 +129,7 @@ def generate_ids(
     count, guided = len(texts), sampling.guidance_scale != 1
     prompts = model.tokens_of([*texts, *([""] * count if guided else [])], styles)
     # Drawn at once, so that a token's number does not depend on which tokens were given.
-    reader = TokenReader(model, len(prompts))
+    reader = reader or TokenReader(model, len(prompts), fixed=False)
     points = torch.stack([points_of(seed, model.image_length) for seed in seeds]).to(reader.device)
     logits = reader.text(prompts)
     for place in range(model.image_length):

@@ -84,6 +84,7 @@ def _add_measuring(subcommands: Any) -> None:
         "(default: runs/statistics)",
     )
     evaluate.add_argument("--seed", type=int, default=0, help="of the scenes that are drawn")
+    evaluate.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
     evaluate.add_argument("--json", action="store_true", help="print JSON in place of a table")
     evaluate.add_argument("--write", action="store_true", help="put the figures into the checkpoint and its card")
     evaluate.set_defaults(run_command=_evaluate)
@@ -300,11 +301,14 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from training.baselines import baseline_figures
     from training.figures import evaluate_model, fine_tuned
     from training.oracle import load_oracle
+    from training.trainer import choose_device
 
-    model = load_model(arguments.model)
-    oracle = load_oracle(arguments.oracle) if arguments.oracle else None
+    device = choose_device(arguments.device)
+    model = load_model(arguments.model).to(device)
+    judge = load_model(arguments.judge).to(device) if arguments.judge else None
+    oracle = load_oracle(arguments.oracle).to(device) if arguments.oracle else None
     metrics = evaluate_model(
-        model, arguments.data, arguments.data_root, arguments.seed, arguments.judge, oracle, arguments.statistics
+        model, arguments.data, arguments.data_root, arguments.seed, judge, oracle, arguments.statistics
     )
     for name in arguments.data:
         for share in arguments.fine_tune:
@@ -313,7 +317,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         metrics |= baseline_figures(model, arguments.data, arguments.data_root, arguments.seed)
     if arguments.write:
         model.provenance["metrics"] = model.provenance.get("metrics", {}) | metrics
-        save_checkpoint(model, arguments.model, dtype=model.stored_dtype)
+        save_checkpoint(model.cpu(), arguments.model, dtype=model.stored_dtype)
     if arguments.json:
         print(json.dumps(metrics, indent=2))  # noqa: T201
         return 0

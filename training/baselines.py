@@ -44,10 +44,11 @@ def baseline_figures(model: Any, data: Sequence[str], data_root: str | None = No
     if not isinstance(model, EncoderModel):
         raise DataError("only models that encode images alone have baselines; leave --baselines out")
     torch.manual_seed(seed)
-    untrained = EncoderModel(**deepcopy(model.config)).eval()
+    device = next(model.parameters()).device
+    untrained = EncoderModel(**deepcopy(model.config)).eval().to(device)
     untrained.preprocess = model.preprocess
     return {
         f"{name}_{figure}": value
-        for name, beside in (("untrained", untrained), ("pixels", RawPixels(model.preprocess)))
+        for name, beside in (("untrained", untrained), ("pixels", RawPixels(model.preprocess).to(device)))
         for figure, value in evaluate_model(beside, data, data_root, seed).items()
     }

@@ -79,7 +79,7 @@ def linear_evaluation(
 
 def _logistic(rows: Tensor, labels: Tensor, classes: int, decay: float) -> Tensor:
     """Weights (D + 1, C), the last row being the biases."""
-    weights = torch.zeros(rows.shape[1] + 1, classes, requires_grad=True)
+    weights = torch.zeros(rows.shape[1] + 1, classes, device=rows.device, requires_grad=True)
     optimizer = torch.optim.LBFGS([weights], max_iter=200, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
@@ -107,7 +107,7 @@ def knn_evaluation(
     right = 0
     for rows, labels in zip(test.split(512), test_labels.split(512), strict=True):
         cosines, nearest = (rows @ train.T).topk(min(k, len(train)), dim=1)
-        votes = torch.zeros(len(rows), classes)
+        votes = torch.zeros(len(rows), classes, device=rows.device)
         votes.scatter_add_(1, train_labels[nearest], (cosines / temperature).exp())
         right += int((votes.argmax(1) == labels).sum())
     return {"accuracy": right / len(test)}

@@ -251,8 +251,8 @@ def _probes(
     name: str, train: Tensor, test: Tensor, train_labels: list[str], test_labels: list[str], linear: bool = True
 ) -> dict[str, float]:
     """kNN and linear accuracy on frozen embeddings; test rows of a class that training rows lack count as wrong."""
-    targets = _numbered(train_labels, test_labels)
-    arguments = (train.float().cpu(), targets[0], test.float().cpu(), targets[1])
+    targets = [each.to(train.device) for each in _numbered(train_labels, test_labels)]
+    arguments = (train.float(), targets[0], test.float(), targets[1])
     metrics = {f"{name}_knn": knn_evaluation(*arguments, k=min(20, len(train)))["accuracy"]}
     if linear:
         metrics[f"{name}_linear"] = linear_evaluation(*arguments)["accuracy"]

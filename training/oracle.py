@@ -74,8 +74,10 @@ class SceneReader(nn.Module):
         found: list[Reading] = []
         for part in resized(images, SIDE).split(256):
             maps = self(part.to(self.merge.weight.device)).float().cpu()
-            centres = maps[:, :, 0].sigmoid()
-            peaks = (centres > 0.5) & (centres == F.max_pool2d(centres, 3, 1, 1))
+            # One peak an object: cells beside its centre are free to have one too, and centres of a layer are at least
+            # four cells apart. As logits, for sure ones are all 1 as probabilities.
+            centres = maps[:, :, 0]
+            peaks = (centres > 0) & (centres == F.max_pool2d(centres, 7, 1, 3))
             shapes, colours = (x.argmax(2) for x in maps[:, :, 1:].split([_SHAPES, _COLOURS], 2))
             for row in range(len(part)):
                 layer, y, x = peaks[row].nonzero().unbind(1)

@@ -58,7 +58,21 @@ CIFAR10: dict[str, Any] = {
     "trainer": TrainerConfig(steps=8000, lr=2e-3, warmup=400, weight_decay=0.05, time_limit=1800, threads=2),
 }
 
-# The same for the `demo` presets: pictures whose licences allow a checkpoint to be given away, and a small one.
+# For one GPU: the recipe of lightly's benchmarks (SGD, no clipping), compiled.
+CIFAR10_GPU: dict[str, Any] = {
+    "data": ("cifar10",),
+    "encoder": "resnet18",
+    "image_size": 32,
+    "held_size": 32,
+    "batch_size": 512,
+    "chunk": 512,
+    "trainer": TrainerConfig(
+        steps=60_000, lr=0.24, warmup=200, optimizer="sgd", weight_decay=5e-4, clip_norm=0.0, compile=True, workers=4,
+        log_every=200, save_every=0, time_limit=600,
+    ),
+}  # fmt: skip
+
+# On two cores, the `demo` presets: pictures whose licences allow a checkpoint to be given away, and a small one.
 DEMO: dict[str, Any] = {
     "data": ("emoji=2", "openclipart=2", "usda=1", "grocery=1.5", "crawl=0.5", "caltech101=1.5"),
     "encoder_options": {"channels": 48, "blocks": [1, 1, 1], "depth": 0, "fine_blocks": 1},

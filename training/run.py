@@ -21,7 +21,7 @@ from training.method import Method
 from training.options import EncoderOptions, RunOptions
 from training.pictures import open_source
 from training.provenance import provenance
-from training.trainer import Evaluate, Trainer
+from training.trainer import Evaluate, Trainer, choose_device
 
 log = logging.getLogger(__name__)
 M = TypeVar("M", bound=nn.Module)
@@ -112,7 +112,7 @@ def run_training(
 
 def _figures(out: Path, options: RunOptions) -> dict[str, float]:
     """Of what was written, rounded to half precision, on all that it was trained on and that can judge it."""
-    model = load_checkpoint(out)
+    model = load_checkpoint(out).to(choose_device(options.trainer.device))
     metrics: dict[str, float] = {}
     for spec in options.data:
         try:

@@ -85,6 +85,7 @@ class Trainer:
         if config.threads:
             torch.set_num_threads(config.threads)
         self.device = choose_device(config.device)
+        torch.backends.cudnn.benchmark = self.device.type == "cuda"  # every step has the same shapes
         with process_group(self.device), memory_kept(self.device):
             self._prepare()
             journal = Journal(self.run, config.steps, enabled=rank() == 0)
@@ -148,6 +149,7 @@ class Trainer:
         self.precision = choose_precision(config.precision, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == torch.float16)
         self.step, self.spent, self._interrupted = 0, 0.0, False
+        self._outputs: dict[str, Tensor] = {}  # of the last step
         if self._state_file.exists():
             self.load()
         self.model: nn.Module = torch.compile(self.method) if config.compile else self.method  # type: ignore[assignment]
@@ -160,12 +162,12 @@ class Trainer:
         batches = batches_from(self.data, self.step * config.accumulate, config.workers)
         self.method.train()
         while self.step < config.steps and not self._out_of_time():
-            outputs = self._step([next(batches) for _ in range(config.accumulate)])
+            self._step([next(batches) for _ in range(config.accumulate)])
             self.step += 1
             self.spent = before + time.monotonic() - start
             last = self.step == config.steps or self._out_of_time()
             if last or (config.log_every and self.step % config.log_every == 0):
-                self._log(journal, outputs)
+                self._log(journal)
             if self.evaluate and (last or (config.evaluate_every and self.step % config.evaluate_every == 0)):
                 self._evaluate(journal)
             if config.save_every and self.step % config.save_every == 0:
@@ -173,7 +175,7 @@ class Trainer:
             if not last and self._agreed_to_stop():
                 return
 
-    def _step(self, batches: list[Batch]) -> dict[str, Tensor]:
+    def _step(self, batches: list[Batch]) -> None:
         config = self.config
         factor = warmup_cosine(self._schedule_step(), config.steps, config.warmup)
         for group in self.optimizer.param_groups:
@@ -191,15 +193,15 @@ class Trainer:
                 self.scaler.scale(outputs["loss"] / len(batches)).backward()
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.method.parameters(), config.clip_norm or math.inf)
-        if self.precision != torch.float16 and not bool(torch.isfinite(norm)):
-            self._diverged(outputs)
+        self._outputs = {name: value.detach() for name, value in outputs.items()} | {"grad_norm": norm.detach()}
+        if self.device.type == "cpu":
+            self._check()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.method.after_step(min(1.0, self._schedule_step() / max(1, config.steps)))
         if self.ema is not None:
             update_ema(self.ema, self.method, min(config.ema_decay, (1 + self.step) / (10 + self.step)))
-        return {name: value.detach() for name, value in outputs.items()} | {"grad_norm": norm.detach()}
 
     def _schedule_step(self) -> int:
         if not self.config.time_limit:
@@ -215,19 +217,26 @@ class Trainer:
             return nullcontext()
         return torch.autocast(self.device.type, self.precision)
 
-    def _diverged(self, outputs: dict[str, Tensor]) -> None:
-        loss = float(outputs["loss"].detach())
-        raise DivergedError(
-            f"step {self.step}: the loss is {loss} and its gradient is not finite; the last good state is in "
-            f"{self._state_file}. Lower --lr, lengthen --warmup or use --precision fp32."
-        )
+    def _check(self) -> None:
+        """Whether the last step's loss and gradient are finite.
 
-    def _log(self, journal: Journal, outputs: dict[str, Tensor]) -> None:
-        values = {name: float(value) for name, value in outputs.items() if value.ndim == 0}
-        if not math.isfinite(values["loss"]):
-            self._diverged(outputs)
-        if "embeddings" in outputs:
-            values |= health(outputs["embeddings"])
+        To look at them the host must wait for the device, which then waits for the host; so where these are two, it is
+        done for each log line and each saved state. What is not finite once stays so, for it is in the weights.
+        """
+        loss = float(self._outputs["loss"])
+        # In half precision the scaler lets such steps pass, and takes smaller ones.
+        gradient_ok = self.precision == torch.float16 or math.isfinite(float(self._outputs["grad_norm"]))
+        if not (math.isfinite(loss) and gradient_ok):
+            raise DivergedError(
+                f"step {self.step}: the loss is {loss} and its gradient is not finite; the last good state is in "
+                f"{self._state_file}. Lower --lr, lengthen --warmup or use --precision fp32."
+            )
+
+    def _log(self, journal: Journal) -> None:
+        self._check()
+        values = {name: float(value) for name, value in self._outputs.items() if value.ndim == 0}
+        if "embeddings" in self._outputs:
+            values |= health(self._outputs["embeddings"])
         values["lr"] = self.optimizer.param_groups[0]["lr"]
         journal.log(self.step, values, rows=self._rows, alert=self._alert(values))
 
@@ -251,7 +260,12 @@ class Trainer:
         return self.run / (f"state-{rank()}.pt" if world_size() > 1 else "state.pt")
 
     def save(self) -> None:
-        """Write all that the rest of the run depends on, atomically. Every rank keeps its own random state."""
+        """Write all that the rest of the run depends on, atomically. Every rank keeps its own random state.
+
+        Raises DivergedError, and leaves what was saved before, if the loss is not finite.
+        """
+        if self._outputs:
+            self._check()
         state = {
             "method": self.method.state_dict(),
             "ema": None if self.ema is None else self.ema.state_dict(),

@@ -14,6 +14,7 @@ from itertools import repeat
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from models.preprocess import Preprocess
@@ -376,14 +377,34 @@ def _turn_hue(planes: _Planes, turns: Tensor) -> _Planes:
 def _blur(views: Tensor, sigma: Tensor) -> Tensor:
     """Gaussian blur of the views whose sigma is above 0; the kernel spans a tenth of the side, as SimCLR's does.
 
-    Edges are mirrored. Rows and columns are products with a band matrix, which at these sides costs less than a
-    convolution with a kernel for every picture.
+    Edges are mirrored. On a GPU rows and columns are sums of shifted pictures, which compile into a sweep each. On a
+    CPU they are products with a band matrix, which at these sides cost less than that, and less than a convolution
+    with a kernel for every picture.
     """
     size = views.shape[-1]
     radius = max(1, size // 20)
     offsets = torch.arange(-radius, radius + 1, device=views.device)
     kernel = torch.exp(-0.5 * (offsets / sigma.clamp(min=1e-3)[:, None]).square())
     kernel = kernel / kernel.sum(1, keepdim=True)
+    blurred = _swept(views, kernel) if views.is_cuda else _multiplied(views, kernel, offsets)
+    return torch.where((sigma > 0)[:, None, None, None], blurred, views)
+
+
+def _swept(views: Tensor, kernel: Tensor) -> Tensor:
+    """(B, 3, S, S), (B, 2 r + 1) -> the views blurred."""
+    size, radius = views.shape[-1], kernel.shape[1] // 2
+    for axis in (2, 3):
+        sides = (0, 0, radius, radius) if axis == 2 else (radius, radius, 0, 0)
+        wide, total = F.pad(views, sides, mode="reflect"), torch.zeros_like(views)
+        for tap, shares in enumerate(kernel[:, :, None, None, None].unbind(1)):
+            total = torch.addcmul(total, shares, wide.narrow(axis, tap, size))
+        views = total
+    return views
+
+
+def _multiplied(views: Tensor, kernel: Tensor, offsets: Tensor) -> Tensor:
+    """The same."""
+    size = views.shape[-1]
     source = torch.arange(size, device=views.device)[:, None] + offsets
     source = torch.where(source < 0, -source, torch.where(source >= size, 2 * size - 2 - source, source))
     band = torch.zeros(len(views), size, size, device=views.device, dtype=views.dtype)
@@ -391,5 +412,4 @@ def _blur(views: Tensor, sigma: Tensor) -> Tensor:
     count, channels = views.shape[:2]
     # Channels side by side make one product a picture of three.
     half = band @ views.transpose(1, 2).reshape(count, size, channels * size)
-    blurred = (half.view(count, size * channels, size) @ band.mT).view(count, size, channels, size).transpose(1, 2)
-    return torch.where((sigma > 0)[:, None, None, None], blurred, views)
+    return (half.view(count, size * channels, size) @ band.mT).view(count, size, channels, size).transpose(1, 2)

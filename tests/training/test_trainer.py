@@ -158,6 +158,17 @@ def test_nan_stops_with_the_way_out_and_keeps_the_last_good_state(tmp_path: Path
     assert all(torch.isfinite(tensor).all() for tensor in state["method"].values())
 
 
+def test_a_state_that_is_not_finite_is_not_saved(tmp_path: Path) -> None:
+    """Where the host does not look at every step, it looks before it writes."""
+    trainer = Trainer(Noisy(), Rows(), CONFIG, tmp_path)
+    trainer.fit()
+    saved = (tmp_path / "state.pt").read_bytes()
+    trainer._outputs["loss"] = torch.tensor(float("nan"))
+    with pytest.raises(DivergedError, match="last good state"):
+        trainer.save()
+    assert (tmp_path / "state.pt").read_bytes() == saved
+
+
 def test_log_lines_carry_what_a_run_is_judged_by(tmp_path: Path) -> None:
     _train(tmp_path, evaluate=lambda model: {"figure": 0.5})
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]

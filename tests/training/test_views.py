@@ -10,7 +10,18 @@ from torch import Tensor
 
 from models.preprocess import Preprocess
 from models.torchvision import load_torchvision
-from training.views import BYOL, SIMCLR, SIMCLR_SMALL, Recipe, ViewTransform, apply_views, on_white, sample_views
+from training.views import (
+    BYOL,
+    SIMCLR,
+    SIMCLR_SMALL,
+    Recipe,
+    ViewTransform,
+    _multiplied,
+    _swept,
+    apply_views,
+    on_white,
+    sample_views,
+)
 
 STRONG = Recipe(crop=(0.05, 1.0), grayscale=0.3, blur=0.6, solarize=0.3, sigma=(0.1, 3.0))
 
@@ -56,6 +67,15 @@ def test_pixels_are_torchvisions_for_the_same_parameters(height: int, width: int
             settled = (expected - 0.5).abs() > 1e-5
             expected = reference.solarize(expected, 0.5)
         assert (view - expected)[settled].abs().max() < 5e-6, row
+
+
+@pytest.mark.parametrize("size", [32, 64, 224])
+def test_a_gpu_blurs_as_a_cpu_does(size: int) -> None:
+    views = torch.rand(4, 3, size, size, dtype=torch.float64, generator=_generator())
+    radius = max(1, size // 20)
+    kernel = torch.rand(4, 2 * radius + 1, dtype=torch.float64, generator=_generator())
+    offsets = torch.arange(-radius, radius + 1)
+    torch.testing.assert_close(_swept(views, kernel), _multiplied(views, kernel, offsets), atol=1e-12, rtol=0)
 
 
 def _ks(ours: Tensor, theirs: Tensor) -> float:

@@ -22,7 +22,7 @@ from training.figures import evaluate_model
 from training.heads import ProjectedEncoder, mlp
 from training.losses import wide
 from training.method import Batch, Losses, option
-from training.pretraining import CIFAR10, DEMO, PretrainingOptions, ViewMethod, pretrain
+from training.pretraining import CIFAR10, CIFAR10_GPU, DEMO, PretrainingOptions, ViewMethod, pretrain
 from training.views import BYOL, BYOL_SMALL, ViewTransform
 
 BYOLDataset = ArraySource
@@ -112,6 +112,7 @@ def presets() -> dict[str, BYOLOptions]:
     """Settings to start from; any option given beside one wins over it."""
     return {
         "cifar10": BYOLOptions(**CIFAR10, hidden_dim=1024, target_decay=0.99),
+        "cifar10-gpu": BYOLOptions(**CIFAR10_GPU, hidden_dim=1024, target_decay=0.99),
         "demo": BYOLOptions(**DEMO, out="checkpoints/demo/byol", hidden_dim=1024, target_decay=0.99),
     }
 

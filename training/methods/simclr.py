@@ -22,7 +22,7 @@ from training.figures import evaluate_model
 from training.heads import ProjectedEncoder
 from training.losses import wide
 from training.method import Batch, Losses, option
-from training.pretraining import CIFAR10, DEMO, PretrainingOptions, ViewMethod, pretrain
+from training.pretraining import CIFAR10, CIFAR10_GPU, DEMO, PretrainingOptions, ViewMethod, pretrain
 from training.trainer import TrainerConfig
 from training.views import SIMCLR, SIMCLR_SMALL, Recipe, ViewTransform
 
@@ -180,6 +180,7 @@ def presets() -> dict[str, SimCLROptions]:
     large = {"encoder": "resnet18", "encoder_options": {}, "batch_size": 512, "chunk": 512, "trainer": lars}
     return {
         "cifar10": SimCLROptions(**CIFAR10, hidden_dim=512, temperature=0.2),
+        "cifar10-gpu": SimCLROptions(**CIFAR10_GPU, hidden_dim=512, temperature=0.2),
         "cifar10-lars": SimCLROptions(**CIFAR10 | large),
         "demo": SimCLROptions(**DEMO, out="checkpoints/demo/simclr", hidden_dim=512, temperature=0.2),
     }
