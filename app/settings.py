@@ -16,6 +16,7 @@ Backend = Literal[
     "torch-fp32",
     "torch-bf16",
     "torch-compiled",
+    "torch-graphs",
     "onnx-fp32",
     "onnx-int8",
     "openvino-fp32",

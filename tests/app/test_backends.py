@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from support import CORPUS, open_clip_folder
 
-from app.backends import exported_tower, torch_tower
+from app.backends import exported_tower, filled_shape, torch_tower
 from app.engine import ModelEngine
 from app.exporter import export_model, read_calibration
 from app.exports import Exports, exports_of
@@ -215,3 +215,20 @@ def test_torch_alone_serves_without_exports(checkpoints: Path, tmp_path: Path) -
     rows = torch_tower("torch-fp32", engine.model, "text", torch.device("cpu"))(engine.model.tokenizer(["a"]))
     assert np.allclose(rows, engine.embed_texts(["a"]), atol=0.01)
     assert not (tmp_path / "exports").exists()
+
+
+def test_graphs_have_few_shapes_and_what_fills_them_changes_nothing(checkpoints: Path, tmp_path: Path) -> None:
+    """Capturing needs a GPU (tests/benchmarks/bench_device.py has a part for it); what it relies on does not."""
+    assert [filled_shape((rows, 3, 8, 8), None)[0] for rows in (1, 2, 3, 8, 9, 32)] == [1, 2, 4, 8, 16, 32]
+    assert filled_shape((5, 3, 8, 8), None)[1:] == (3, 8, 8)
+    assert [filled_shape((1, length), 77)[1] for length in (1, 16, 17, 70, 77)] == [16, 16, 32, 77, 77]
+    model = _engine(checkpoints, tmp_path, "torch-fp32").model
+    tokens = model.tokenizer(["a red star", "two things"])
+    filled = torch.zeros(filled_shape((3, tokens.shape[1]), model.tokenizer.context_length), dtype=torch.int64)
+    filled[:2, : tokens.shape[1]] = tokens
+    with torch.inference_mode():
+        rows, expected = model.encode_text(filled), model.encode_text(tokens)
+    assert torch.isfinite(rows).all()
+    torch.testing.assert_close(rows[:2], expected, atol=1e-6, rtol=0)
+    with pytest.raises(CheckpointError, match="needs a CUDA device"):
+        _engine(checkpoints, tmp_path, "torch-graphs")

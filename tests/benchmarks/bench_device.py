@@ -16,10 +16,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
+from app.backends import torch_tower
+from models.checkpoint import load_checkpoint
 from models.dalle import DALLETransformer
 from models.generation import Sampling, TokenReader, generate_ids
 from models.torchvision import load_torchvision
@@ -85,15 +88,15 @@ def training(name: str, method: ViewMethod, ceilings: Ceilings, seconds: float) 
     rate = statistics.median(rates[len(rates) // 3 :])
     step = batch_size / rate
 
-    def one_step(size: int) -> None:
-        batch = method.prepare({"images": source.images[:size].to(DEVICE)})
+    def one_step() -> None:
+        batch = method.prepare({"images": source.images[:batch_size].to(DEVICE)})
         with torch.autocast("cuda", torch.bfloat16):
             loss = method(batch)["loss"]
         loss.backward()
 
     with FlopCounterMode(display=False) as counted:
-        one_step(64)
-    operations = counted.get_total_flops() / 64
+        one_step()
+    operations = counted.get_total_flops() / batch_size
     print(
         f"{name}, ResNet-18, 32 px, batch {batch_size}: {rate:,.0f} pictures/s (median of {len(rates)} log lines; "
         f"{min(rates):,.0f} to {max(rates):,.0f}), {1000 * step:.1f} ms a step, an epoch of 50,000 in "
@@ -103,8 +106,9 @@ def training(name: str, method: ViewMethod, ceilings: Ceilings, seconds: float) 
 
 
 def step_profile(method: ViewMethod, batch_size: int = 512) -> None:
-    """Where a step's time on the device goes, by kind of kernel, and how much of the time the device works."""
-    method.to(DEVICE).to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+    """Where a step's time on the device goes, by kind of kernel, and how much of the time the device works. method: as
+    `training` left it, for what was compiled there serves here."""
+    method.train()
     compiled = torch.compile(method)
     optimizer = torch.optim.SGD(method.parameters(), 0.1, momentum=0.9)
     images = torch.randint(0, 256, (batch_size, 3, 32, 32), dtype=torch.uint8, device=DEVICE)
@@ -153,13 +157,10 @@ def step_profile(method: ViewMethod, batch_size: int = 512) -> None:
 
 def simclr(ceilings: Ceilings, seconds: float) -> None:
     """SimCLR and its profile."""
-
-    def method() -> SimCLRMethod:
-        model = EncoderModel(image={"name": "resnet18", "image_size": 32})
-        return SimCLRMethod(SimCLRModel(model, hidden_dim=512), SimCLRTransform(32, compile=True), SimCLRLoss(0.2))
-
-    training("SimCLR", method(), ceilings, seconds)
-    step_profile(method())
+    model = EncoderModel(image={"name": "resnet18", "image_size": 32})
+    method = SimCLRMethod(SimCLRModel(model, hidden_dim=512), SimCLRTransform(32, compile=True), SimCLRLoss(0.2))
+    training("SimCLR", method, ceilings, seconds)
+    step_profile(method)
 
 
 def byol(ceilings: Ceilings, seconds: float) -> None:
@@ -242,11 +243,58 @@ def clip(ceilings: Ceilings, seconds: float) -> None:
         )
 
 
+def jpegs(ceilings: Ceilings, seconds: float) -> None:
+    """JPEGs of a megapixel through nvJPEG to the embeddings of ViT-B/32, beside the decoding alone."""
+    load_torchvision()
+    import open_clip
+    from torchvision.io import decode_jpeg, encode_jpeg
+
+    model = open_clip.create_model("ViT-B-32").visual.eval().to(DEVICE, torch.bfloat16)
+    rough = torch.randint(0, 256, (128, 3, 64, 64), dtype=torch.uint8).float()
+    smooth = F.interpolate(rough, (1024, 1024), mode="bicubic").clamp(0, 255).byte()
+    files = [encode_jpeg(each, quality=90) for each in smooth]
+
+    def decoded() -> list[Tensor]:
+        return decode_jpeg(files, device=DEVICE)  # type: ignore[no-any-return]
+
+    def embedded() -> Tensor:
+        pixels = torch.stack(decoded()).to(torch.bfloat16)
+        small = F.interpolate(pixels, (224, 224), mode="bilinear", antialias=True)
+        return model(small / 127.5 - 1)  # type: ignore[no-any-return]
+
+    with torch.inference_mode():
+        alone, whole = seconds_of(decoded, rounds=5), seconds_of(embedded, rounds=5)
+    kilobytes = sum(len(each) for each in files) / len(files) / 1000
+    print(
+        f"JPEGs of 1024 x 1024 ({kilobytes:.0f} kB), 128 at a time, by nvJPEG: decoded {128 / alone:,.0f}/s, embedded "
+        f"by ViT-B/32 {128 / whole:,.0f}/s, {alone / whole:.0%} of what decoding allows"
+    )
+
+
+def graphs(ceilings: Ceilings, seconds: float) -> None:
+    """The demo's CLIP as the server runs it: seconds of a batch, eager and as CUDA graphs, and whether they agree."""
+    model = load_checkpoint(Path(__file__).parents[2] / "checkpoints/demo/clip").to(DEVICE).eval()
+    words = ["a red star above a blue circle on a striped gray background", "an apple", "a noto emoji of a green frog"]
+    for tower in ("image", "text"):
+        eager, graphed = (torch_tower(name, model, tower, DEVICE) for name in ("torch-bf16", "torch-graphs"))
+        line = []
+        for count in (1, 3, 8, 32):
+            size = model.preprocess.size
+            pictures = torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8)
+            batch = pictures if tower == "image" else model.tokenizer((words * count)[:count])
+            cosines = (torch.from_numpy(eager(batch)) * torch.from_numpy(graphed(batch))).sum(1)
+            slow, fast = (seconds_of(lambda encode=encode, batch=batch: encode(batch)) for encode in (eager, graphed))
+            line.append(f"{count}: {1000 * slow:.2f} and {1000 * fast:.2f} (cosine {float(cosines.min()):.5f})")
+        print(f"demo CLIP, {tower}, ms of a batch with its copies, eager and as graphs, " + "; ".join(line))
+
+
 PARTS: dict[str, Callable[[Ceilings, float], None]] = {
     "views": views,
     "simclr": simclr,
     "byol": byol,
     "clip": clip,
+    "jpegs": jpegs,
+    "graphs": graphs,
     "generation": generation,
 }
 
