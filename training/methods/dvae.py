@@ -187,11 +187,11 @@ def presets() -> dict[str, DVAEOptions]:
         trainer=TrainerConfig(steps=20_000, lr=2e-3, warmup=200, weight_decay=0.01, ema_decay=0.999, time_limit=600),
     )
     demo = DVAEOptions(
-        data=("scenes", "emoji"),
+        data=("scenes=2", "emoji=1"),
         out="checkpoints/dvae",
-        image_size=48,
         levels=(8, 5, 5, 5),
         channels=(48, 96),
+        blocks=(1, 2),
         batch_size=128,
         chunk=32,
         trainer=TrainerConfig(
