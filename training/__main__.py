@@ -15,6 +15,7 @@ from models.errors import CheckpointError, SemblanceError
 from training.distributed import rank
 from training.method import discover
 from training.options import EncoderOptions
+from training.reconstruction import STATISTICS
 
 _EPILOG = {
     "clip": """examples:
@@ -79,9 +80,9 @@ def _add_measuring(subcommands: Any) -> None:
     evaluate.add_argument("--oracle", help="what `semblance-train oracle` wrote, to read drawn scenes by")
     evaluate.add_argument(
         "--statistics",
-        default="runs/statistics",
+        default=STATISTICS,
         help="folder where the judge's view of the real pictures is kept, to compare with the same again "
-        "(default: runs/statistics)",
+        f"(default: {STATISTICS})",
     )
     evaluate.add_argument("--seed", type=int, default=0, help="of the scenes that are drawn")
     evaluate.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")

@@ -254,6 +254,11 @@ class PictureBatches(Batches):
         return {"images": torch.cat([opaque(part) for part in parts])}
 
 
+def file_name(data: str) -> str:
+    """What a data set, which may be a path, is called in the name of a file."""
+    return data.replace("/", "_")[-40:]
+
+
 def opaque(images: Tensor) -> Tensor:
     """uint8 (B, 3 or 4, H, W), the fourth channel being opacity -> (B, 3, H, W) on white."""
     if images.shape[1] == 3:

@@ -14,7 +14,7 @@ from torch import Tensor
 from models.generation import Sampling, generate_ids
 from models.retrieval import embed_images, embed_texts
 from models.tokenizers import ImageTokenizer, TextTokenizer
-from training.data import resized
+from training.data import file_name, resized
 from training.evaluation import FeatureStatistics, frechet_distance
 from training.oracle import SceneReader, read_right, scene_figures, shares_right
 from training.scenes import Scenes, held_out_colour
@@ -126,7 +126,7 @@ def _left_of(model: Any, images: Tensor) -> Tensor:
 def _distance(judge: Any, made: Tensor, real: Tensor, name: str, folder: str | Path) -> float:
     """From embeddings. Those of the real pictures are kept in the folder as their mean and covariance, under the data's
     name, the number of pictures and the judge's hash; where they are there, these very numbers are compared with."""
-    file = Path(folder) / f"{name.replace('/', '_')[-40:]}-{len(real)}-{judge.fingerprint}.safetensors"
+    file = Path(folder) / f"{file_name(name)}-{len(real)}-{judge.fingerprint}.safetensors"
     if judge.fingerprint and file.is_file():
         statistics = FeatureStatistics.load(file)
     else:

@@ -31,7 +31,7 @@ from models.retrieval import embed_images, embed_texts
 from models.tokenizers import ImageTokenizer, TextTokenizer
 from training import scenes
 from training.analysis import picture_sheet
-from training.data import ArraySource, Batches, SceneSource, Source, StreamSource, opaque, resized
+from training.data import ArraySource, Batches, SceneSource, Source, StreamSource, file_name, opaque, resized
 from training.distributed import rank
 from training.figures import evaluate_model
 from training.losses import wide
@@ -183,7 +183,7 @@ def token_source(source: Source, dvae: DiscreteVAE, folder: str | Path) -> Token
     if not isinstance(source, (ArraySource, StreamSource)):
         raise DataError(f"{source.name} cannot be encoded: it has neither pictures nor records")
     labels = source.labels if isinstance(source, ArraySource) else None
-    file = Path(folder) / f"{source.name.replace('/', '_')[-40:]}-{dvae.fingerprint}-{_digest(source)}.safetensors"
+    file = Path(folder) / f"{file_name(source.name)}-{dvae.fingerprint}-{_digest(source)}.safetensors"
     if file.is_file():
         return TokenSource(source.name, load_file(file)["ids"].long(), source.captions, labels)
     tokenizer, size = ImageTokenizer(dvae.eval()), dvae.preprocess.size
