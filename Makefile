@@ -6,7 +6,7 @@ DATA ?= data
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: serve test format train-demo torture bench-training bench-generation bench-search clean
+.PHONY: serve test format train-demo torture bench-training bench-generation bench-search bench-device clean
 
 serve: .venv/.serve
 	$(BIN)/semblance serve --demo --host $(HOST) --port $(PORT) --data $(DATA)
@@ -41,6 +41,10 @@ bench-training: .venv-bench/.done
 
 bench-search: .venv/.test
 	$(BIN)/python tests/benchmarks/bench_search.py
+
+# What one GPU does; needs one.
+bench-device: .venv/.test
+	$(BIN)/python tests/benchmarks/bench_device.py
 
 bench-generation: .venv-bench/.done
 	.venv-bench/bin/python tests/benchmarks/bench_generation.py

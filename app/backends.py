@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from models.errors import CheckpointError
+from models.generation import captured
 
 if TYPE_CHECKING:
     from app.settings import Backend
@@ -89,7 +90,7 @@ class GraphedTower:
         # Normalised before, for that takes constants to the device, which a capture does not allow.
         self._prepare = model.preprocess.normalize if tower == "image" else None
         self._longest = int(model.tokenizer.context_length) if tower == "text" else None
-        self._graphs: dict[tuple[int, ...], tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
+        self._graphs: dict[tuple[int, ...], tuple[Tensor, Callable[[], Tensor]]] = {}
         self._pool: Any = torch.cuda.graph_pool_handle()  # shared, for one graph runs at a time
 
     def __call__(self, batch: Tensor) -> Array:
@@ -98,24 +99,12 @@ class GraphedTower:
             batch = batch if self._prepare is None else self._prepare(batch)
             shape = filled_shape(batch.shape, self._longest)
             if shape not in self._graphs:
-                self._graphs[shape] = self._captured(torch.zeros(shape, dtype=batch.dtype, device=self._device))
-            graph, inputs, outputs = self._graphs[shape]
+                inputs = torch.zeros(shape, dtype=batch.dtype, device=self._device)
+                self._graphs[shape] = inputs, captured(lambda: self._rows(inputs), self._device, self._pool)
+            inputs, replay = self._graphs[shape]
             inputs.zero_()
             inputs[tuple(slice(0, side) for side in batch.shape)] = batch
-            graph.replay()
-            return outputs[: len(batch)].cpu().numpy()
-
-    def _captured(self, inputs: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
-        stream = torch.cuda.Stream(self._device)
-        stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(stream):  # what libraries set up in their first calls cannot be captured
-            for _ in range(2):
-                self._rows(inputs)
-        torch.cuda.current_stream(self._device).wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            outputs = self._rows(inputs)
-        return graph, inputs, outputs
+            return replay()[: len(batch)].cpu().numpy()
 
 
 def filled_shape(shape: Sequence[int], longest: int | None) -> tuple[int, ...]:

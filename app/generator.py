@@ -71,6 +71,9 @@ class DecodeLoop:
             raise ValueError(f"{lanes} lanes are too few: a guided picture takes two")
         self.model, self.lanes = model, lanes
         self._reader = TokenReader(model, lanes)
+        if self._reader.fixed:  # what compiling takes is paid before the first request
+            with torch.inference_mode():
+                self._reader.ids(torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
         self._rows: list[tuple[Drawing, int]] = []  # who has each lane: a drawing and which of its rows this is
 
     @property

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -40,8 +41,8 @@ class Sampling:
 class TokenReader:
     """What sampling reads tokens with: up to `rows` sequences at once, their keys and values in one cache.
 
-    fixed (on a GPU): every step is of all rows, in use or not, so that it is compiled into one CUDA graph, and so that
-    in bfloat16 too a row's logits do not depend on how many others there are.
+    fixed (on a GPU): every step is of all rows, in use or not, so that it is compiled, and on a GPU one CUDA graph, and
+    so that in bfloat16 too a row's logits do not depend on how many others there are.
     """
 
     def __init__(self, model: DALLETransformer, rows: int, fixed: bool | None = None) -> None:
@@ -50,9 +51,9 @@ class TokenReader:
         self.device = self.cache.keys.device
         self.fixed = self.device.type == "cuda" if fixed is None else fixed
         if self.fixed:
-            for part in (self.cache.keys, self.cache.values):  # written in place at one address: what a graph needs
-                torch._dynamo.mark_static_address(part)
-            self._read_all = torch.compile(model.read_ids, mode="reduce-overhead", fullgraph=True)
+            self._read_all = torch.compile(model.read_ids, fullgraph=True)
+            self._ids, self._places = torch.zeros(2, rows, dtype=torch.int64, device=self.device)
+            self._replay: Callable[[], Tensor] | None = None
 
     def text(self, tokens: Tensor, start: int = 0) -> Tensor:
         """Texts int64 (B, T) into the rows from `start` on -> logits of their first tokens, (B, codes)."""
@@ -60,11 +61,44 @@ class TokenReader:
 
     def ids(self, ids: Tensor, places: Tensor) -> Tensor:
         """One more token of each of the first B rows, int64 (B,) each -> logits of the next, (B, codes)."""
-        ids, places, count = ids.to(self.device), places.to(self.device), len(ids)
         if not self.fixed:
-            return self.model.read_ids(ids, places, self.cache.block(0, count))
-        ids, places = (F.pad(each, (0, self.rows - count)) for each in (ids, places))
-        return self._read_all(ids, places, self.cache)[:count].clone()  # the graph's own memory is written again
+            return self.model.read_ids(ids.to(self.device), places.to(self.device), self.cache.block(0, len(ids)))
+        # What is left of earlier steps in the other rows is read again, and nobody looks at it.
+        self._ids[: len(ids)], self._places[: len(ids)] = ids, places
+        if self._replay is None:
+            self._replay = self._captured()
+        return self._replay()[: len(ids)].clone()  # a graph's own memory is written again
+
+    def _captured(self) -> Callable[[], Tensor]:
+        """The step over all rows; it can be taken again and again, for it writes the same into the same places."""
+
+        def step() -> Tensor:
+            return self._read_all(self._ids, self._places, self.cache)
+
+        return captured(step, self.device) if self.device.type == "cuda" else step
+
+
+def captured(work: Callable[[], Tensor], device: torch.device, pool: Any = None) -> Callable[[], Tensor]:
+    """Work on a GPU as a CUDA graph: one launch in place of one for each operation. It reads and writes the same memory
+    every time, its result too. pool: a graph_pool_handle to share with graphs that never run at the same time.
+
+    Not torch.compile's own graphs: those are bound to the thread that they were made in, and a server has several.
+    """
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):  # what compilers and libraries do in their first calls cannot be captured
+        for _ in range(2):
+            work()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # others may use the GPU meanwhile
+        result = work()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return result
+
+    return replay
 
 
 def guided_logits(logits: Tensor, sampling: Sampling) -> Tensor:
