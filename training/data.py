@@ -133,6 +133,7 @@ class SceneSource:
     name: str = "scenes"
     group: int = 4
     grouped_share: float = 0.5
+    noise: float = scenes.NOISE
 
     def size(self) -> None:
         return None
@@ -141,14 +142,14 @@ class SceneSource:
         grouped = int(len(rows) * self.grouped_share) // self.group * self.group
         parts = [(grouped, self.group), (len(rows) - grouped, 1)]
         drawn = [
-            scenes.sample(count, size=size, seed=int(rng.integers(2**62)), captions=1, group=group)
+            scenes.sample(count, size=size, seed=int(rng.integers(2**62)), captions=1, group=group, noise=self.noise)
             for count, group in parts
             if count
         ]
         return torch.cat([part.images for part in drawn]), [texts for part in drawn for texts in part.captions]
 
     def pictures(self, rows: np.ndarray, size: int, rng: np.random.Generator) -> Tensor:
-        return scenes.sample(len(rows), size=size, seed=int(rng.integers(2**62)), captions=0).images
+        return scenes.sample(len(rows), size=size, seed=int(rng.integers(2**62)), captions=0, noise=self.noise).images
 
     def corpus(self) -> Iterator[str]:
         for texts in scenes.sample(4000, size=8, seed=1, captions=2).captions:

@@ -47,6 +47,7 @@ OUTER_SHAPES = (0, 1, 4, 6, 7)  # circle, square, heart, ring, hexagon: those wi
 COUNTS = np.array([1, 2, 2, 2, 3, 3])
 KIND_SHARES = np.array([0.34, 0.17, 0.17, 0.16, 0.08, 0.08])
 RADII = np.array([[7.0, 8.5], [10.0, 12.0], [14.0, 17.0], [19.0, 23.0]])  # pixels at 64 px, by size
+NOISE = 0.02  # of the pixels: its deviation, the whole range being 1
 
 Holdout = Literal["exclude", "only", "any"]
 
@@ -103,21 +104,23 @@ def sample(
     captions: int = 4,
     kinds: tuple[str, ...] = KINDS,
     group: int = 1,
+    noise: float = NOISE,
 ) -> Scenes:
     """Draw n scenes; the same arguments give the same pixels and captions.
 
     holdout: "exclude" the held-out colour x shape pairs (for training), "only" scenes with such a pair, or "any".
     group: runs of this many scenes differ in little, the hard negatives of contrastive training: half of the runs in
     shapes or in which object is where, half of them in pattern, size and place, or background. Of these the captions
-    tell everything or, in a third, one caption that leaves it all open is that of the whole run. Raises ValueError for
-    an unknown kind or holdout.
+    tell everything or, in a third, one caption that leaves it all open is that of the whole run. noise: deviation of
+    the pixels' noise, the whole range being 1. Raises ValueError for an unknown kind or holdout.
     """
     unknown = set(kinds) - set(KINDS)
     if unknown or holdout not in ("exclude", "only", "any"):
         raise ValueError(f"unknown kinds {sorted(unknown)} or holdout {holdout!r}; kinds are {', '.join(KINDS)}")
     rng = np.random.default_rng([seed, n, 64, group])
     key = sample_key(n, rng, holdout, kinds, group)
-    images = torch.cat([render(key.take(rows), size, rng) for rows in np.split(np.arange(n), range(256, n, 256))])
+    parts = np.split(np.arange(n), range(256, n, 256))
+    images = torch.cat([render(key.take(rows), size, rng, noise) for rows in parts])
     if group == 1:
         texts = [[caption(key, i, rng) for _ in range(captions)] for i in range(n)]
     else:
@@ -277,7 +280,7 @@ def _arrange(
     return sizes, centres / 64, radii / 64, place
 
 
-def render(key: SceneKey, size: int = 64, rng: np.random.Generator | None = None) -> Tensor:
+def render(key: SceneKey, size: int = 64, rng: np.random.Generator | None = None, noise: float = NOISE) -> Tensor:
     """Draw the scenes of a key. -> uint8 (N, 3, size, size). rng: colour jitter, turns and noise (default seed 0)."""
     rng = rng or np.random.default_rng(0)
     n = len(key)
@@ -300,8 +303,9 @@ def render(key: SceneKey, size: int = 64, rng: np.random.Generator | None = None
             cover = (0.5 - signed * radius * size).clamp_(0, 1)[:, None]
             colour = palette[torch.from_numpy(key.colours[rows.numpy(), slot])] + tints[rows, slot]
             canvas[rows] += cover * (colour[:, :, None, None] - canvas[rows])
-    noise = torch.from_numpy(rng.standard_normal((n, 3, size, size), dtype=np.float32))
-    return canvas.add_(noise, alpha=0.02).mul_(255).round_().clamp_(0, 255).byte()
+    if noise:
+        canvas.add_(torch.from_numpy(rng.standard_normal((n, 3, size, size), dtype=np.float32)), alpha=noise)
+    return canvas.mul_(255).round_().clamp_(0, 255).byte()
 
 
 def _backgrounds(key: SceneKey, size: int, rng: np.random.Generator) -> Tensor:
