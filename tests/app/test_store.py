@@ -35,11 +35,14 @@ def test_everything_is_there_after_a_restart(store: Path) -> None:
         assert made.add([_item(i) for i in range(20)]) == [f"i{i}" for i in range(20)]
         made.add([_item(3, vector=unit_rows(1, 100)[0], caption="new")])
         made.delete("i7")
-        before = [(hit.item, hit.score) for hit in made.search(unit_rows(1, 5)[0], 100)]
+        before = made.search(unit_rows(1, 5)[0], 100)
         info = made.info()
     with Collections(store) as collections:
         again = collections.get("c")
-        assert [(hit.item, hit.score) for hit in again.search(unit_rows(1, 5)[0], 100)] == before
+        after = again.search(unit_rows(1, 5)[0], 100)
+        assert [hit.item for hit in after] == [hit.item for hit in before]
+        # A row that has moved may be summed in another order.
+        assert [hit.score for hit in after] == pytest.approx([hit.score for hit in before], abs=1e-6)
         assert again.info() == info
         assert again.info().count == 19
         assert again.get("i3").caption == "new"
