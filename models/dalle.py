@@ -79,7 +79,7 @@ class CausalAttention(nn.Module):
         qk = F.rms_norm(qkv[:2], (qkv.shape[-1],)) * self.scales[:, None, None, None].to(qkv.dtype)
         (q, k), v = _turned(qk, turns), qkv[2]
         if cache is None:
-            mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            mixed = _causal(q, k, v)
         else:
             mixed = self._with_cache(q, k, v, *cache)
         return self.out(mixed.transpose(1, 2).reshape(batch, length, width))
@@ -260,6 +260,19 @@ class DALLETransformer(nn.Module):
         columns = torch.cat([text, self.text_length + picture % self.grid])
         angles = torch.cat([rows[:, None] * speeds, columns[:, None] * speeds], 1)
         return torch.stack([angles.cos(), angles.sin()])
+
+
+def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention of each token to itself and all before it. (B, H, L, D) each -> (B, H, L, D).
+
+    On a CPU that takes gradients, as plain products: the backward pass of torch's fused kernel is a quarter of a
+    training step there, and all of the compiled step takes a fifth less without it.
+    """
+    if q.device.type != "cpu" or not torch.is_grad_enabled():
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    seen = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).tril()
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    return scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v
 
 
 def _turned(x: Tensor, turns: Tensor) -> Tensor:
