@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.errors import CheckpointError
 from models.generation import captured
@@ -76,6 +76,21 @@ def torch_tower(backend: Backend, model: Any, tower: Tower, device: torch.device
             raise CheckpointError("backend torch-graphs needs a CUDA device; choose another, or auto")
         return GraphedTower(rows, model, tower, device)
     return lambda batch: rows(batch.to(device, non_blocking=True)).cpu().numpy()
+
+
+def in_bf16(model: Any) -> Any:
+    """Hold in bfloat16, in place, the weights that autocast would take there in each forward pass; -> the model.
+
+    The rows stay what they are but for rounding, and a CPU computes them up to 20 times as fast: where a weight is only
+    cast, torch multiplies open_clip's attention by a copy of it for every row of the batch.
+    """
+    cast, rest = set[nn.Parameter](), set[nn.Parameter]()
+    for module in model.modules():
+        kind = isinstance(module, (nn.Linear, nn.modules.conv._ConvNd, nn.MultiheadAttention))
+        (cast if kind else rest).update(module.parameters(recurse=False))
+    for parameter in cast - rest:  # a shared one may be an embedding's too, which autocast leaves alone
+        parameter.data = parameter.data.to(torch.bfloat16)
+    return model
 
 
 class GraphedTower:

@@ -10,6 +10,7 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator
+from copy import deepcopy
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -27,6 +28,7 @@ from app.backends import (
     Tower,
     exported_tower,
     has_native_bf16,
+    in_bf16,
     missing,
     timed,
     torch_tower,
@@ -113,9 +115,11 @@ def _backends(
     native = has_native_bf16(cpu)
     names: list[Backend] = ["torch-fp32", "torch-bf16", *(each for each in FILES if each.startswith(to))]
     for name in names:
-        if name.startswith("torch") and (native or name == "torch-fp32"):
+        if name == "torch-fp32":
             yield name, torch_tower(name, model, tower, cpu)
-        elif not name.startswith("torch") and (native or name != "openvino-bf16"):
+        elif name == "torch-bf16" and native:
+            yield name, torch_tower(name, in_bf16(deepcopy(model)), tower, cpu)
+        elif name.startswith(to) and (native or name != "openvino-bf16"):
             yield name, exported_tower(name, exports.folder, tower, threads)
 
 

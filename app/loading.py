@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from app.backends import Array, choose_device, has_native_bf16, towers_of
+from app.backends import Array, choose_device, has_native_bf16, in_bf16, towers_of
 from app.engine import Engine, ModelEngine
 from app.exports import choose
 from app.settings import Settings
@@ -57,6 +57,8 @@ def load_engine(name: str, reference: str, settings: Settings) -> ModelEngine:
     device, threads = choose_device(settings.device), settings.thread_count
     model.to(device)
     towers = {tower: choose(name, model, tower, settings, device, threads) for tower in towers_of(model)}
+    if has_native_bf16(device) and all(backend != "torch-fp32" for backend, _ in towers.values()):
+        in_bf16(model)
     engine = ModelEngine(name, model, device=settings.device, batch_size=settings.batch_size, towers=towers)
     engine.warm_up()
     if not any(backend.startswith("torch") for backend, _ in towers.values()):

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from support import CORPUS, open_clip_folder
 
-from app.backends import exported_tower, filled_shape, torch_tower
+from app.backends import exported_tower, filled_shape, in_bf16, torch_tower
 from app.engine import ModelEngine
 from app.exporter import export_model, read_calibration
 from app.exports import Exports, exports_of
@@ -212,7 +212,8 @@ def test_an_open_clip_model_and_one_without_text_are_exported_too(tmp_path: Path
 def test_torch_alone_serves_without_exports(checkpoints: Path, tmp_path: Path) -> None:
     engine = _engine(checkpoints, tmp_path, "auto")
     assert set(engine.details["backends"].values()) <= {"torch-fp32", "torch-bf16"}
-    rows = torch_tower("torch-fp32", engine.model, "text", torch.device("cpu"))(engine.model.tokenizer(["a"]))
+    model = load_model(checkpoints / "clip")
+    rows = torch_tower("torch-fp32", model, "text", torch.device("cpu"))(model.tokenizer(["a"]))
     assert np.allclose(rows, engine.embed_texts(["a"]), atol=0.01)
     assert not (tmp_path / "exports").exists()
 
@@ -232,3 +233,29 @@ def test_graphs_have_few_shapes_and_what_fills_them_changes_nothing(checkpoints:
     torch.testing.assert_close(rows[:2], expected, atol=1e-6, rtol=0)
     with pytest.raises(CheckpointError, match="needs a CUDA device"):
         _engine(checkpoints, tmp_path, "torch-graphs")
+
+
+@pytest.mark.parametrize("kind", ["clip", "open_clip"])
+def test_weights_in_bfloat16_give_the_rows_of_autocast(kind: str, checkpoints: Path, tmp_path: Path) -> None:
+    """Products have bfloat16 weights either way; norms, positions and embeddings stay in float32."""
+    path = checkpoints / "clip" if kind == "clip" else open_clip_folder(tmp_path / "vit")
+    model, held = load_model(path), in_bf16(load_model(path))
+    pixels = torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    for tower, batch in {"image": pixels, "text": model.tokenizer(CORPUS[:4])}.items():
+        cpu = torch.device("cpu")
+        exact, cast = (torch_tower(name, model, tower, cpu)(batch) for name in ("torch-fp32", "torch-bf16"))
+        rows = torch_tower("torch-bf16", held, tower, cpu)(batch)
+        lengths = np.linalg.norm(rows, axis=1) * np.linalg.norm(exact, axis=1)
+        assert ((rows * exact).sum(1) / lengths).min() > 0.999
+        np.testing.assert_allclose(rows, cast, atol=4e-3)
+    kinds = {name: parameter.dtype for name, parameter in held.named_parameters()}
+    assert torch.bfloat16 in kinds.values()
+    assert {kinds[name] for name in kinds if "norm" in name or "ln_" in name or "embedding" in name} == {torch.float32}
+
+
+def test_what_serves_in_bfloat16_holds_it(checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    exact = _engine(checkpoints, tmp_path, "torch-fp32")
+    monkeypatch.setattr("app.loading.has_native_bf16", lambda device: True)
+    held = _engine(checkpoints, tmp_path, "torch-bf16")
+    assert held.bytes < 0.75 * exact.bytes
+    assert np.abs(held.embed_texts(CORPUS[:4]) - exact.embed_texts(CORPUS[:4])).max() < 0.02
