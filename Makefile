@@ -6,7 +6,8 @@ DATA ?= data
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: serve test format train-demo torture bench-training bench-generation bench-search bench-device clean
+.PHONY: serve test format train-demo torture bench-training bench-generation bench-search bench-serving \
+	bench-device clean
 
 serve: .venv/.serve
 	$(BIN)/semblance serve --demo --host $(HOST) --port $(PORT) --data $(DATA)
@@ -42,6 +43,10 @@ bench-training: .venv-bench/.done
 bench-search: .venv/.test
 	$(BIN)/python tests/benchmarks/bench_search.py
 
+# Each peer in an environment of its own.
+bench-serving: .venv/.test .venv-infinity/.done .venv-clip-as-service/.done
+	$(BIN)/python tests/benchmarks/bench_serving.py
+
 # What one GPU does; needs one.
 bench-device: .venv/.test
 	$(BIN)/python tests/benchmarks/bench_device.py
@@ -52,6 +57,16 @@ bench-generation: .venv-bench/.done
 .venv-bench/.done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-bench
 	.venv-bench/bin/pip install --quiet --constraint constraints.txt --editable . lightly transformers
+	touch $@
+
+.venv-infinity/.done:
+	$(PYTHON) -m venv .venv-infinity
+	.venv-infinity/bin/pip install --quiet 'torch>=2.11,<2.14' 'infinity-emb[server,torch,vision]==0.0.78'
+	touch $@
+
+.venv-clip-as-service/.done: tests/benchmarks/clip-as-service.txt
+	$(PYTHON) -m venv .venv-clip-as-service
+	.venv-clip-as-service/bin/pip install --quiet --constraint $< 'torch>=2.11,<2.14' torchvision clip-server
 	touch $@
 
 .venv/.serve: pyproject.toml constraints.txt
@@ -65,4 +80,4 @@ bench-generation: .venv-bench/.done
 	touch $@
 
 clean:
-	rm -rf .venv .venv-bench build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf .venv .venv-bench .venv-infinity .venv-clip-as-service build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -35,7 +35,7 @@ FILES: dict[Backend, str] = {
     "openvino-bf16": "{tower}.onnx",
     "openvino-int8": "{tower}-int8.xml",
 }
-_TURNS = 3
+_TURNS = 5
 
 
 def example(model: Any, tower: Tower) -> Tensor:

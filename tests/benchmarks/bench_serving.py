@@ -120,7 +120,7 @@ def serving(name: str, ask: Callable[..., tuple[str, dict[str, Any]]], *command:
         path, content = ("/readyz", None) if name.startswith("ours") else ask(text="a")
         while True:
             try:
-                sent = httpx.request("POST" if content else "GET", server.url + path, json=content, timeout=60)
+                sent = httpx.request("POST" if content else "GET", server.url + path, json=content, timeout=20)
                 if sent.status_code == 200:
                     break
             except httpx.TransportError:

@@ -17,7 +17,6 @@ import tempfile
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from models.torchvision import load_torchvision
 
@@ -66,6 +65,7 @@ def write_weights(folder: Path) -> None:
     """A ViT-B/32 of random weights, seed 0: vit.safetensors, vit.pt, and hf/ as transformers reads it."""
     load_torchvision()
     import open_clip
+    from safetensors.torch import save_file  # neither peer has it
 
     torch.manual_seed(0)
     state = open_clip.create_model("ViT-B-32").state_dict()
@@ -96,11 +96,12 @@ def write_weights(folder: Path) -> None:
     file = Path(open_clip.__file__).with_name("bpe_simple_vocab_16e6.txt.gz")
     merges = gzip.decompress(file.read_bytes()).decode().split("\n")[1 : 49152 - 256 - 2 + 1]
     tokenizer = open_clip.get_tokenizer("ViT-B-32")
-    (hf / "vocab.json").write_text(json.dumps(tokenizer.encoder))
+    named = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
+    (hf / "vocab.json").write_text(json.dumps({named.get(name, name): id for name, id in tokenizer.encoder.items()}))
     (hf / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]))
     ends = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
-    named = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "pad_token": "<|endoftext|>"}
-    (hf / "tokenizer_config.json").write_text(json.dumps(ends | named))
+    kind = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "pad_token": "<|endoftext|>"}
+    (hf / "tokenizer_config.json").write_text(json.dumps(ends | kind))
 
 
 def infinity(weights: str, port: int) -> None:
