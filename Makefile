@@ -51,12 +51,21 @@ bench-serving: .venv/.test .venv-infinity/.done .venv-clip-as-service/.done
 bench-device: .venv/.test
 	$(BIN)/python tests/benchmarks/bench_device.py
 
-bench-generation: .venv-bench/.done
+bench-generation: .venv-bench/.done .venv-dalle-pytorch/.done
 	.venv-bench/bin/python tests/benchmarks/bench_generation.py
 
 .venv-bench/.done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-bench
 	.venv-bench/bin/pip install --quiet --constraint constraints.txt --editable . lightly transformers
+	touch $@
+
+# Its tokenizer and its lightning are of a time before isolated builds and lightning 2.
+.venv-dalle-pytorch/.done:
+	$(PYTHON) -m venv .venv-dalle-pytorch
+	.venv-dalle-pytorch/bin/pip install --quiet 'cython<3' 'setuptools<81' wheel
+	.venv-dalle-pytorch/bin/pip install --quiet --no-build-isolation youtokentome
+	.venv-dalle-pytorch/bin/pip install --quiet dalle-pytorch==1.6.6 pytorch-lightning==1.8.6 'torch>=2.11,<2.14' \
+		'setuptools<81'
 	touch $@
 
 .venv-infinity/.done:
@@ -80,4 +89,4 @@ bench-generation: .venv-bench/.done
 	touch $@
 
 clean:
-	rm -rf .venv .venv-bench .venv-infinity .venv-clip-as-service build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf .venv .venv-bench .venv-infinity .venv-clip-as-service .venv-dalle-pytorch build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -1,4 +1,4 @@
-"""Drawing tokens with and without a cache, and beside transformers' `generate`, in one run: `make bench-generation`.
+"""Drawing tokens with and without a cache, beside transformers' `generate` and DALLE-pytorch: `make bench-generation`.
 
 Prints tokens a second and ratios; nothing here passes or fails. All sides take turns, and the median of their turns
 counts. All are given a text of 32 tokens and draw a picture of 256, in float32, from the whole distribution.
@@ -6,7 +6,11 @@ counts. All are given a text of 32 tokens and draw a picture of 256, in float32,
 
 from __future__ import annotations
 
+import argparse
+import os
+import subprocess
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from bench_training import taking_turns
@@ -50,8 +54,40 @@ def without_cache(model: _FixedTexts, texts: list[str]) -> Tensor:
     return ids
 
 
-def compare(name: str, width: int, depth: int, heads: int, batch: int, bandwidth: float) -> None:
-    """One line of tokens a second and ratios."""
+class DallePytorch:
+    """DALLE-pytorch of such a size, in the process of its own environment."""
+
+    def __init__(self, python: Path, width: int, depth: int, heads: int) -> None:
+        numbers = (width, depth, heads, TEXT, VOCABULARY, CODES, torch.get_num_threads())
+        peer = Path(__file__).with_name("dalle_pytorch_peer.py")
+        self._process = subprocess.Popen(
+            [python, peer, *map(str, numbers)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+            env=os.environ | {"PYTHONPATH": str(peer.parents[2])},
+        )  # fmt: skip
+        self.weights = int(self._answer())
+
+    def draw(self, batch: int) -> None:
+        """So many pictures."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{batch}\n")
+        self._process.stdin.flush()
+        self._answer()
+
+    def close(self) -> None:
+        """End it."""
+        self._process.kill()
+        self._process.wait()
+
+    def _answer(self) -> str:
+        assert self._process.stdout is not None
+        if not (line := self._process.stdout.readline()):
+            raise SystemExit("DALLE-pytorch ended; start tests/benchmarks/dalle_pytorch_peer.py by hand to see why")
+        return line
+
+
+def compare(name: str, width: int, depth: int, heads: int, batch: int, bandwidth: float, peer: Path) -> None:
+    """One line of tokens a second and ratios. peer: the Python of DALLE-pytorch's environment."""
     torch.manual_seed(0)
     image = {"image_size": 64, "quantizer": {"name": "fsq", "levels": [8, 8, 8]}, "channels": [8, 8], "blocks": [0, 0]}
     ours = _FixedTexts(
@@ -76,7 +112,10 @@ def compare(name: str, width: int, depth: int, heads: int, batch: int, bandwidth
         drawn, again = cached(), without_cache(ours, texts)
     alike = float((drawn == again).float().mean())
     works: list[Callable[[], object]] = [cached, transformers, lambda: without_cache(ours, texts)]
-    seconds, other, slow = taking_turns(3 if batch == 1 else 2, *works)
+    dalle = DallePytorch(peer, width, depth, heads) if peer.exists() else None
+    if dalle is not None:
+        works.append(lambda: dalle.draw(batch))
+    seconds, other, slow, *of_dalle = taking_turns(3 if batch == 1 else 2, *works)
     weights = sum(p.numel() for part in (ours.blocks, ours.norm, ours.image_head) for p in part.parameters())  # type: ignore[union-attr]
     numbers = weights + batch * 2 * depth * width * (TEXT + PICTURE / 2)
     share = 4 * numbers * PICTURE / seconds / bandwidth
@@ -85,15 +124,21 @@ def compare(name: str, width: int, depth: int, heads: int, batch: int, bandwidth
         f"({alike:.1%} of the tokens alike), {other / seconds:.2f} x transformers' generate; {share:.0%} of what the "
         f"memory could feed ({weights:,} weights, {bandwidth / 1e9:.1f} GB/s)"
     )
+    if dalle is not None:
+        print(f"  {of_dalle[0] / seconds:.1f} x DALLE-pytorch, whose transformer has {dalle.weights:,} weights")
+        dalle.close()
 
 
 def main() -> None:
     """Every size at batch 1 and 16, on the threads torch has."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--dalle-pytorch", default=".venv-dalle-pytorch", help="its environment; left out if missing")
+    peer = Path(parser.parse_args().dalle_pytorch, "bin", "python")
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
     bandwidth = copy_bandwidth()
     for name, size in SIZES.items():
         for batch in (1, 16):
-            compare(name, *size, batch, bandwidth)
+            compare(name, *size, batch, bandwidth, peer)
 
 
 if __name__ == "__main__":
