@@ -115,7 +115,8 @@ def evaluate_data(model: Any, name: str, root: str | None = None, seed: int = 0)
 def _captioned(model: Any, name: str, root: str | None, seed: int, count: int = 1000) -> tuple[Tensor, list[str]]:
     """Pictures, uint8 (N, 3, S, S), and a caption of each, that a generator was not trained on."""
     if name == "scenes":
-        drawn = _distinct(count, model.preprocess.size, _UNSEEN_SEED + 10 * seed + 7, "exclude")
+        # Without noise, as a generator is trained on them.
+        drawn = _distinct(count, model.preprocess.size, _UNSEEN_SEED + 10 * seed + 7, "exclude", noise=0.0)
         return drawn.images, drawn.canonical
     named = SETS.get(name)
     records = list(read(name, BadRows())) if named is None else records_of(name, data_root(root), "val", BadRows())
@@ -166,8 +167,8 @@ def evaluate_scenes(model: Any, count: int = 1000, seed: int = 0) -> dict[str, f
     return metrics | _binding(model, count, seed) | _single_objects(model, count, seed)
 
 
-def _distinct(count: int, size: int, seed: int, holdout: Any) -> scenes.Scenes:
-    drawn = scenes.sample(count + count // 4, size=size, seed=seed, holdout=holdout, captions=0)
+def _distinct(count: int, size: int, seed: int, holdout: Any, noise: float = scenes.NOISE) -> scenes.Scenes:
+    drawn = scenes.sample(count + count // 4, size=size, seed=seed, holdout=holdout, captions=0, noise=noise)
     rows = np.array(list({text: row for row, text in reversed(list(enumerate(drawn.canonical)))}.values())[:count])
     if len(rows) < count:
         raise DataError(f"only {len(rows)} distinct captions among the scenes, {count} wanted")
