@@ -143,7 +143,7 @@ class CLIPMethod(Method):
         return {
             "loss": loss,
             "logit_scale": arguments[0],
-            "chance_loss": loss.new_tensor(chance),
+            "chance_loss": loss.new_full((), chance),
             "embeddings": images,
         }
 

@@ -97,7 +97,7 @@ class DALLEMethod(Method):
         logits = self.model(batch["tokens"], batch["ids"])
         text, image = self.loss.parts(logits[0], logits[1], batch["tokens"], batch["ids"])
         loss = self.loss.text_weight * text + self.loss.image_weight * image
-        chance = loss.new_tensor(self.chance)
+        chance = loss.new_full((), self.chance)
         return {"loss": loss, "text_loss": text.detach(), "image_loss": image.detach(), "chance_loss": chance}
 
 

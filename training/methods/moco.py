@@ -162,7 +162,7 @@ class MoCoMethod(ViewMethod):
             loss = self.loss(query, keys, self.queue)
             self._keys.append(keys)
             chance = math.log(len(self.queue) + 1)
-        return {"loss": loss, "chance_loss": loss.new_tensor(chance), "embeddings": features}
+        return {"loss": loss, "chance_loss": loss.new_full((), chance), "embeddings": features}
 
     def _query(self, images: Tensor) -> tuple[Tensor, Tensor]:
         features, projections = self.online(images.contiguous(memory_format=torch.channels_last))

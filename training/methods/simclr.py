@@ -153,7 +153,7 @@ class SimCLRMethod(ViewMethod):
         return {
             "loss": loss,
             "temperature": torch.as_tensor(self.loss.temperature),
-            "chance_loss": loss.new_tensor(math.log(negatives)),
+            "chance_loss": loss.new_full((), math.log(negatives)),
             "embeddings": features[: views.shape[1]],
         }
 
