@@ -232,6 +232,7 @@ def _boxes(
         middle_width = round(height * ratio[1])
     top = (place[:, 0] * (height - tall + 1)).floor().clamp(max=height - tall)
     left = (place[:, 1] * (width - wide + 1)).floor().clamp(max=width - wide)
+    # Numbers, for a tensor of them would be copied from the host in every step.
     middle = ((height - middle_height) // 2, (width - middle_width) // 2, middle_height, middle_width)
     found, drawn = fits.any(1), (top, left, tall, wide)
     return torch.stack([torch.where(found, one, other) for one, other in zip(drawn, middle, strict=True)], 1)
