@@ -20,6 +20,7 @@ T = TypeVar("T")
 FORMAT = 1
 _RESERVE = 1 << 20  # bytes
 GROUP = 64  # changes that share one commit, at most
+_TRIES = 4  # one fsync may fail where the next does not
 
 _SCHEMA = """
 CREATE TABLE collections (
@@ -159,6 +160,15 @@ class Database:
             if last:
                 return
 
+    def _bury(self) -> bool:
+        """Write over what a failed commit left in the log. Its frames may lie there whole, only not synced, and whoever
+        opens the file after a kill would take them for a commit. False if the disk refuses that too."""
+        for _ in range(_TRIES):
+            with suppress(apsw.Error):
+                self._connection.pragma("user_version", FORMAT)
+                return True
+        return False
+
     def _write_group(self, jobs: list[_Job[Any]]) -> None:
         results: list[tuple[_Job[Any], Any]] = []
         try:
@@ -177,8 +187,12 @@ class Database:
                     job.undo(result)
             if isinstance(error, apsw.FullError) and self._give_reserve():
                 self._write_group([job for job in jobs if job.frees and not job.done.done()])
-            refused = isinstance(error, (apsw.Error, OSError))
-            failure = StorageError(f"the write was refused and nothing of it kept: {error}") if refused else error
+            failure = error
+            if isinstance(error, (apsw.Error, OSError)):
+                # On a full disk the frame that makes a commit was not written: it is the last.
+                void = isinstance(error, apsw.FullError) or self._bury()
+                kept = "nothing of it kept" if void else "the next start shows whether it was kept"
+                failure = StorageError(f"the write was refused and {kept}: {error}")
             for job in jobs:
                 if not job.done.done():
                     job.done.set_exception(failure)

@@ -128,12 +128,15 @@ class StreamSource:
 
 @dataclass
 class SceneSource:
-    """Scenes drawn afresh for every step, partly in groups that differ in little: hard negatives for a batch."""
+    """Scenes drawn afresh for every step, partly in groups that differ in little: hard negatives for a batch.
+
+    clean: the share of draws without noise, such as a generator's pictures that a CLIP is to judge.
+    """
 
     name: str = "scenes"
     group: int = 4
     grouped_share: float = 0.5
-    noise: float = scenes.NOISE
+    clean: float = 0.5
 
     def size(self) -> None:
         return None
@@ -141,15 +144,20 @@ class SceneSource:
     def draw(self, rows: np.ndarray, size: int, rng: np.random.Generator) -> tuple[Tensor, list[list[str]]]:
         grouped = int(len(rows) * self.grouped_share) // self.group * self.group
         parts = [(grouped, self.group), (len(rows) - grouped, 1)]
+        noise = self._noise(rng)
         drawn = [
-            scenes.sample(count, size=size, seed=int(rng.integers(2**62)), captions=1, group=group, noise=self.noise)
+            scenes.sample(count, size=size, seed=int(rng.integers(2**62)), captions=1, group=group, noise=noise)
             for count, group in parts
             if count
         ]
         return torch.cat([part.images for part in drawn]), [texts for part in drawn for texts in part.captions]
 
     def pictures(self, rows: np.ndarray, size: int, rng: np.random.Generator) -> Tensor:
-        return scenes.sample(len(rows), size=size, seed=int(rng.integers(2**62)), captions=0, noise=self.noise).images
+        seed = int(rng.integers(2**62))
+        return scenes.sample(len(rows), size=size, seed=seed, captions=0, noise=self._noise(rng)).images
+
+    def _noise(self, rng: np.random.Generator) -> float:
+        return scenes.NOISE if rng.random() >= self.clean else 0.0
 
     def corpus(self) -> Iterator[str]:
         for texts in scenes.sample(4000, size=8, seed=1, captions=2).captions:

@@ -260,7 +260,7 @@ async def _events(
                 marks = [mark for mark in marks if mark > done]
                 for index, (pixels, each) in enumerate(zip(await generator.pictures(drawings), drawings, strict=True)):
                     entry = await _entry(service, _Made(to_picture(pixels), each.seed, None), body, b64=True)
-                    where = {"partial_image_index": number, "index": index, "step": each.done, "steps": length}
+                    where = {"partial_image_index": number, "index": index, "step": done, "steps": length}
                     yield _event(f"{kind}.partial_image", common | where | entry)
         tokens = int((generator.model.tokens_of([body.prompt]) != 0).sum())
         usage = {"input_tokens": tokens, "output_tokens": body.n * length, "total_tokens": tokens + body.n * length}

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 import sqlite3
 import threading
 from pathlib import Path
+from typing import Any
 
+import apsw
 import numpy as np
 import pytest
 from support import unit_rows
@@ -260,3 +263,45 @@ def test_a_full_disk_refuses_the_write_keeps_searching_and_recovers(store: Path)
         connection.pragma("max_page_count", 1 << 20)
         made.add([_item(2)])
         assert made.info().count == 2
+
+
+class _Unsynced(apsw.VFS):
+    """The files of the system, whose next `failures` syncs are refused once everything was written."""
+
+    failures = 0
+
+    def xOpen(self, name: Any, flags: list[int]) -> apsw.VFSFile:
+        return _UnsyncedFile(self, name, flags)
+
+
+class _UnsyncedFile(apsw.VFSFile):
+    def __init__(self, vfs: _Unsynced, name: Any, flags: list[int]) -> None:
+        super().__init__("unix", name, flags)
+        self._vfs = vfs
+
+    def xSync(self, flags: int) -> None:
+        if self._vfs.failures:
+            self._vfs.failures -= 1
+            raise apsw.IOError("the disk refuses")
+        super().xSync(flags)
+
+
+@pytest.mark.parametrize(("failures", "said"), [(1, "nothing of"), (3, "nothing of"), (9, "the next start shows")])
+def test_a_write_that_could_not_be_synced_does_not_come_back(store: Path, failures: int, said: str) -> None:
+    """Its frames are in the log all the same; only what is written over them keeps a kill from making them a commit."""
+    vfs = _Unsynced("unsynced", "unix", makedefault=True)
+    try:
+        with Collections(store) as collections:
+            made = _create(collections)
+            made.add([_item(1)])
+            vfs.failures = failures
+            with pytest.raises(StorageError, match=said):
+                made.add([_item(i) for i in range(2, 60)])
+            vfs.failures = 0
+            shutil.copytree(store, store.parent / "killed")
+            assert made.info().count == 1
+        with Collections(store.parent / "killed") as collections:
+            there = [item.id for item in collections.get("c").page(100)]
+        assert there == ["i1"] or said == "the next start shows"
+    finally:
+        vfs.unregister()

@@ -181,7 +181,7 @@ def token_source(source: Source, dvae: DiscreteVAE, folder: str | Path) -> Token
     if isinstance(source, SceneSource):
         # Without noise, which no text asks for: a third of a scene's codes change with it, and two thirds of the loss
         # were those of grounds.
-        return SceneSource(grouped_share=0.0, noise=0.0)
+        return SceneSource(grouped_share=0.0, clean=1.0)
     if not isinstance(source, (ArraySource, StreamSource)):
         raise DataError(f"{source.name} cannot be encoded: it has neither pictures nor records")
     labels = source.labels if isinstance(source, ArraySource) else None
