@@ -6,7 +6,7 @@ DATA ?= data
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: serve test format train-demo torture bench-training bench-generation bench-search bench-serving \
+.PHONY: serve test format train-demo torture bench-training bench-generation bench-decoding bench-search bench-serving \
 	bench-device clean
 
 serve: .venv/.serve
@@ -39,6 +39,9 @@ torture: .venv/.test
 # In an environment of its own, so that what is compared with is never among what is served or trained with.
 bench-training: .venv-bench/.done
 	.venv-bench/bin/python tests/benchmarks/bench_training.py
+
+bench-decoding: .venv/.test
+	$(BIN)/python tests/benchmarks/bench_decoding.py
 
 bench-search: .venv/.test
 	$(BIN)/python tests/benchmarks/bench_search.py

@@ -54,6 +54,22 @@ class CacheStep:
     seen: Tensor
 
 
+class StepLinear(nn.Linear):
+    """nn.Linear, for steps of one token over several rows: x W^T as (W x^T)^T.
+
+    For 9 to 48 rows in float32 the product behind nn.Linear takes a CPU 1.4 to 3 times as long as the turned one, which
+    reads the weights as they lie; for fewer, for more and in bfloat16 it is the faster one.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.shape[:-1].numel()
+        turned = 8 < rows <= 48 and x.device.type == "cpu" and x.dtype == self.weight.dtype == torch.float32
+        if not turned or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return super().forward(x)
+        out = (self.weight @ x.reshape(rows, -1).t()).t()
+        return (out if self.bias is None else out + self.bias).view(*x.shape[:-1], -1)
+
+
 class CausalAttention(nn.Module):
     """Self-attention with rotary positions and normalised queries and keys. (B, L, W) -> (B, L, W).
 
@@ -68,8 +84,8 @@ class CausalAttention(nn.Module):
                 f"width {width} over {heads} heads: a head needs a multiple of 4 numbers, for rows and columns"
             )
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.out = nn.Linear(width, width, bias=False)
+        self.qkv = StepLinear(width, 3 * width, bias=False)
+        self.out = StepLinear(width, width, bias=False)
         self.scales = nn.Parameter(torch.ones(2, width // heads))  # of normalised queries and keys
 
     def forward(self, x: Tensor, turns: Tensor, cache: tuple[Tensor, Tensor, CacheStep] | None = None) -> Tensor:
@@ -98,7 +114,7 @@ class CausalBlock(nn.Module):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.attention = CausalAttention(width, heads)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU("tanh"), nn.Linear(4 * width, width))
+        self.mlp = nn.Sequential(StepLinear(width, 4 * width), nn.GELU("tanh"), StepLinear(4 * width, width))
 
     def forward(self, x: Tensor, turns: Tensor, cache: tuple[Tensor, Tensor, CacheStep] | None = None) -> Tensor:
         x = x + self.attention(self.norm1(x), turns, cache)
@@ -148,8 +164,8 @@ class DALLETransformer(nn.Module):
         self.image_embedding = nn.Embedding(self.codes, width)
         self.blocks = nn.ModuleList(CausalBlock(width, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
-        self.text_head = None if tied else nn.Linear(width, vocab_size, bias=False)
-        self.image_head = None if tied else nn.Linear(width, self.codes, bias=False)
+        self.text_head = None if tied else StepLinear(width, vocab_size, bias=False)
+        self.image_head = None if tied else StepLinear(width, self.codes, bias=False)
         for part in (self.text_embedding, self.image_embedding, self.blocks, self.text_head, self.image_head):
             if part is not None:
                 init_transformer(part, depth)

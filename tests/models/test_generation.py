@@ -12,7 +12,7 @@ from PIL import Image
 from support import CORPUS
 
 from models.checkpoint import load_checkpoint, save_checkpoint
-from models.dalle import DALLETransformer
+from models.dalle import DALLETransformer, StepLinear
 from models.generation import (
     Sampling,
     TokenReader,
@@ -277,3 +277,14 @@ def test_wrong_sampling_is_refused(wrong: dict[str, Any]) -> None:
         Sampling(**wrong)
     with pytest.raises(ValueError, match="multiple of 4"):
         _model(width=36, heads=6)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [1, 8, 9, 48, 49])
+def test_a_step_s_product_is_the_plain_one_for_any_number_of_rows(rows: int, bias: bool) -> None:
+    layer = StepLinear(32, 24, bias=bias)
+    x = torch.randn(rows, 1, 32, generator=torch.Generator().manual_seed(0))
+    expected = torch.nn.functional.linear(x, layer.weight, layer.bias)
+    with torch.inference_mode():
+        assert torch.allclose(layer(x), expected, atol=1e-6)
+    assert torch.equal(layer(x), expected)  # as it is while gradients are taken
