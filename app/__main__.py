@@ -205,7 +205,7 @@ def _serve(options: argparse.Namespace) -> int:
 
 
 def _with_client(options: argparse.Namespace, work: Callable[..., Coroutine[Any, Any, int]]) -> int:
-    from app.client import connect
+    from app.connection import connect
 
     async def run() -> int:
         async with connect(_settings_of(options), options.server) as client:
@@ -259,7 +259,7 @@ def _rate() -> Any:
 
 
 def _search(options: argparse.Namespace) -> int:
-    from app.client import call
+    from app.calls import call
 
     async def work(client: Any) -> int:
         body: dict[str, Any] = {"query": _input(options.query, options.image), "k": options.k}
@@ -302,7 +302,7 @@ def _reindex(options: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import Progress
 
-    from app.client import call
+    from app.calls import call
 
     async def work(client: Any) -> int:
         url = f"/collections/{options.collection}/reindex"
@@ -322,7 +322,7 @@ def _reindex(options: argparse.Namespace) -> int:
 
 
 def _embed(options: argparse.Namespace) -> int:
-    from app.client import call
+    from app.calls import call
 
     async def work(client: Any) -> int:
         for start in range(0, len(options.inputs), 16):
@@ -344,7 +344,7 @@ def _generate(options: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import Progress
 
-    from app.client import events
+    from app.calls import events
 
     async def work(client: Any) -> int:
         body = {"prompt": options.prompt, "n": options.n, "stream": True, "partial_images": 16}
@@ -372,7 +372,7 @@ def _generate(options: argparse.Namespace) -> int:
 
 
 def _models(options: argparse.Namespace) -> int:
-    from app.client import call
+    from app.calls import call
 
     async def work(client: Any) -> int:
         answer = await call(client, "GET", "/models")

@@ -13,7 +13,7 @@ from typing import Any
 
 import httpx
 
-from app.client import AnswerError, call
+from app.calls import AnswerError, call
 from models.readers import BadRows, Record, file_bytes, read
 
 BATCH, BATCH_BYTES = 16, 6_000_000

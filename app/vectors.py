@@ -19,7 +19,7 @@ import httpx
 import numpy as np
 from numpy.typing import NDArray
 
-from app.client import call
+from app.calls import call
 from app.ingest import BATCH, Report, item_id, items_of
 from app.inputs import vector_of, written
 from models.errors import ConflictError, DataError

@@ -18,13 +18,13 @@ from app.settings import Settings
 ROOT = Path(__file__).parents[1]
 
 
-def _blocks(language: str) -> str:
-    return "\n".join(re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL))
+def _blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
 
 
-def test_every_curl_line_and_the_openai_example_work_as_pasted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_curl_line_and_python_example_works_as_pasted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert shutil.which("curl"), "the README's commands need curl"
-    lines = [line for line in _blocks("sh").splitlines() if line.startswith("curl")]
+    lines = [line for block in _blocks("sh") for line in block.splitlines() if line.startswith("curl")]
     assert len(lines) >= 22
     for name in [name for name in os.environ if name.startswith("SEMBLANCE_")]:
         monkeypatch.delenv(name)
@@ -40,11 +40,14 @@ def test_every_curl_line_and_the_openai_example_work_as_pasted(tmp_path: Path, m
             if done.stdout:
                 json.loads(done.stdout)
         assert (tmp_path / "photo.jpg").read_bytes()[:2] == (tmp_path / "thumbnail.jpg").read_bytes()[:2] == b"\xff\xd8"
-        example = subprocess.run(
-            [sys.executable, "-c", here(_blocks("python"))], capture_output=True, text=True, check=False
-        )
-        assert example.returncode == 0, example.stderr
-        assert len(json.loads(example.stdout)) == 4
+        for number, code in enumerate(_blocks("python")):
+            example = subprocess.run(
+                [sys.executable, "-c", here(code)], cwd=tmp_path, capture_output=True, text=True, check=False,
+                env=os.environ | {"PYTHONPATH": str(ROOT)},
+            )  # fmt: skip
+            assert example.returncode == 0, example.stderr
+            assert example.stdout, number
+        assert (tmp_path / "star.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_settings_table_is_complete() -> None:

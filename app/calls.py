@@ -1,0 +1,90 @@
+"""Requests to a server: their JSON or their events, whether it is busy, and what it said where it refused."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+import httpx
+
+from models.errors import SemblanceError
+
+
+class AnswerError(SemblanceError):
+    """The server refused; the text is its problem's detail. status and input are the problem's."""
+
+    def __init__(self, message: str, status: int, input: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.input = input
+
+
+async def events(
+    client: httpx.AsyncClient, url: str, body: dict[str, Any], *, patience: int = 60
+) -> AsyncGenerator[dict[str, Any]]:
+    """The server-sent events that answer a POST. Waits and raises as `call` does, and AnswerError for an error among
+    them."""
+    answer = await _answer(client, "POST", url, patience, json=body)
+    try:
+        async with aclosing(answer):
+            async for line in answer.aiter_lines():
+                if line.startswith("data: "):
+                    content: dict[str, Any] = json.loads(line.removeprefix("data: "))
+                    if error := content.get("error"):
+                        raise AnswerError(error["detail"], error["status"])
+                    yield content
+    except httpx.TransportError as error:
+        raise _unreachable(client, error) from error
+
+
+async def call(client: httpx.AsyncClient, method: str, url: str, *, patience: int = 60, **options: Any) -> Any:
+    """One request and its JSON; waits and tries again while the server is busy, `patience` times at most.
+
+    Raises AnswerError with what the server said, or that it could not be reached.
+    """
+    answer = await _answer(client, method, url, patience, **options)
+    try:
+        content = await answer.aread()
+    except httpx.TransportError as error:
+        raise _unreachable(client, error) from error
+    return json.loads(content) if content else None
+
+
+async def _answer(client: httpx.AsyncClient, method: str, url: str, patience: int, **options: Any) -> httpx.Response:
+    """A good answer whose body is yet to be read."""
+    for attempt in range(patience + 1):
+        try:
+            answer = await client.send(client.build_request(method, url, **options), stream=True)
+            if answer.is_success:
+                return answer
+            await answer.aread()
+        except httpx.TransportError as error:
+            raise _unreachable(client, error) from error
+        if answer.status_code not in (429, 503) or attempt == patience:
+            break
+        await asyncio.sleep(_pause(answer))
+    raise _refused(answer)
+
+
+def _pause(answer: httpx.Response) -> float:
+    """Seconds that a busy server asks to wait, a proxy perhaps with a date in their place."""
+    try:
+        return min(30.0, max(0.0, float(answer.headers.get("retry-after", 1))))
+    except ValueError:
+        return 1.0
+
+
+def _unreachable(client: httpx.AsyncClient, error: httpx.TransportError) -> AnswerError:
+    return AnswerError(f"{client.base_url} cannot be reached: {error}", 0)
+
+
+def _refused(answer: httpx.Response) -> AnswerError:
+    try:
+        problem = answer.json()
+    except ValueError:
+        problem = {}
+    text = problem.get("detail") or f"the server answered {answer.status_code}"
+    return AnswerError(text, answer.status_code, problem.get("input"))
