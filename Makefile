@@ -30,7 +30,8 @@ train-demo: .venv/.test
 	$(BIN)/semblance-train clip --preset demo-finish
 	$(BIN)/semblance-train clip --preset demo-refine
 	$(BIN)/semblance-train average runs/demo/second runs/demo/third --out checkpoints/demo/clip
-	$(BIN)/semblance-train evaluate checkpoints/demo/clip --data scenes emoji openclipart usda grocery crawl --write
+	$(BIN)/semblance-train clip --preset demo-finish --init checkpoints/demo/clip --lr 5e-4 --time-limit 2100 \
+		--out checkpoints/demo/clip --run-dir runs/demo-last
 	$(BIN)/semblance-train scenes --out checkpoints/demo/scenes.tar.gz
 
 torture: .venv/.test

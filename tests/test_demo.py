@@ -65,6 +65,8 @@ def test_the_generators_card_holds(data: Path) -> None:
     assert {"scenes_oracle_one", "scenes_oracle_two", "scenes_oracle_reranked_two", "emoji_clip_score"} <= card.keys()
     assert card["scenes_oracle_one"] >= 0.9
     assert card["scenes_oracle_two"] >= 0.6
+    assert card["scenes_oracle_reranked_one"] > card["scenes_oracle_one"]
+    assert card["scenes_oracle_reranked_two"] > card["scenes_oracle_two"]
 
 
 def test_the_generator_draws_what_it_is_asked_for() -> None:

@@ -130,14 +130,16 @@ def compare(name: str, width: int, depth: int, heads: int, batch: int, bandwidth
 
 
 def main() -> None:
-    """Every size at batch 1 and 16, on the threads torch has."""
+    """Every size, or those that are named, at batch 1 and 16, on the threads torch has."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("widths", nargs="*", type=int, help="256 and 512; the second takes half an hour")
     parser.add_argument("--dalle-pytorch", default=".venv-dalle-pytorch", help="its environment; left out if missing")
-    peer = Path(parser.parse_args().dalle_pytorch, "bin", "python")
+    arguments = parser.parse_args()
+    peer = Path(arguments.dalle_pytorch, "bin", "python")
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
     bandwidth = copy_bandwidth()
     for name, size in SIZES.items():
-        for batch in (1, 16):
+        for batch in (1, 16) if size[0] in (arguments.widths or (256, 512)) else ():
             compare(name, *size, batch, bandwidth, peer)
 
 
