@@ -74,7 +74,7 @@ bench-generation: .venv-bench/.done .venv-dalle-pytorch/.done
 
 .venv-infinity/.done:
 	$(PYTHON) -m venv .venv-infinity
-	.venv-infinity/bin/pip install --quiet 'torch>=2.11,<2.14' 'infinity-emb[server,torch,vision]==0.0.78'
+	.venv-infinity/bin/pip install --quiet 'torch>=2.11,<2.14' 'infinity-emb[server,torch,vision]==0.0.78' aiohttp
 	touch $@
 
 .venv-clip-as-service/.done: tests/benchmarks/clip-as-service.txt

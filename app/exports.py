@@ -133,6 +133,8 @@ def _fastest(
     except CheckpointError as error:
         log.warning("exports are passed over: %s", error)
         found = {}
+    if own[0] in found and found[own[0]].agreement < LEAST_AGREEMENT:
+        own = "torch-fp32", torch_tower("torch-fp32", model, tower, device)
     able = [each for each, parity in found.items() if parity.agreement >= LEAST_AGREEMENT and _is_for(each, device)]
     if not able:
         return own

@@ -145,7 +145,7 @@ def test_auto_takes_the_fastest_that_agrees_and_measures_once(
     for file in exports.folder.glob("measured-*.json"):
         file.unlink()
     backends = _engine(checkpoints, tmp_path, "auto").details["backends"]
-    assert set(backends.values()) <= {"torch-fp32", "torch-bf16"}
+    assert set(backends.values()) == {"torch-fp32"}  # bfloat16 was found not to agree
 
 
 def test_a_damaged_export_is_refused_by_name_and_passed_over_by_auto(

@@ -160,8 +160,11 @@ async def drive(requests: Iterator[tuple[str, bytes]], concurrency: int, seconds
         async def one() -> tuple[int, float]:
             url, body = next(requests)
             start = time.perf_counter()
-            answer = await client.post(url, content=body) if body else await client.get(url)
-            return answer.status_code, time.perf_counter() - start
+            try:
+                status = (await client.post(url, content=body) if body else await client.get(url)).status_code
+            except httpx.TransportError:  # it hung up; counted as 0
+                status = 0
+            return status, time.perf_counter() - start
 
         async def worker(end: float) -> None:
             while time.perf_counter() < end:
