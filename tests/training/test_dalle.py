@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from models.checkpoint import load_checkpoint, save_checkpoint
+from models.dalle import DALLETransformer
 from models.dvae import DiscreteVAE
 from models.generation import generate_image
 from models.tokenizers import TextTokenizer
@@ -35,6 +36,7 @@ from training.methods.dalle import (
     TokenBatches,
     TokenSource,
     build_dalle,
+    presets,
     styles_of,
     token_source,
     train_dalle,
@@ -277,3 +279,17 @@ def test_own_folder_from_the_command_line(
     assert figures[f"{tmp_path / 'photos'}_real_nearest_training"] == pytest.approx(
         1, abs=0.01
     )  # they are those trained on
+
+
+@pytest.mark.parametrize(("name", "millions"), [("tiny-cpu", 7), ("demo", 7), ("100m", 100), ("1b", 1030)])
+def test_a_preset_has_the_size_that_its_name_says(name: str, millions: int) -> None:
+    options = presets()[name]
+    image = {
+        "image_size": 64, "quantizer": {"name": "fsq", "levels": [8, 5, 5, 5]}, "channels": [8, 8], "blocks": [0, 0]
+    }  # fmt: skip
+    with torch.device("meta"):
+        model = DALLETransformer(
+            image=image, vocab_size=options.vocab_size, width=options.width, depth=options.depth, heads=options.heads
+        )
+    weights = sum(each.numel() for each in model.parameters() if each.requires_grad)
+    assert weights == pytest.approx(millions * 1e6, rel=0.05)
