@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
 from contextlib import aclosing
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 
 from models.errors import SemblanceError
+
+T = TypeVar("T")
+BATCH, BATCH_BYTES = 16, 6_000_000  # inputs and bytes of one request, at most
+IN_FLIGHT = 4  # requests at once: some decode while others are embedded
 
 
 class AnswerError(SemblanceError):
@@ -47,10 +51,29 @@ async def call(client: httpx.AsyncClient, method: str, url: str, *, patience: in
     """
     answer = await _answer(client, method, url, patience, **options)
     try:
-        content = await answer.aread()
+        async with aclosing(answer):
+            content = await answer.aread()
     except httpx.TransportError as error:
         raise _unreachable(client, error) from error
     return json.loads(content) if content else None
+
+
+async def send_all(batches: Iterator[T], send: Callable[[T], Coroutine[Any, Any, None]]) -> None:
+    """Send every batch, several at once; the next one is made in a thread meanwhile, for it reads files. The first
+    error ends them all."""
+    pending: set[asyncio.Task[None]] = set()
+
+    try:
+        while (batch := await asyncio.to_thread(next, batches, None)) is not None:
+            pending.add(asyncio.create_task(send(batch)))
+            if len(pending) == IN_FLIGHT:
+                done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    task.result()
+        await asyncio.gather(*pending)
+    finally:
+        for task in pending:
+            task.cancel()
 
 
 async def _answer(client: httpx.AsyncClient, method: str, url: str, patience: int, **options: Any) -> httpx.Response:

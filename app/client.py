@@ -37,15 +37,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from app.calls import AnswerError, call, events
+from app.calls import BATCH, BATCH_BYTES, AnswerError, call, events, send_all
 
 P = ParamSpec("P")
 T = TypeVar("T")
 R = TypeVar("R")
 Picture = str | Path | bytes | Image.Image
 """A file's path, its bytes, an http(s) or data: URL, or a picture."""
-BATCH, BATCH_BYTES = 16, 6_000_000  # inputs and bytes of one request, at most
-IN_FLIGHT = 4  # requests at once: some decode while others are embedded
 
 
 @dataclass(frozen=True)
@@ -352,19 +350,7 @@ async def _batched(
         progress(total)
 
     places = itertools.count()
-    batches = _batches(given, places, bad)
-    pending: set[asyncio.Task[None]] = set()
-    try:
-        while (batch := await asyncio.to_thread(next, batches, None)) is not None:
-            pending.add(asyncio.create_task(one(batch)))
-            if len(pending) == IN_FLIGHT:
-                done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-                for task in done:
-                    task.result()
-        await asyncio.gather(*pending)
-    finally:
-        for task in pending:
-            task.cancel()
+    await send_all(_batches(given, places, bad), one)
     return found, next(places)
 
 

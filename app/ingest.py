@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import json
 import re
@@ -13,11 +12,9 @@ from typing import Any
 
 import httpx
 
-from app.calls import AnswerError, call
+from app.calls import BATCH, BATCH_BYTES, AnswerError, call, send_all
 from models.readers import BadRows, Record, file_bytes, read
 
-BATCH, BATCH_BYTES = 16, 6_000_000
-IN_FLIGHT = 4  # requests at once: some decode while others are embedded
 _SAFE = re.compile(r"[^A-Za-z0-9._:@+-]+")
 
 
@@ -67,17 +64,11 @@ async def ingest(
     rows, report = BadRows(limit=1_000_000_000), Report()
     pictures = (_picture(record, Path(source)) for record in read(source, rows))
     batches = _batches(pictures, known, report, progress, in_place)
-    pending: set[asyncio.Task[int]] = set()
-    try:
-        while (batch := await asyncio.to_thread(next, batches, None)) is not None:
-            pending.add(asyncio.create_task(_send(client, collection, batch, report)))
-            if len(pending) == IN_FLIGHT:
-                done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-                progress(sum(task.result() for task in done))
-        progress(sum(await asyncio.gather(*pending)))
-    finally:
-        for task in pending:
-            task.cancel()
+
+    async def send(batch: list[_Content]) -> None:
+        progress(await _send(client, collection, batch, report))
+
+    await send_all(batches, send)
     report.bad += rows.rows
     return report
 

@@ -19,8 +19,8 @@ import httpx
 import numpy as np
 from numpy.typing import NDArray
 
-from app.calls import call
-from app.ingest import BATCH, Report, item_id, items_of
+from app.calls import BATCH, call
+from app.ingest import Report, item_id, items_of
 from app.inputs import vector_of, written
 from models.errors import ConflictError, DataError
 from models.readers import pyarrow_for

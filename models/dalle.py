@@ -164,7 +164,7 @@ class DALLETransformer(nn.Module):
         self.image_embedding = nn.Embedding(self.codes, width)
         self.blocks = nn.ModuleList(CausalBlock(width, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
-        self.text_head = None if tied else StepLinear(width, vocab_size, bias=False)
+        self.text_head = None if tied else nn.Linear(width, vocab_size, bias=False)
         self.image_head = None if tied else StepLinear(width, self.codes, bias=False)
         for part in (self.text_embedding, self.image_embedding, self.blocks, self.text_head, self.image_head):
             if part is not None:

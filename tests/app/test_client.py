@@ -19,8 +19,8 @@ import pytest
 from PIL import Image
 from support import running
 
-from app.calls import AnswerError
-from app.client import BATCH, IN_FLIGHT, AsyncClient, Client
+from app.calls import BATCH, IN_FLIGHT, AnswerError
+from app.client import AsyncClient, Client
 
 DEMO = Path(__file__).parents[2] / "checkpoints" / "demo"
 
