@@ -200,25 +200,33 @@ class AsyncClient:
         text: str | None = None,
         *,
         image: Picture | None = None,
-        mixed: Iterable[tuple[str | Path | bytes | Image.Image, float]] = (),
+        mixed: Iterable[tuple[str | Picture | dict[str, str], float]] = (),
         k: int = 10,
         collection: str | None = None,
         target: Literal["image", "text", "any"] = "any",
         filters: Sequence[str | Mapping[str, Any]] = (),
+        ids: Sequence[str] | None = None,
         group_by: str | None = None,
         min_score: float = -1.0,
         offset: int = 0,
     ) -> list[Hit]:
         """What a collection holds nearest to a text, an image, or both and more mixed into one: in `mixed` a str is a
-        text and anything else a picture, each with its weight; a negative one leads away. filters and group_by: as
-        POST /search has them. Best first."""
+        text, {"item": id} what the collection holds and anything else a picture, each with its weight; a negative one
+        leads away. filters, ids and group_by: as POST /search has them. Best first."""
         query: list[dict[str, Any]] = [] if text is None else [{"text": text}]
         query += [] if image is None else [{"image": _image(image)}]
         for each, weight in mixed:
-            query.append(({"text": each} if isinstance(each, str) else {"image": _image(each)}) | {"weight": weight})
+            part = (
+                {"text": each} if isinstance(each, str) else each if isinstance(each, dict) else {"image": _image(each)}
+            )
+            query.append(part | {"weight": weight})
         if not query:
             raise ValueError("search needs a text, an image or a mixture")
-        options = _given(collection=collection, group_by=group_by) | {"k": k, "target": target, "offset": offset}
+        options = _given(collection=collection, group_by=group_by, ids=ids and list(ids)) | {
+            "k": k,
+            "target": target,
+            "offset": offset,
+        }
         options |= {"query": query, "filter": list(filters), "min_score": min_score}
         answer = await self._call("POST", "/search", json=options)
         return [Hit(**each) for each in answer["hits"]]

@@ -24,6 +24,7 @@ from models.errors import InputError, NotFoundError, StorageError
 Kind = Literal["image", "text"]
 Target = Literal["image", "text", "any"]
 _ITEM = "id, kind, caption, metadata, picture"
+_AMONG = "id IN (SELECT value FROM json_each(?))"
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class SearchHit:
 
 @dataclass(frozen=True)
 class CollectionInfo:
-    """What a collection is. bytes: of its vectors and pictures."""
+    """What a collection is. bytes: of its vectors and pictures. indexed: how many items its graph or codes cover."""
 
     name: str
     model: str
@@ -73,6 +74,7 @@ class CollectionInfo:
     dimensions: int
     count: int
     index: str
+    indexed: int
     bytes: int
 
 
@@ -108,7 +110,16 @@ class Collection:
             )[0][0]
         count = len(self._index)
         size = count * self.dimensions * 4 + int(pictures)
-        return CollectionInfo(self.name, self.model, self.fingerprint, self.dimensions, count, self._index.kind, size)
+        return CollectionInfo(
+            name=self.name,
+            model=self.model,
+            fingerprint=self.fingerprint,
+            dimensions=self.dimensions,
+            count=count,
+            index=self._index.kind,
+            indexed=self._index.indexed,
+            bytes=size,
+        )
 
     def add(self, items: Sequence[NewItem]) -> list[str]:
         """Store all of them or none, each under its id; an id that exists is replaced. -> the ids, in order.
@@ -196,20 +207,28 @@ class Collection:
         with self._database.read() as connection:
             found = dict(
                 connection.execute(
-                    "SELECT id, vector FROM items JOIN vectors USING (row) WHERE collection = ? AND id IN "
-                    "(SELECT value FROM json_each(?))",
+                    f"SELECT id, vector FROM items JOIN vectors USING (row) WHERE collection = ? AND {_AMONG}",
                     (self.key, json.dumps([item.id for item in items])),
                 )
             )
         blobs = [found.get(item.id) for item in items]
         return [None if blob is None else vectors_of([blob], self.dimensions, self._database.file)[0] for blob in blobs]
 
-    def page(self, limit: int, after: str = "") -> list[Item]:
-        """The first `limit` items whose ids come after `after`, in the order of their ids."""
+    def vectors(self, ids: Sequence[str]) -> Vectors:
+        """The stored vectors (N, D) of items. Raises NotFoundError for an id that is not there."""
+        found = self.embeddings([self.get(id) for id in ids])
+        missing = next((id for id, vector in zip(ids, found, strict=True) if vector is None), None)
+        if missing is not None:  # deleted just now
+            raise self._missing(missing)
+        return np.stack([vector for vector in found if vector is not None])
+
+    def page(self, limit: int, after: str = "", ids: Sequence[str] | None = None) -> list[Item]:
+        """The first `limit` items whose ids come after `after`, in the order of their ids; only `ids`, if given."""
+        among, given = ("", ()) if ids is None else (f" AND {_AMONG}", (json.dumps(ids),))
         with self._database.read() as connection:
             found = connection.execute(
-                f"SELECT {_ITEM} FROM items WHERE collection = ? AND id > ? ORDER BY id LIMIT ?",
-                (self.key, after, limit),
+                f"SELECT {_ITEM} FROM items WHERE collection = ? AND id > ?{among} ORDER BY id LIMIT ?",
+                (self.key, after, *given, limit),
             )
             return [item_of(row) for row in found]
 
@@ -228,6 +247,20 @@ class Collection:
             raise NotFoundError(f"item {item.id!r} has no picture: it is a text, or its picture is elsewhere")
         return item.picture
 
+    def sample(self, limit: int) -> tuple[list[Item], Vectors]:
+        """At most so many of its items, spread evenly over the order in which they came, and their vectors (N, D)."""
+        with self._database.read() as connection:
+            known = rows(connection, "SELECT row FROM items WHERE collection = ? ORDER BY row", self.key)
+            chosen = [row for (row,) in known[:: max(1, -(-len(known) // limit))]]
+            found = rows(
+                connection,
+                f"SELECT vector, {_ITEM} FROM items JOIN vectors USING (row) WHERE row IN "
+                "(SELECT value FROM json_each(?))",
+                json.dumps(chosen),
+            )
+        vectors = vectors_of([vector for vector, *_ in found], self.dimensions, self._database.file)
+        return [item_of(rest) for _, *rest in found], vectors
+
     def search(
         self,
         vector: NDArray[np.float32],
@@ -236,18 +269,20 @@ class Collection:
         offset: int = 0,
         target: Target = "any",
         filters: Sequence[Condition] = (),
+        ids: Sequence[str] | None = None,
         group_by: str | None = None,
         min_score: float = -1.0,
     ) -> list[SearchHit]:
         """The k nearest items after the first `offset`, best first. vector: (D,), any norm but 0.
 
-        filters: all of which an item's metadata must pass. group_by: a key of the metadata; of the items with the same
-        value only the nearest is given. Raises InputError for a vector that is zero or not finite.
+        filters: all of which an item's metadata must pass. ids: among which it must be. group_by: a key of the
+        metadata; of the items with the same value only the nearest is given. Raises InputError for a vector that is
+        zero or not finite.
         """
         query, wanted = self._unit([vector]), k + offset
         asked = wanted
         while True:
-            hits = self._searches.search(query, asked, self._allowed(target, filters))[0]
+            hits = self._searches.search(query, asked, self._allowed(target, filters, ids))[0]
             items = self._items([hit.id for hit in hits])
             found = [SearchHit(items[hit.id], hit.score) for hit in hits if hit.id in items]
             if group_by is not None:
@@ -273,7 +308,7 @@ class Collection:
             counts["metadata"] = statistics.metadata(connection, self.key)
         return counts | {"cosines": statistics.cosines(self._index)}
 
-    def _allowed(self, target: Target, filters: Iterable[Condition]) -> Ids | None:
+    def _allowed(self, target: Target, filters: Iterable[Condition], ids: Sequence[str] | None = None) -> Ids | None:
         """The rows a search may return, None for all of them."""
         with self._database.read() as connection:
             conditions = ["collection = ?"]
@@ -283,6 +318,9 @@ class Collection:
             ):
                 conditions.append("kind = ?")
                 values.append(target)
+            if ids is not None:
+                conditions.append(_AMONG)
+                values.append(json.dumps(ids))
             for condition, asked in (each.sql() for each in filters):
                 conditions.append(condition)
                 values += asked
@@ -302,7 +340,7 @@ class Collection:
     def _rows_of(self, connection: apsw.Connection, ids: Sequence[str]) -> list[tuple[int, str | None]]:
         return rows(
             connection,
-            "SELECT row, picture FROM items WHERE collection = ? AND id IN (SELECT value FROM json_each(?))",
+            f"SELECT row, picture FROM items WHERE collection = ? AND {_AMONG}",
             self.key,
             json.dumps(list(ids)),
         )

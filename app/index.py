@@ -47,6 +47,11 @@ class VectorIndex(Protocol):
         """How it searches now: flat, hnsw or ivfpq."""
         ...
 
+    @property
+    def indexed(self) -> int:
+        """How many of its vectors a graph or codes cover; the others are looked at one by one."""
+        ...
+
     def __len__(self) -> int: ...
     def add(self, ids: Ids, vectors: Vectors) -> None:
         """ids (N,), none of them present yet; vectors (N, D)."""
@@ -104,7 +109,7 @@ class ExactIndex:
     a removal from it moves everything behind.
     """
 
-    kind = "flat"
+    kind, indexed = "flat", 0
 
     def __init__(self, dimensions: int) -> None:
         self.dimensions = dimensions
@@ -213,6 +218,11 @@ class GrowingIndex:
     def kind(self) -> str:
         graph = self._state.graph
         return "flat" if graph is None else graph.kind
+
+    @property
+    def indexed(self) -> int:
+        with self._lock:
+            return 0 if self._state.graph is None else max(0, len(self._exact) - len(self._state.recent))
 
     def __len__(self) -> int:
         return len(self._exact)

@@ -40,6 +40,7 @@ EXAMPLE_IMAGE = (
     "AxNB49EUkGsD7TVghjeukKXASXgsQZZixEx8JCQNmoQSAGpxIRMUFZP+AAAAAElFTkSuQmCC"
 )
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
+MAX_IDS = 1000  # of items that a request names
 _LARGE_BODY = 262_144  # bytes; above it, parsing moves off the event loop
 
 
@@ -178,9 +179,17 @@ class StoredInput(Input):
 
 
 class WeightedInput(Input):
-    """One part of a mixed query; a negative weight leads away from it."""
+    """One part of a mixed query; a negative weight leads away from it. item: the id of one that the collection holds,
+    whose own embedding takes part."""
 
+    item: ItemId | None = None
     weight: Annotated[float, Field(ge=-1000, le=1000)] = 1.0
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> WeightedInput:
+        if sum(value is not None for value in (self.text, self.image, self.item)) != 1:
+            raise ValueError('a part of a query is a string, {"text": ...}, {"image": ...} or {"item": ...}')
+        return self
 
 
 Inputs = Annotated[list[Input], Field(min_length=1), BeforeValidator(as_list)]

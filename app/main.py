@@ -10,9 +10,8 @@ from typing import Any
 
 from fastapi import APIRouter, FastAPI
 from fastapi.openapi.utils import get_openapi
-from starlette.responses import RedirectResponse
 
-from app import errors, routes
+from app import errors, page, routes
 from app.collections import Collections
 from app.engine import Engine
 from app.middleware import BodyLimit, Envelope, Gate, Presence
@@ -45,7 +44,7 @@ def create_app(
     errors.install(app)
     for router in find_routers():
         app.include_router(router, responses=errors.problem_responses())
-    app.add_route("/", lambda request: RedirectResponse("/docs"), include_in_schema=False)
+    page.install(app)
     # The last one added is the outermost.
     app.add_middleware(Presence)
     app.add_middleware(BodyLimit, limit=settings.max_body)

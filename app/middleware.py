@@ -15,12 +15,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.errors import problem
 from app.fairness import CALLER
+from app.page import MOUNT
 from models.errors import BusyError, TooLargeError, UnauthorizedError
 
 if TYPE_CHECKING:
     from app.service import Service
 
-OPEN_PATHS = frozenset({"/healthz", "/readyz"})
+# The page is nobody's secret, and is what asks for the key.
+OPEN_PATHS = frozenset({"/healthz", "/readyz", "/"})
 _SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 # A client that is still sending sees a reset instead of the 413 if it is cut off at once.
 _DRAIN_SECONDS, _DRAIN_BODIES = 3.0, 16
@@ -59,7 +61,8 @@ class Envelope:
 
 
 class Gate:
-    """Lets a request in if the server is ready and the key is right, and notes who sent it; health is always open."""
+    """Lets a request in if the server is ready and the key is right, and notes who sent it. Health and the page's own
+    files are always open."""
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self.app = app
@@ -68,7 +71,7 @@ class Gate:
         self._digests = [_digest(key.get_secret_value()) for key in service.settings.api_keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
+        if scope["type"] == "http" and not _is_open(scope["path"]):
             key = self._check_key(Headers(scope=scope))
             CALLER.set(key or (scope.get("client") or ("",))[0])
             if not self.service.ready:
@@ -145,17 +148,22 @@ class Presence:
             await self.app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        body_read = asyncio.Event()
+        body_read, gone = asyncio.Event(), asyncio.Event()
         bodiless = "content-length" not in headers and "transfer-encoding" not in headers
         if bodiless:  # the only event still to come is the disconnect
             body_read.set()
-        answered = False
+        answered = body_given = False
 
         async def watched_receive() -> Message:
-            if bodiless:
-                return {"type": "http.request", "body": b"", "more_body": False}
-            message = await receive()
+            nonlocal body_given
+            if body_given:  # what sends a file waits here for the disconnect, which the watch below receives
+                await gone.wait()
+                return {"type": "http.disconnect"}
+            message: Message = (
+                {"type": "http.request", "body": b"", "more_body": False} if bodiless else await receive()
+            )
             if not message.get("more_body"):
+                body_given = True
                 body_read.set()
             return message
 
@@ -169,6 +177,7 @@ class Presence:
             await body_read.wait()
             while (await receive())["type"] != "http.disconnect":
                 pass
+            gone.set()
 
         work = asyncio.ensure_future(self.app(scope, watched_receive, watched_send))
         watch = asyncio.ensure_future(hang_up())
@@ -181,6 +190,10 @@ class Presence:
         finally:
             work.cancel()
             watch.cancel()
+
+
+def _is_open(path: str) -> bool:
+    return path in OPEN_PATHS or path.startswith(f"{MOUNT}/")
 
 
 def _digest(key: str) -> bytes:

@@ -23,6 +23,7 @@ from app.collections import Collections
 from app.engine import Engine, Opener, ServedEngine
 from app.generator import ServedGenerator
 from app.inputs import Input, image_bytes, image_limits
+from app.plane import Unfolding
 from app.reindex import Progress, Reindexing
 from app.settings import Settings
 from models.dalle import DALLETransformer
@@ -57,6 +58,7 @@ class Service:
         self._generators: dict[str, ServedGenerator] = {}
         self._pools: list[ThreadPoolExecutor] = []
         self._reindexing: dict[str, Reindexing] = {}
+        self.unfoldings: dict[str, Unfolding] = {}
 
     @property
     def ready(self) -> bool:
@@ -80,7 +82,8 @@ class Service:
     async def close(self) -> None:
         """Take no more requests and stop the threads, after what they have begun."""
         self.state = "draining"
-        for run in self._reindexing.values():
+        runs: list[Reindexing | Unfolding] = [*self._reindexing.values(), *self.unfoldings.values()]
+        for run in runs:
             await run.stop()
         for served in self._served.values():
             await served.close()
@@ -168,6 +171,22 @@ class Service:
         if (run := self._reindexing.pop(name, None)) is not None:
             await run.stop()
         await self.store(self.collections.unstage, name)
+
+    async def unfold(self, name: str, limit: int) -> Unfolding:
+        """Begin to lay out at most `limit` items of a collection by UMAP; a run that is under way goes on."""
+        running = self.unfoldings.get(name)
+        if running is not None and running.state == "running":
+            return running
+        run = Unfolding(*await self.store(self.collection(name).sample, limit))
+        run.start()
+        self.unfoldings[name] = run
+        return run
+
+    async def forget_unfolding(self, name: str) -> None:
+        """End it and forget what was found. Raises NotFoundError for an unknown collection."""
+        self.collection(name)
+        if (run := self.unfoldings.pop(name, None)) is not None:
+            await run.stop()
 
     async def embed(self, engine: ServedEngine, inputs: Sequence[Input]) -> Embedded:
         """Texts and pictures, in the order they came. Raises what ServedEngine does; errors name the input."""

@@ -9,6 +9,7 @@ import torch
 
 from models.checkpoint import load_checkpoint, save_checkpoint
 from models.errors import CheckpointError
+from training.progress import history
 from training.provenance import command
 
 SKELETON = "model"  # in the run's folder: the model as it began, which tells its architecture, preprocess and tokenizer
@@ -31,6 +32,7 @@ def export_run(run: str | Path, out: str | Path, dtype: torch.dtype = torch.floa
     prefix = f"{state['exported']}."
     model.load_state_dict({k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)})
     record = {**model.provenance, "steps": state["step"], "training_seconds": round(state["spent"])}
+    record["history"] = history(run)
     return save_checkpoint(model, out, provenance=record, dtype=dtype)
 
 

@@ -12,6 +12,31 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+_ROWS = 100  # of each kind that a checkpoint keeps of its run's log
+
+
+def history(run: Path) -> str:
+    """How a run went, as CSV for the checkpoint: a column `step`, and one of each figure that log.jsonl has, empty
+    where it was not taken. At most 100 rows of training and 100 of evaluation, evenly spread; "" without a log."""
+    file = run / "log.jsonl"
+    kinds: dict[str, dict[int, dict[str, float]]] = {}
+    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
+        record = json.loads(line)
+        step, kind = record.pop("step"), record.pop("kind")
+        del record["time"]
+        kinds.setdefault(kind, {})[step] = record  # a step that was done again after a resume counts once
+    rows: dict[int, dict[str, float]] = {}
+    for taken in kinds.values():
+        steps = sorted(taken)
+        stride = -(-len(steps) // _ROWS)
+        for step in steps[(len(steps) - 1) % stride :: stride]:  # the last one always
+            rows.setdefault(step, {}).update(taken[step])
+    names = list(dict.fromkeys(name for row in rows.values() for name in row))
+    lines = [",".join(["step", *names])]
+    for step, row in sorted(rows.items()):
+        lines.append(",".join([str(step), *(f"{row[name]:.4g}" if name in row else "" for name in names)]))
+    return "\n".join(lines) if rows else ""
+
 
 class Journal:
     """Writes log.jsonl and tensorboard/ in the run folder and the progress line on stderr."""

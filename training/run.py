@@ -20,6 +20,7 @@ from training.figures import evaluate_model
 from training.method import Method
 from training.options import EncoderOptions, RunOptions
 from training.pictures import open_source
+from training.progress import history
 from training.provenance import provenance
 from training.trainer import Evaluate, Trainer, choose_device
 
@@ -103,6 +104,7 @@ def run_training(
     if rank() != 0:
         return out
     record |= {"steps": trainer.step, "training_seconds": round(trainer.spent), "skipped_rows": len(data.bad.rows)}
+    record["history"] = history(run)
     save_checkpoint(trained, out, provenance=record, dtype=torch.float16)
     if options.evaluate:
         record["metrics"] = _figures(out, options)

@@ -21,7 +21,7 @@ from models.preprocess import Preprocess
 
 _LUMA = (0.2989, 0.587, 0.114)  # torchvision's rounding of Rec. 601
 _TRIES = 10  # crops that are drawn before the largest one in the middle is taken, as torchvision does
-_PIXELS_AT_ONCE = 2**16  # of views; in float32 the three channels are 768 KiB
+_PIXELS_AT_ONCE = 2**17  # of views; in float32 the three channels are 1.5 MiB
 _COMPILED: dict[str, Any] = {
     "dynamic": False,
     "options": {"cpp.enable_floating_point_contract_flag": "fast"},  # products and sums as one instruction on a CPU

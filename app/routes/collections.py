@@ -21,6 +21,7 @@ from app.engine import ServedEngine
 from app.index import Vectors
 from app.inputs import (
     EXAMPLE_IMAGE,
+    MAX_IDS,
     Body,
     Input,
     ItemId,
@@ -50,7 +51,8 @@ class CollectionRequest(Body):
 
 
 class CollectionResponse(BaseModel):
-    """bytes: of its vectors and pictures."""
+    """bytes: of its vectors and pictures. indexed: how many items a graph or codes cover; each of the others is looked
+    at in every search, until they are covered too."""
 
     name: str
     model: str
@@ -58,6 +60,7 @@ class CollectionResponse(BaseModel):
     dimensions: int
     count: int
     index: str
+    indexed: int
     bytes: int
 
 
@@ -264,10 +267,11 @@ async def list_items(
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
     after: Annotated[str, Query(max_length=128)] = "",
     embeddings: Annotated[bool, Query(description="with each item's embedding")] = False,
+    id: Annotated[tuple[ItemId, ...], Query(max_length=MAX_IDS, description="only these")] = (),
 ) -> Response:
     """Items by id, a page at a time."""
     collection = service.collection(name)
-    items: list[Item] = await service.store(collection.page, limit, after)
+    items: list[Item] = await service.store(collection.page, limit, after, id or None)
     following = items[-1].id if len(items) == limit else None
     shown = [describe_item(name, item) for item in items]
     if embeddings:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import csv
+import math
+from collections.abc import Iterable
 from typing import Any, Literal
 
 from fastapi import APIRouter
@@ -44,6 +47,13 @@ class ModelList(BaseModel):
     data: list[Model]
 
 
+class History(BaseModel):
+    """series: of each figure that was logged while a model was trained, [step, value] in order."""
+
+    model: str
+    series: dict[str, list[tuple[int, float]]]
+
+
 @router.get("/models", response_model=ModelList)
 @router.get("/v1/models", response_model=ModelList)
 async def models(service: Served) -> Response:
@@ -56,8 +66,33 @@ async def model(service: Served, name: str) -> Response:
     """One loaded model."""
     known = _all(service)
     if name not in known:
-        raise NotFoundError(f"no model {name!r}; loaded: {', '.join(known) or 'none'}")
+        raise _unknown(name, known)
     return json_response(known[name])
+
+
+@router.get("/models/{name}/history", response_model=History)
+async def history(service: Served, name: str) -> Response:
+    """How a model's training went, as far as its checkpoint tells; no series where it does not."""
+    provenances = {key: engine.details.get("provenance") for key, engine in service.engines.items()}
+    provenances |= {key: generator.provenance for key, generator in service.generators.items()}
+    if name not in provenances:
+        raise _unknown(name, provenances)
+    return json_response({"model": name, "series": _series(str((provenances[name] or {}).get("history", "")))})
+
+
+def _series(table: str) -> dict[str, list[tuple[int, float]]]:
+    """The columns of a checkpoint's history; values that are no number (any more) are left out."""
+    found: dict[str, list[tuple[int, float]]] = {}
+    for row in csv.DictReader(table.splitlines()):
+        step = int(row.pop("step"))
+        for name, value in row.items():
+            if value and math.isfinite(float(value)):
+                found.setdefault(name, []).append((step, float(value)))
+    return found
+
+
+def _unknown(name: str, known: Iterable[str]) -> NotFoundError:
+    return NotFoundError(f"no model {name!r}; loaded: {', '.join(known) or 'none'}")
 
 
 def _all(service: Service) -> dict[str, dict[str, Any]]:

@@ -15,10 +15,11 @@ from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 from starlette.responses import Response
 
 from app.backends import Array
-from app.collection import Target
+from app.collection import Collection, Target
+from app.engine import ServedEngine
 from app.filters import Condition, Sign
-from app.inputs import Body, Number, Text, WeightedInput, as_list, body_of, check_inputs, request_body
-from app.service import Served, describe_item, json_response
+from app.inputs import MAX_IDS, Body, ItemId, Number, Text, WeightedInput, as_list, body_of, check_inputs, request_body
+from app.service import Served, Service, describe_item, json_response
 from models.errors import InputError
 
 router = APIRouter(tags=["search"])
@@ -48,13 +49,14 @@ class Filter(Body):
 
 class Options(Body):
     """target: kinds of items to return. filter: what their metadata must be, all of it: key:value, key>=number (also
-    >, <=, <; a text that is no number bounds texts), or {"key": ..., "in": [...]} with gte, gt, lte and lt. group_by: a
-    key of the metadata; of the items with the same value only the nearest comes."""
+    >, <=, <; a text that is no number bounds texts), or {"key": ..., "in": [...]} with gte, gt, lte and lt. ids: of the
+    items to search among. group_by: a key of the metadata; of the items with the same value only the nearest comes."""
 
     k: int = Field(10, ge=1)
     collection: str | None = None
     target: Target = "any"
     filter: Annotated[list[Text | Filter], BeforeValidator(as_list)] = Field(default_factory=list)
+    ids: Annotated[list[ItemId], Field(min_length=1, max_length=MAX_IDS)] | None = None
     group_by: Annotated[Text, Field(max_length=64)] | None = None
     min_score: float = Field(-1.0, ge=-1, le=1)
     offset: int = Field(0, ge=0)
@@ -136,7 +138,7 @@ async def _search(service: Served, query: list[WeightedInput], options: Options)
         served = service.engine_of(collection)
         if not served.engine.takes_text and any(each.text is not None for each in query):
             service.engine(served.engine.name, text=True)  # raises, naming the models that take text
-        vectors, _ = await service.embed(served, query)
+        vectors = await _vectors(service, collection, served, query)
         search = partial(
             collection.search,
             _mixed(vectors, query),
@@ -144,6 +146,7 @@ async def _search(service: Served, query: list[WeightedInput], options: Options)
             offset=options.offset,
             target=options.target,
             filters=filters,
+            ids=options.ids,
             group_by=options.group_by,
             min_score=options.min_score,
         )
@@ -159,6 +162,22 @@ async def _search(service: Served, query: list[WeightedInput], options: Options)
             "took_ms": round((time.perf_counter() - started) * 1000, 3),
         }
     )
+
+
+async def _vectors(service: Service, collection: Collection, served: ServedEngine, query: list[WeightedInput]) -> Array:
+    """Of each part (N, D): what the collection holds of an item, what the model makes of anything else. Raises
+    NotFoundError for an item that is not there."""
+    vectors = np.empty((len(query), served.engine.embed_dim), np.float32)
+    given = [index for index, each in enumerate(query) if each.item is None]
+    try:
+        vectors[given] = (await service.embed(served, [query[index] for index in given])).vectors
+    except InputError as error:
+        error.index = None if error.index is None else given[error.index]
+        raise
+    if len(given) < len(query):
+        stored = await service.store(collection.vectors, [each.item for each in query if each.item is not None])
+        vectors[[index for index, each in enumerate(query) if each.item is not None]] = stored
+    return vectors
 
 
 def _mixed(vectors: Array, query: list[WeightedInput]) -> Array:

@@ -33,10 +33,11 @@ class ZeroShotRequest(Body):
 
 
 class LabelScore(BaseModel):
-    """A probability."""
+    """score: probability. cosine: of picture and label, which tells whether any of them fits at all."""
 
     label: str
     score: float
+    cosine: float
 
 
 class Classified(BaseModel):
@@ -45,6 +46,7 @@ class Classified(BaseModel):
     index: int
     label: str
     score: float
+    cosine: float
     scores: list[LabelScore]
 
 
@@ -65,12 +67,17 @@ async def zero_shot(service: Served, body: Annotated[ZeroShotRequest, Depends(bo
     served = service.engine(body.model, text=True)
     images, _ = await service.embed(served, body.input)
     labels = await served.embed_labels(body.labels, body.templates, service.deadline())
-    cosines = torch.from_numpy(images @ labels.T)
-    probabilities = label_probabilities(served.engine.scale, cosines, multi_label=body.multi_label).numpy()
+    cosines = images @ labels.T
+    probabilities = label_probabilities(
+        served.engine.scale, torch.from_numpy(cosines), multi_label=body.multi_label
+    ).numpy()
     data = []
     for index, row in enumerate(probabilities):
         best = np.argsort(-row, kind="stable")[: body.top_k]
-        scores = [{"label": body.labels[place], "score": float(row[place])} for place in best]
+        scores = [
+            {"label": body.labels[place], "score": float(row[place]), "cosine": float(cosines[index, place])}
+            for place in best
+        ]
         data.append({"index": index, **scores[0], "scores": scores})
     return json_response({"model": served.engine.name, "data": data})
 

@@ -1,0 +1,133 @@
+/** One item, large: its picture, what is known of it, what lies near it, and what can be done with it. */
+
+import { Problem, call, path, request, show } from "./api.js";
+import { dialog, fill, h, number, toast } from "./dom.js";
+import { keep } from "./pictures.js";
+import { written } from "./query.js";
+import { address, go, here } from "./route.js";
+
+/** @typedef {import("./types.js").Hit} Hit */
+
+/**
+ * @typedef {object} Shown
+ * @property {string} id
+ * @property {string} collection
+ * @property {Set<string>} hidden ids that are not shown, for they are about to be deleted
+ * @property {() => void} changed called when `hidden` has changed
+ */
+
+const UNDO = 8; // seconds in which a delete can be taken back; the server hears of it afterwards
+
+/** @type {{ id: string, dialog: HTMLDialogElement, stop: AbortController } | null} */
+let open = null;
+/** @type {Map<string, () => void>} */
+const pending = new Map();
+window.addEventListener("pagehide", () => pending.forEach((commit) => commit()));
+
+/** Shows an item, or none. @param {Shown | null} item */
+export function detail(item) {
+  if (item?.id === open?.id) return;
+  if (open) {
+    const { dialog: old, stop } = open;
+    open = null;
+    stop.abort();
+    old.close();
+  }
+  if (item) begin(item);
+}
+
+/** @param {Shown} item */
+function begin(item) {
+  const stop = new AbortController();
+  const body = h("div.detail", {}, h("p", { role: "status" }, "Looking…"));
+  const shown = dialog(item.id, body);
+  open = { id: item.id, dialog: shown, stop };
+  shown.addEventListener("close", () => {
+    stop.abort();
+    if (open?.dialog !== shown) return; // the address had already moved on
+    open = null;
+    const params = new URLSearchParams(here().params);
+    params.delete("item");
+    go(here().room, params);
+  });
+  draw(item, shown, body, stop.signal).catch((error) => {
+    if (!stop.signal.aborted) fill(body, h("p", { role: "alert" }, error instanceof Problem ? error.message : String(error)));
+  });
+}
+
+/** @param {Shown} shown @param {HTMLDialogElement} frame @param {HTMLElement} body @param {AbortSignal} signal */
+async function draw(shown, frame, body, signal) {
+  const { collection } = shown;
+  const place = path("collections", collection, "items", shown.id);
+  const item = /** @type {import("./types.js").Item} */ (await call(place, { signal }));
+  const image = h("img", { alt: item.caption ?? `Picture ${item.id}` });
+  if (item.url) show(image, item.url);
+  const facts = Object.entries(item.metadata).map(([key, value]) => {
+    const only = new URLSearchParams({ c: collection, filter: `${key}:${value}` });
+    return [h("dt", {}, key), h("dd", {}, h("a", { href: address("search", only), title: "Only these" }, String(value)))];
+  });
+  const similar = new URLSearchParams({ c: collection, with: written({ weight: 1, kind: "item", value: item.id }) });
+  const near = h("ul.near", { "aria-label": "Nearest to it" });
+  const use = (/** @type {string} */ room) => async () => {
+    const file = await (await request(item.url ?? "", { signal })).blob();
+    go(room, new URLSearchParams({ picture: await keep(file) }));
+  };
+  fill(
+    body,
+    item.url ? h("figure", {}, image) : h("blockquote", {}, item.caption ?? ""),
+    h(
+      "div.side",
+      {},
+      item.url && item.caption ? h("p.caption", {}, item.caption) : null,
+      h(
+        "div.tools",
+        {},
+        h("a.button", { href: address("search", similar) }, "Find similar"),
+        item.url ? h("button", { type: "button", onclick: use("classify") }, "Classify") : null,
+        item.url ? h("button", { type: "button", onclick: use("generate") }, "Draw more like it") : null,
+        h("button.danger", { type: "button", onclick: () => remove(shown, place, frame) }, "Delete"),
+      ),
+      h("dl", {}, ...facts.flat()),
+      h("h3", {}, "Nearest to it"),
+      near,
+    ),
+  );
+  const answer = await call("/search", { json: { query: [{ item: item.id }], collection, k: 9 }, signal });
+  const others = /** @type {Hit[]} */ (answer.hits).filter(({ id }) => id !== item.id && !shown.hidden.has(id)).slice(0, 8);
+  fill(
+    near,
+    others.map((hit) => {
+      const params = new URLSearchParams(here().params);
+      params.set("item", hit.id);
+      const small = h("img", { alt: hit.caption ?? hit.id, width: 96, height: 96, loading: "lazy" });
+      if (hit.url) show(small, `${hit.url}?size=256`);
+      const face = hit.url ? small : h("span.text", {}, hit.caption ?? hit.id);
+      return h("li", {}, h("a", { href: address("search", params) }, face, h("span.score", {}, number(hit.score))));
+    }),
+  );
+}
+
+/** Hides it at once, and deletes it when it is too late to take that back. @param {Shown} shown @param {string} place @param {HTMLDialogElement} frame */
+function remove(shown, place, frame) {
+  shown.hidden.add(shown.id);
+  frame.close();
+  shown.changed();
+  const commit = () => {
+    clearTimeout(timer);
+    pending.delete(place);
+    call(place, { method: "DELETE", keepalive: true, patience: 5 }).catch((error) => {
+      shown.hidden.delete(shown.id);
+      shown.changed();
+      toast(`${shown.id} was not deleted: ${error.message}`);
+    });
+  };
+  const timer = window.setTimeout(commit, UNDO * 1000);
+  pending.set(place, commit);
+  const undo = () => {
+    clearTimeout(timer);
+    pending.delete(place);
+    shown.hidden.delete(shown.id);
+    shown.changed();
+  };
+  toast(`${shown.id} will be deleted.`, { label: "Undo", act: undo }, UNDO);
+}

@@ -1,0 +1,436 @@
+/** The room for looking: one box, what is mixed into the query, and the grid of what a collection holds nearest to it. */
+
+import { Problem, call, path, show } from "./api.js";
+import { detail } from "./detail.js";
+import { counted, field, fill, h, number, settled, toast } from "./dom.js";
+import { chooser, keep, kept, receive } from "./pictures.js";
+import { isAsked, missing, pythonOf, queryOf, requestOf, written } from "./query.js";
+import { address, go, here } from "./route.js";
+import { copier } from "./snippets.js";
+import { upload } from "./upload.js";
+
+/** @typedef {import("./types.js").Hit} Hit */
+/** @typedef {import("./types.js").Item} Item */
+/** @typedef {import("./types.js").Collection} Collection */
+
+const PAGE = 48; // hits of one call
+const NEAR = 0.97; // cosine from which two pictures count as one where they are folded
+const STANDING_OUT = 0.08; // cosine by which a hit must pass what the collection gives any query
+
+/** @type {import("./types.js").Mount} */
+export function mount(root, signal) {
+  /** @type {Collection[]} */
+  let collections = [];
+  /** @type {AbortController | null} */
+  let asking = null;
+  let params = here().params;
+  let query = queryOf(params);
+  let shownFor = "";
+  /** @type {Hit[]} */
+  let hits = [];
+  /** @type {string | null} where a page that is no search goes on */
+  let after = "";
+  let more = false;
+  /** @type {Set<string>} deleted here, but perhaps not by the server yet */
+  const hidden = new Set();
+  /** @type {Map<string, string>} item -> the first of its group of near-duplicates */
+  let groups = new Map();
+  let groupsOf = "";
+  /** @type {Map<string, HTMLElement>} group -> where its first hit counts those that are folded into it */
+  const leaders = new Map();
+
+  const box = h("input", {
+    type: "search",
+    id: "box",
+    placeholder: "Describe a picture",
+    "aria-label": "Search",
+    autocomplete: "off",
+    spellcheck: "false",
+    maxlength: 2000,
+  });
+  const chips = h("ul.chips", { "aria-label": "Mixed into the query" });
+  const picked = h("select", { onchange: () => change({ c: picked.value }, ["item"]) });
+  const target = h(
+    "select",
+    { onchange: () => change({ target: target.value }) },
+    h("option", { value: "" }, "Pictures and texts"),
+    h("option", { value: "image" }, "Pictures"),
+    h("option", { value: "text" }, "Texts"),
+  );
+  const leastShown = h("output");
+  const least = h("input", { type: "range", min: 0, max: 1, step: 0.01, value: 0 });
+  const filter = h("input", { type: "text", list: "keys", placeholder: "year>=2024 or label:cat" });
+  const keys = h("datalist", { id: "keys" });
+  const fold = h("input", { type: "checkbox", onchange: () => change({ fold: fold.checked ? "1" : "" }) });
+  const away = h("input", { type: "text", placeholder: "and Enter", maxlength: 2000 });
+  const toward = h("input", { type: "text", placeholder: "and Enter", maxlength: 2000 });
+  const status = h("p.status", { role: "status" });
+  const grid = h("ul.grid", { "aria-label": "Results" });
+  const moreButton = h("button", { type: "button", hidden: true, onclick: () => next() }, "Show more");
+  const empty = h("div.empty", { hidden: true });
+  const tools = h(
+    "div.tools",
+    {},
+    chooser("Search with a picture", (files) => withPictures(files)),
+    chooser("Add pictures", (files) => add(files), { multiple: true }),
+    chooser("Add a folder", (files) => add(files), { folder: true }),
+    copier(() => (isAsked(query) && !missing(query).length ? { ...requestOf(query, PAGE, 0), python: pythonOf(query, PAGE) } : null)),
+  );
+  const form = h(
+    "form.search",
+    { role: "search", onsubmit: (/** @type {Event} */ event) => event.preventDefault() },
+    box,
+    tools,
+    chips,
+    h(
+      "details.options",
+      {},
+      h("summary", {}, "More to ask"),
+      h(
+        "div.fields",
+        {},
+        field("Collection", picked),
+        field("Find", target),
+        field("Cosine at least ", least, leastShown),
+        field("Only where", filter),
+        field("Mix in a text", toward),
+        field("Lead away from a text", away),
+        h("label.check", {}, fold, "Fold near-duplicates"),
+      ),
+      keys,
+    ),
+  );
+  root.append(form, status, grid, empty, h("div.more", {}, moreButton));
+
+  const typed = settled(160, () => change({ q: box.value }, ["item"], true));
+  box.addEventListener("input", typed);
+  box.addEventListener("keydown", (event) => {
+    if (event.key === "Enter") change({ q: box.value }, ["item"]);
+    if (event.key === "ArrowDown") focusHit(0, event);
+  });
+  least.addEventListener("input", () => fill(leastShown, Number(least.value) ? least.value : "any"));
+  least.addEventListener("change", () => change({ min: Number(least.value) ? least.value : "" }));
+  const entered = (/** @type {HTMLInputElement} */ input, /** @type {(value: string) => void} */ act) =>
+    input.addEventListener("keydown", (event) => {
+      if (event.key !== "Enter" || !input.value.trim()) return;
+      act(input.value.trim());
+      input.value = "";
+    });
+  entered(filter, (value) => append("filter", value));
+  entered(toward, (value) => append("with", written({ weight: 0.5, kind: "text", value })));
+  entered(away, (value) => append("with", written({ weight: -0.5, kind: "text", value })));
+  grid.addEventListener("keydown", (event) => {
+    const links = Array.from(grid.querySelectorAll("a"));
+    const at = links.indexOf(/** @type {HTMLAnchorElement} */ (document.activeElement));
+    const columns = getComputedStyle(grid).gridTemplateColumns.split(" ").length;
+    const step = { ArrowRight: 1, ArrowLeft: -1, ArrowDown: columns, ArrowUp: -columns }[event.key];
+    if (at < 0 || step === undefined) return;
+    if (at + step < 0) box.focus();
+    focusHit(at + step, event);
+  });
+  receive(root, (files) => (files.length > 1 ? add(files) : withPictures(files)), signal);
+  const watcher = new IntersectionObserver(([entry]) => entry.isIntersecting && more && next(), { rootMargin: "600px" });
+  watcher.observe(moreButton);
+  signal.addEventListener("abort", () => {
+    watcher.disconnect();
+    asking?.abort();
+  });
+  const listed = list();
+
+  /** @param {number} at @param {Event} event */
+  function focusHit(at, event) {
+    const link = grid.querySelectorAll("a")[at];
+    if (link) link.focus();
+    event.preventDefault();
+  }
+
+  /**
+   * Goes to where these parameters are changed; an empty value takes one away.
+   * @param {Record<string, string>} values
+   * @param {string[]} [without]
+   * @param {boolean} [replace]
+   */
+  function change(values, without = [], replace = false) {
+    const changed = new URLSearchParams(here().params);
+    for (const name of without) changed.delete(name);
+    for (const [name, value] of Object.entries(values)) {
+      if (value) changed.set(name, value);
+      else changed.delete(name);
+    }
+    go("search", changed, { replace });
+  }
+
+  /** @param {string} name @param {string} value */
+  function append(name, value) {
+    const changed = new URLSearchParams(here().params);
+    changed.delete("item");
+    changed.append(name, value);
+    go("search", changed);
+  }
+
+  /** @param {string} name @param {number} at */
+  function drop(name, at) {
+    const changed = new URLSearchParams(here().params);
+    const values = changed.getAll(name);
+    changed.delete(name);
+    values.forEach((value, index) => index !== at && changed.append(name, value));
+    go("search", changed);
+    box.focus();
+  }
+
+  /** @param {File[]} files */
+  async function withPictures(files) {
+    if (!files.length) return;
+    try {
+      append("with", written({ weight: 1, kind: "picture", value: await keep(files[0]) }));
+    } catch (error) {
+      toast(error instanceof Problem ? error.message : `This file cannot be read: ${error}`);
+    }
+  }
+
+  /** @param {File[]} files */
+  async function add(files) {
+    if (!files.length) return;
+    await upload(query.collection || "default", files);
+    await list();
+    arrive(here().params, true);
+  }
+
+  /** The collections, and what can be asked of this one's metadata. */
+  async function list() {
+    try {
+      collections = (await call("/collections", { signal })).collections;
+    } catch (error) {
+      return fail(error);
+    }
+    // `default` is what a server that was told nothing else searches.
+    collections.sort((a, b) => Number(b.name === "default") - Number(a.name === "default"));
+    fill(
+      picked,
+      collections.map(({ name, count }) => h("option", { value: name }, `${name} (${number(count)})`)),
+    );
+    picked.value = here().params.get("c") || collections[0]?.name || "";
+    if (!collections.length) return;
+    try {
+      const { metadata } = await call(path("collections", picked.value, "statistics"), { signal });
+      fill(
+        keys,
+        metadata.flatMap((/** @type {import("./types.js").KeyStatistics} */ { key, frequent, min }) => [
+          ...frequent.map(({ value }) => h("option", { value: `${key}:${value}` })),
+          min === null ? null : h("option", { value: `${key}>=${min}` }),
+        ]),
+      );
+    } catch {
+      fill(keys); // they are only suggestions
+    }
+  }
+
+  /** Asks anew, unless all that changed is which item is open. @param {boolean} [anyway] */
+  async function run(anyway) {
+    const asked = new URLSearchParams(params);
+    asked.delete("item");
+    if (!anyway && asked.toString() === shownFor) return;
+    shownFor = asked.toString();
+    hits = [];
+    after = "";
+    asking?.abort();
+    asking = new AbortController();
+    const gone = missing(query);
+    if (gone.length) {
+      settle("The picture that was searched with is gone: this page keeps it only until the tab is closed. Choose it again.");
+      return;
+    }
+    await page(asking.signal);
+  }
+
+  function next() {
+    if (asking) page(asking.signal);
+  }
+
+  /** The next page of hits or, where nothing is asked, of the collection. @param {AbortSignal} stop */
+  async function page(stop) {
+    more = false;
+    grid.setAttribute("aria-busy", "true");
+    try {
+      const found = isAsked(query) ? await searched(stop) : await browsed(stop);
+      if (stop.aborted) return;
+      if (params.get("fold") && groupsOf !== found.collection) {
+        groups = await duplicates(found.collection, stop);
+        groupsOf = found.collection;
+      }
+      const first = hits.length === 0;
+      hits.push(...found.hits);
+      draw(found.hits, first);
+      const told = isAsked(query) ? `${counted(hits.length, "result")} in ${number(found.took, 1)} ms` : "";
+      const place = collections.find(({ name }) => name === found.collection);
+      fill(status, told || (place ? `${counted(place.count, "item")} in ${place.name}` : ""));
+      if (first && !hits.length) nothing();
+      else if (first && isAsked(query) && !query.filters.length && !query.ids.length && query.least <= 0) await judge(stop);
+    } catch (error) {
+      if (!stop.aborted) fail(error);
+    } finally {
+      if (!stop.aborted) grid.removeAttribute("aria-busy");
+    }
+  }
+
+  /** @param {AbortSignal} stop */
+  async function searched(stop) {
+    const { path: url, json } = requestOf(query, PAGE, hits.length);
+    const answer = await call(url, { json, signal: stop });
+    more = answer.hits.length === PAGE;
+    return { hits: /** @type {Hit[]} */ (answer.hits), collection: String(answer.collection), took: Number(answer.took_ms) };
+  }
+
+  /** @param {AbortSignal} stop */
+  async function browsed(stop) {
+    const { collection } = query;
+    if (!collection) return { hits: [], collection, took: 0 };
+    const url = `${path("collections", collection, "items")}?${new URLSearchParams([["limit", String(PAGE)], ["after", after ?? ""], ...query.ids.map((id) => ["id", id])])}`;
+    const answer = await call(url, { signal: stop });
+    after = answer.next;
+    more = after !== null;
+    return { hits: /** @type {Hit[]} */ (answer.items), collection, took: 0 };
+  }
+
+  /** @param {string} collection @param {AbortSignal} stop */
+  async function duplicates(collection, stop) {
+    const url = `${path("collections", collection, "duplicates")}?threshold=${NEAR}&limit=1000`;
+    const answer = await call(url, { signal: stop });
+    return new Map(answer.groups.flatMap((/** @type {Item[]} */ group) => group.map(({ id }) => [id, group[0].id])));
+  }
+
+  /** Says so where the best hit is hardly nearer than what lies in the middle of the collection. @param {AbortSignal} stop */
+  async function judge(stop) {
+    const count = collections.find(({ name }) => name === query.collection)?.count ?? 0;
+    if (count < 20 || !hits[0]) return;
+    const { path: url, json } = requestOf(query, 1, Math.min(Math.floor(count / 2), 1000));
+    const answer = await call(url, { json, signal: stop });
+    const usual = answer.hits[0]?.score;
+    if (usual === undefined || hits[0].score - usual >= STANDING_OUT) return;
+    fill(status, "Nothing here is close: the nearest is hardly nearer than the rest. These are the nearest all the same.");
+  }
+
+  /** Adds cards to the grid, or to an empty one. @param {Hit[]} fresh @param {boolean} first */
+  function draw(fresh, first) {
+    if (first) {
+      fill(grid);
+      leaders.clear();
+    }
+    for (const hit of fresh) {
+      if (hidden.has(hit.id)) continue;
+      const leader = params.get("fold") && leaders.get(groups.get(hit.id) ?? hit.id);
+      if (leader) {
+        leader.textContent = `+${Number(leader.textContent) + 1}`;
+        continue;
+      }
+      const folded = h("span.folded");
+      leaders.set(groups.get(hit.id) ?? hit.id, folded);
+      grid.append(cardOf(hit, folded));
+    }
+    empty.hidden = true;
+    moreButton.hidden = !more;
+  }
+
+  /** @param {Hit} hit @param {HTMLElement} folded */
+  function cardOf(hit, folded) {
+    const target = new URLSearchParams(params);
+    target.set("item", hit.id);
+    const image = h("img", { alt: hit.caption ?? `Picture ${hit.id}`, loading: "lazy", decoding: "async", width: 256, height: 256 });
+    if (hit.url) show(image, `${hit.url}?size=256`);
+    const face = hit.url ? image : h("p.text", {}, hit.caption ?? hit.id);
+    const score = hit.score === undefined ? null : h("span.score", {}, number(hit.score));
+    const caption = hit.url ? h("span.caption", {}, hit.caption ?? String(hit.metadata.path ?? hit.id)) : h("span.caption", {}, "text");
+    return h("li", {}, h("a", { href: address("search", target), "data-id": hit.id }, face, h("span.line", {}, caption, score), folded));
+  }
+
+  function nothing() {
+    if (!collections.length || (!isAsked(query) && !hits.length)) {
+      settle("");
+      empty.hidden = false;
+      fill(empty, h("h2", {}, "Nothing is here yet"), h("p", {}, "Drop a folder of pictures anywhere on this page, or choose some above. They stay on this server."));
+      return;
+    }
+    const why = query.least > 0 ? "Nothing is that near: let the cosine be lower." : "Nothing passes these filters: take one away.";
+    settle(why);
+  }
+
+  /** Shows no hits, and says why. @param {string} why */
+  function settle(why) {
+    fill(grid);
+    more = false;
+    moreButton.hidden = true;
+    empty.hidden = true;
+    fill(status, why);
+  }
+
+  /** @param {unknown} error */
+  function fail(error) {
+    if (signal.aborted) return;
+    more = false;
+    moreButton.hidden = true;
+    const told = error instanceof Problem ? error : new Problem(0, String(error), "");
+    fill(grid);
+    fill(status, told.message, told.requestId ? h("small", {}, ` (request ${told.requestId})`) : null);
+  }
+
+  function drawChips() {
+    const label = (/** @type {import("./query.js").Part} */ part) => {
+      if (part.kind === "text") return part.value;
+      if (part.kind === "item") return `like ${part.value}`;
+      const source = kept(part.value);
+      return source ? h("img", { src: source, alt: "your picture", width: 28, height: 28 }) : "a picture that is gone";
+    };
+    fill(
+      chips,
+      query.parts.map((part, at) => {
+        const weight = h("input", {
+          type: "number",
+          step: 0.1,
+          min: -10,
+          max: 10,
+          value: part.weight,
+          "aria-label": "Weight",
+          onchange: () => {
+            const changed = new URLSearchParams(here().params);
+            const values = changed.getAll("with");
+            values[at] = written({ ...part, weight: Number(weight.value) || 1 });
+            changed.delete("with");
+            for (const value of values) changed.append("with", value);
+            go("search", changed);
+          },
+        });
+        return h(part.weight < 0 ? "li.away" : "li", {}, weight, label(part), removal(() => drop("with", at)));
+      }),
+      query.ids.length > 0 && h("li", {}, `among ${counted(query.ids.length, "item")}`, removal(() => change({ id: "" }))),
+      query.filters.map((value, at) => h("li", {}, value, removal(() => drop("filter", at)))),
+    );
+  }
+
+  /** @param {() => void} act */
+  function removal(act) {
+    return h("button", { type: "button", "aria-label": "Take this away", onclick: act }, "×");
+  }
+
+  /** @param {URLSearchParams} arrived @param {boolean} [anyway] ask again even if nothing changed */
+  async function arrive(arrived, anyway) {
+    params = arrived;
+    query = queryOf(params);
+    if (document.activeElement !== box || box.value.trim() !== query.text.trim()) box.value = query.text;
+    target.value = query.target === "any" ? "" : query.target;
+    least.value = String(Math.max(0, query.least));
+    fill(leastShown, query.least > 0 ? String(query.least) : "any");
+    fold.checked = params.get("fold") !== null;
+    drawChips();
+    await listed;
+    if (params !== arrived || signal.aborted) return;
+    query.collection ||= collections[0]?.name ?? "";
+    picked.value = query.collection;
+    run(anyway);
+    const open = params.get("item");
+    detail(open === null ? null : { id: open, collection: query.collection, hidden, changed: () => draw(hits, true) });
+  }
+
+  return (arrived) => {
+    arrive(arrived);
+  };
+}
