@@ -14,7 +14,6 @@ from app.collection import Item
 from app.inputs import Name, written
 from app.plane import Points, principal_plane
 from app.service import Served, json_response
-from models.errors import NotFoundError
 
 router = APIRouter(tags=["collections"])
 MAX_POINTS = 100_000
@@ -22,13 +21,13 @@ MapMethod = Literal["pca", "umap"]
 
 
 class MapResponse(BaseModel):
-    """points: base64 of little-endian float32, x and y of each id in turn; null until there are any. values: of the
-    metadata at `color`, null where an item has none. total: items of the collection, of which more than 100,000 are
-    shown by a sample."""
+    """points: base64 of little-endian float32, x and y of each id in turn; null until there are any. state: none until
+    POST has begun one. values: of the metadata at `color`, null where an item has none. total: items of the collection,
+    of which more than 100,000 are shown by a sample."""
 
     collection: str
     method: MapMethod
-    state: Literal["running", "done", "failed"]
+    state: Literal["none", "running", "done", "failed"]
     share: float
     total: int
     ids: list[str]
@@ -49,7 +48,7 @@ async def get_map(
     if method == "umap":
         run = service.unfoldings.get(name)
         if run is None:
-            raise NotFoundError(f"collection {name!r} has no map by UMAP yet; POST makes one")
+            return json_response(_map(name, method, "none", 0.0, total, [], None, None))
         return json_response(_map(name, method, run.state, run.share, total, run.items, run.points, color))
 
     def plane() -> tuple[list[Item], Points]:

@@ -1,6 +1,6 @@
 /** The room for labels: which of the reader's words fits a picture, by probability and by cosine. */
 
-import { Problem, call, path } from "./api.js";
+import { Problem, call, path, request } from "./api.js";
 import { counted, field, fill, h, number, settled, toast } from "./dom.js";
 import { chooser, keep, kept, receive } from "./pictures.js";
 import { go, here } from "./route.js";
@@ -22,14 +22,12 @@ export function mount(root, signal) {
 
   const labels = h("textarea", { rows: 6, spellcheck: "false" });
   const templates = h("textarea", { rows: 2, spellcheck: "false", placeholder: "a photo of a {}" });
-  const each = h("input", { type: "checkbox", onchange: () => change("multi", each.checked ? ["1"] : []) });
+  const each = h("input", { type: "checkbox", onchange: () => change() });
   const status = h("p.status", { role: "status" });
   const results = h("ul.classified", { "aria-label": "Pictures and their labels" });
-  const typed = settled(300, () => {
-    change("label", lines(labels), true);
-  });
+  const typed = settled(300, () => change(undefined, true));
   labels.addEventListener("input", typed);
-  templates.addEventListener("input", settled(300, () => change("template", lines(templates), true)));
+  templates.addEventListener("input", typed);
   const sample = h("button", { type: "button", onclick: () => pick() }, "Take some of the collection");
   root.append(
     h(
@@ -50,11 +48,13 @@ export function mount(root, signal) {
   receive(root, (files) => add(files), signal);
   signal.addEventListener("abort", () => asking?.abort());
 
-  /** @param {string} name @param {string[]} values @param {boolean} [replace] */
-  function change(name, values, replace = false) {
-    const params = new URLSearchParams(here().params);
-    params.delete(name);
-    for (const value of values) params.append(name, value);
+  /** Goes to where the form is, what was just typed too. @param {string[]} [pictures] @param {boolean} [replace] */
+  function change(pictures = here().params.getAll("picture"), replace = false) {
+    const params = new URLSearchParams();
+    for (const name of pictures) params.append("picture", name);
+    for (const label of lines(labels)) params.append("label", label);
+    for (const template of lines(templates)) params.append("template", template);
+    if (each.checked) params.set("multi", "1");
     go("classify", params, { replace });
   }
 
@@ -68,7 +68,7 @@ export function mount(root, signal) {
         toast(error instanceof Problem ? error.message : `A file cannot be read: ${error}`);
       }
     }
-    change("picture", names);
+    change(names);
   }
 
   /** Some pictures of the collection that comes first, to try it with. */
@@ -80,7 +80,6 @@ export function mount(root, signal) {
       const { items } = await call(`${path("collections", found.name, "items")}?limit=200`, { signal });
       const urls = items.flatMap((/** @type {import("./types.js").Item} */ { url }) => (url ? [url] : []));
       const chosen = Array.from({ length: Math.min(4, urls.length) }, (_, at) => urls[Math.floor(((at + Math.random()) * urls.length) / 4)]);
-      const { request } = await import("./api.js");
       add(await Promise.all(chosen.map(async (url) => (await request(url, { signal })).blob())));
     } catch (error) {
       fail(error);
@@ -125,8 +124,8 @@ export function mount(root, signal) {
     results.setAttribute("aria-busy", "true");
     try {
       const started = performance.now();
-      const request = (/** @type {string[]} */ asked) => call("/zero-shot", { json: body(asked), signal: stop });
-      const [answer, common] = await Promise.all([request(words), request(COMMON)]);
+      const ask = (/** @type {string[]} */ labels) => call("/zero-shot", { json: body(labels), signal: stop });
+      const [answer, common] = await Promise.all([ask(words), ask(COMMON)]);
       draw(names, answer.data, common.data);
       const took = number(Math.round(performance.now() - started));
       fill(status, `${counted(names.length, "picture")}, ${counted(words.length, "label")}, by ${answer.model}, in ${took} ms`);
@@ -148,9 +147,9 @@ export function mount(root, signal) {
         const bars = scores.slice(0, SHOWN).map(({ label, score, cosine }) => {
           const bar = h("meter", { min: 0, max: 1, value: score, "aria-label": label });
           bar.value = score;
-          return h("li", {}, h("span.label", {}, label), bar, h("span.score", {}, `${number(score * 100, 1)} %`), h("span.cosine", {}, number(cosine)));
+          return h("li", {}, h("span.label", {}, label), bar, h("span.score", {}, `${number(score * 100, 1)} %`), h("span.cosine", {}, cosine.toFixed(3)));
         });
-        const away = h("button", { type: "button", "aria-label": `Take picture ${at + 1} away`, onclick: () => change("picture", names.filter((_, index) => index !== at)) }, "×");
+        const away = h("button", { type: "button", "aria-label": `Take picture ${at + 1} away`, onclick: () => change(names.filter((_, index) => index !== at)) }, "×");
         return h(
           "li",
           {},
@@ -158,7 +157,7 @@ export function mount(root, signal) {
           h(
             "div",
             {},
-            poor ? h("p.warning", {}, `None of these fits well: “${other.label}”, which was not among them, is nearer (cosine ${number(other.cosine)}).`) : null,
+            poor ? h("p.warning", {}, `None of these fits well: “${other.label}”, which was not among them, is nearer (cosine ${other.cosine.toFixed(3)}).`) : null,
             h("ol.bars", { "aria-label": "Labels, best first" }, bars),
             h("p.legend", {}, "probability among these labels, and cosine"),
           ),

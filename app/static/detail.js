@@ -1,7 +1,7 @@
 /** One item, large: its picture, what is known of it, what lies near it, and what can be done with it. */
 
 import { Problem, call, path, request, show } from "./api.js";
-import { dialog, fill, h, number, toast } from "./dom.js";
+import { dialog, fill, h, toast } from "./dom.js";
 import { keep } from "./pictures.js";
 import { written } from "./query.js";
 import { address, go, here } from "./route.js";
@@ -102,7 +102,7 @@ async function draw(shown, frame, body, signal) {
       const small = h("img", { alt: hit.caption ?? hit.id, width: 96, height: 96, loading: "lazy" });
       if (hit.url) show(small, `${hit.url}?size=256`);
       const face = hit.url ? small : h("span.text", {}, hit.caption ?? hit.id);
-      return h("li", {}, h("a", { href: address("search", params) }, face, h("span.score", {}, number(hit.score))));
+      return h("li", {}, h("a", { href: address("search", params) }, face, h("span.score", {}, hit.score.toFixed(3))));
     }),
   );
 }

@@ -4,7 +4,7 @@ import { Problem, call, events } from "./api.js";
 import { counted, field, fill, h, number, toast } from "./dom.js";
 import { chooser, keep, kept, receive } from "./pictures.js";
 import { written } from "./query.js";
-import { address, go, here } from "./route.js";
+import { go, here } from "./route.js";
 import { copier, keywords, python } from "./snippets.js";
 
 /** @typedef {{ b64_json: string, seed: number, score: number | null }} Drawn */
@@ -23,7 +23,7 @@ export function mount(root, signal) {
 
   const prompt = h("input", { type: "text", id: "box", placeholder: "What to draw", "aria-label": "Prompt", maxlength: 2000, autocomplete: "off" });
   const range = (/** @type {number} */ min, /** @type {number} */ max, /** @type {number} */ step) => {
-    const output = h("output");
+    const output = h("span.value");
     const input = h("input", { type: "range", min, max, step });
     input.addEventListener("input", () => fill(output, input.value));
     return { input, output };
@@ -234,7 +234,7 @@ export function mount(root, signal) {
           "li",
           {},
           h("div.drawing", {}, h("img", { src: source, alt: `${text || "drawing"}, number ${at + 1}`, width: 256, height: 256 })),
-          h("span.line", {}, h("span.caption", {}, `seed ${own}`), score === null ? null : h("span.score", {}, number(score))),
+          h("span.line", {}, h("span.caption", {}, `seed ${own}`), score === null ? null : h("span.score", {}, score.toFixed(3))),
           h(
             "div.tools",
             {},

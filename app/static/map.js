@@ -10,6 +10,8 @@ import { address, go, here } from "./route.js";
 const RADIUS = 3; // of a point, in pixels of the page
 const REACH = 12; // pixels from the pointer within which a point is pointed at
 const HUES = ["#3b5bdb", "#f08c00", "#2b8a3e", "#c2255c", "#0c8599", "#7048e8", "#a61e4d", "#5c940d", "#d9480f", "#1971c2"];
+const CLUSTERS = " clusters"; // no key of metadata begins with a space where a reader would choose it
+const GROUPS = 8;
 const TAKEN = 200; // ids of a lasso that an address holds
 
 /** @type {import("./types.js").Mount} */
@@ -95,7 +97,7 @@ export function mount(root, signal) {
 
   /** Which keys of the metadata can give the points their colours. */
   async function listKeys() {
-    fill(colour, h("option", { value: "" }, "Nothing"));
+    fill(colour, h("option", { value: "" }, "Nothing"), h("option", { value: CLUSTERS }, "Clusters of this map"));
     const { metadata } = await call(path("collections", collection, "statistics"), { signal });
     colour.append(...metadata.map((/** @type {import("./types.js").KeyStatistics} */ { key }) => h("option", { value: key }, key)));
   }
@@ -106,8 +108,8 @@ export function mount(root, signal) {
     if (asked === shownFor) return true;
     shownFor = asked;
     const umap = params.get("by") === "umap";
-    const search = new URLSearchParams({ method: umap ? "umap" : "pca" });
-    if (params.get("color")) search.set("color", params.get("color") ?? "");
+    const key = params.get("color") ?? "";
+    const search = new URLSearchParams({ method: umap ? "umap" : "pca", ...(key && key !== CLUSTERS ? { color: key } : {}) });
     fill(status, "Laying it out…");
     begin.hidden = bar.hidden = true;
     try {
@@ -122,20 +124,21 @@ export function mount(root, signal) {
       }
       bar.hidden = true;
       if (shownFor !== asked) return false;
-      if (answer.state === "failed") throw new Problem(0, "UMAP failed; the server's log says why.", "");
-      adopt(answer);
       begin.hidden = !umap;
+      if (answer.state !== "done") {
+        plane = null;
+        paint();
+        const none = "There is no map by UMAP yet. Making it takes a while and goes on in the background.";
+        fill(status, answer.state === "none" ? none : "UMAP failed; the server's log says why.");
+        return false;
+      }
+      adopt(answer, key === CLUSTERS);
       return true;
     } catch (error) {
       if (signal.aborted || shownFor !== asked) return false;
       plane = null;
       paint();
-      if (error instanceof Problem && error.status === 404 && umap) {
-        begin.hidden = false;
-        fill(status, "There is no map by UMAP yet. Making it takes a while and goes on in the background.");
-      } else {
-        fail(error);
-      }
+      fail(error);
       return false;
     }
   }
@@ -150,10 +153,11 @@ export function mount(root, signal) {
     }
   }
 
-  /** @param {{ ids: string[], values: Plane["values"], points: string, total: number }} answer */
-  function adopt(answer) {
+  /** @param {{ ids: string[], values: Plane["values"], points: string, total: number }} answer @param {boolean} clustered */
+  function adopt(answer, clustered) {
     const bytes = Uint8Array.from(atob(answer.points), (character) => character.charCodeAt(0));
-    plane = { ids: answer.ids, values: answer.values, points: new Float32Array(bytes.buffer), total: answer.total };
+    const points = new Float32Array(bytes.buffer);
+    plane = { ids: answer.ids, values: clustered ? clusters(points) : answer.values, points, total: answer.total };
     colours = new Uint8Array(plane.ids.length);
     fill(legend);
     if (plane.values) {
@@ -397,6 +401,41 @@ export function mount(root, signal) {
   return (params) => {
     arrive(params);
   };
+}
+
+/**
+ * A group for each point, by k-means on the plane; the first centres lie as far from each other as they can, so the same
+ * map has the same groups.
+ * @param {Float32Array} points
+ * @returns {string[]}
+ */
+function clusters(points) {
+  const count = points.length / 2;
+  /** @param {number} at @param {number[]} centre */
+  const distance = (at, [x, y]) => (points[2 * at] - x) ** 2 + (points[2 * at + 1] - y) ** 2;
+  const centres = count ? [[points[0], points[1]]] : [];
+  const least = new Float32Array(count).fill(Infinity);
+  while (centres.length < Math.min(GROUPS, count)) {
+    let farthest = 0;
+    for (let at = 0; at < count; at++) {
+      least[at] = Math.min(least[at], distance(at, centres[centres.length - 1]));
+      if (least[at] > least[farthest]) farthest = at;
+    }
+    centres.push([points[2 * farthest], points[2 * farthest + 1]]);
+  }
+  const group = new Uint8Array(count);
+  for (let round = 0; round < 20; round++) {
+    const sums = centres.map(() => [0, 0, 0]);
+    for (let at = 0; at < count; at++) {
+      for (let each = 0; each < centres.length; each++) if (distance(at, centres[each]) < distance(at, centres[group[at]])) group[at] = each;
+      const sum = sums[group[at]];
+      sum[0] += points[2 * at];
+      sum[1] += points[2 * at + 1];
+      sum[2] += 1;
+    }
+    sums.forEach(([x, y, own], each) => own && (centres[each] = [x / own, y / own]));
+  }
+  return Array.from(group, (each) => `cluster ${each + 1}`);
 }
 
 /** @param {string} colour */

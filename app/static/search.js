@@ -25,7 +25,8 @@ export function mount(root, signal) {
   let asking = null;
   let params = here().params;
   let query = queryOf(params);
-  let shownFor = "";
+  /** @type {string | null} */
+  let shownFor = null;
   /** @type {Hit[]} */
   let hits = [];
   /** @type {string | null} where a page that is no search goes on */
@@ -49,7 +50,7 @@ export function mount(root, signal) {
     maxlength: 2000,
   });
   const chips = h("ul.chips", { "aria-label": "Mixed into the query" });
-  const picked = h("select", { onchange: () => change({ c: picked.value }, ["item"]) });
+  const picked = h("select", { onchange: () => change({ c: picked.value }) });
   const target = h(
     "select",
     { onchange: () => change({ target: target.value }) },
@@ -57,7 +58,7 @@ export function mount(root, signal) {
     h("option", { value: "image" }, "Pictures"),
     h("option", { value: "text" }, "Texts"),
   );
-  const leastShown = h("output");
+  const leastShown = h("span.value");
   const least = h("input", { type: "range", min: 0, max: 1, step: 0.01, value: 0 });
   const filter = h("input", { type: "text", list: "keys", placeholder: "year>=2024 or label:cat" });
   const keys = h("datalist", { id: "keys" });
@@ -102,10 +103,10 @@ export function mount(root, signal) {
   );
   root.append(form, status, grid, empty, h("div.more", {}, moreButton));
 
-  const typed = settled(160, () => change({ q: box.value }, ["item"], true));
+  const typed = settled(160, () => box.value !== (here().params.get("q") ?? "") && change({}, true));
   box.addEventListener("input", typed);
   box.addEventListener("keydown", (event) => {
-    if (event.key === "Enter") change({ q: box.value }, ["item"]);
+    if (event.key === "Enter") change({});
     if (event.key === "ArrowDown") focusHit(0, event);
   });
   least.addEventListener("input", () => fill(leastShown, Number(least.value) ? least.value : "any"));
@@ -144,15 +145,22 @@ export function mount(root, signal) {
     event.preventDefault();
   }
 
+  /** What the address says, and what was typed since. */
+  function current() {
+    const params = new URLSearchParams(here().params);
+    if (box.value) params.set("q", box.value);
+    else params.delete("q");
+    params.delete("item");
+    return params;
+  }
+
   /**
    * Goes to where these parameters are changed; an empty value takes one away.
    * @param {Record<string, string>} values
-   * @param {string[]} [without]
    * @param {boolean} [replace]
    */
-  function change(values, without = [], replace = false) {
-    const changed = new URLSearchParams(here().params);
-    for (const name of without) changed.delete(name);
+  function change(values, replace = false) {
+    const changed = current();
     for (const [name, value] of Object.entries(values)) {
       if (value) changed.set(name, value);
       else changed.delete(name);
@@ -162,20 +170,18 @@ export function mount(root, signal) {
 
   /** @param {string} name @param {string} value */
   function append(name, value) {
-    const changed = new URLSearchParams(here().params);
-    changed.delete("item");
+    const changed = current();
     changed.append(name, value);
     go("search", changed);
   }
 
-  /** @param {string} name @param {number} at */
-  function drop(name, at) {
-    const changed = new URLSearchParams(here().params);
+  /** Puts a value in the place of one of several, or none. @param {string} name @param {number} at @param {string} [instead] */
+  function replace(name, at, instead) {
+    const changed = current();
     const values = changed.getAll(name);
     changed.delete(name);
-    values.forEach((value, index) => index !== at && changed.append(name, value));
+    values.forEach((value, index) => (index !== at || instead) && changed.append(name, index === at ? (instead ?? "") : value));
     go("search", changed);
-    box.focus();
   }
 
   /** @param {File[]} files */
@@ -338,7 +344,7 @@ export function mount(root, signal) {
     const image = h("img", { alt: hit.caption ?? `Picture ${hit.id}`, loading: "lazy", decoding: "async", width: 256, height: 256 });
     if (hit.url) show(image, `${hit.url}?size=256`);
     const face = hit.url ? image : h("p.text", {}, hit.caption ?? hit.id);
-    const score = hit.score === undefined ? null : h("span.score", {}, number(hit.score));
+    const score = hit.score === undefined ? null : h("span.score", {}, hit.score.toFixed(3));
     const caption = hit.url ? h("span.caption", {}, hit.caption ?? String(hit.metadata.path ?? hit.id)) : h("span.caption", {}, "text");
     return h("li", {}, h("a", { href: address("search", target), "data-id": hit.id }, face, h("span.line", {}, caption, score), folded));
   }
@@ -390,20 +396,19 @@ export function mount(root, signal) {
           max: 10,
           value: part.weight,
           "aria-label": "Weight",
-          onchange: () => {
-            const changed = new URLSearchParams(here().params);
-            const values = changed.getAll("with");
-            values[at] = written({ ...part, weight: Number(weight.value) || 1 });
-            changed.delete("with");
-            for (const value of values) changed.append("with", value);
-            go("search", changed);
-          },
+          onchange: () => replace("with", at, written({ ...part, weight: Number(weight.value) || 1 })),
         });
-        return h(part.weight < 0 ? "li.away" : "li", {}, weight, label(part), removal(() => drop("with", at)));
+        return h(part.weight < 0 ? "li.away" : "li", {}, weight, label(part), removal(() => taken("with", at)));
       }),
       query.ids.length > 0 && h("li", {}, `among ${counted(query.ids.length, "item")}`, removal(() => change({ id: "" }))),
-      query.filters.map((value, at) => h("li", {}, value, removal(() => drop("filter", at)))),
+      query.filters.map((value, at) => h("li", {}, value, removal(() => taken("filter", at)))),
     );
+  }
+
+  /** @param {string} name @param {number} at */
+  function taken(name, at) {
+    replace(name, at);
+    box.focus();
   }
 
   /** @param {() => void} act */
@@ -422,6 +427,7 @@ export function mount(root, signal) {
     fold.checked = params.get("fold") !== null;
     drawChips();
     await listed;
+    if (query.collection && !collections.some(({ name }) => name === query.collection)) await list(); // it may be new
     if (params !== arrived || signal.aborted) return;
     query.collection ||= collections[0]?.name ?? "";
     picked.value = query.collection;

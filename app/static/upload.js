@@ -42,7 +42,8 @@ export async function upload(collection, files) {
   const work = batches(pictures);
   const send = async () => {
     for (let batch = work.next(); !batch.done; batch = work.next()) {
-      added += await sent(collection, batch.value, skip, stop.signal);
+      const count = await sent(collection, batch.value, skip, stop.signal);
+      added += count; // not in one line: `added` would be read before the wait, and another batch's count lost
       tell();
     }
   };
