@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -20,6 +21,7 @@ from torch.utils.data import Dataset
 from models.errors import CheckpointError, DivergedError
 from training.memory import memory_kept
 from training.method import Batch, Losses, Method
+from training.progress import history
 from training.trainer import Trainer, TrainerConfig, choose_device, choose_precision
 
 CONFIG = TrainerConfig(
@@ -247,3 +249,18 @@ def test_memory_that_a_step_frees_is_taken_again_without_page_faults() -> None:
     with memory_kept(torch.device("cpu")):
         faults()
         assert faults() < 2_000  # without it nearly 94,000
+
+
+def test_the_history_that_a_checkpoint_keeps(tmp_path: Path) -> None:
+    assert history(tmp_path) == ""
+    lines = [{"kind": "train", "step": step, "time": 1.0, "loss": step / 7} for step in range(0, 1000, 3)]
+    lines += [{"kind": "train", "step": 3, "time": 2.0, "loss": 9.0}]  # done again after a resume
+    lines += [{"kind": "evaluation", "step": 999, "time": 3.0, "knn": 0.5}]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    head, *rows = history(tmp_path).split("\n")
+    assert head == "step,loss,knn"
+    assert rows[-1] == "999,142.7,0.5"
+    steps = [int(row.split(",")[0]) for row in rows]
+    assert steps == sorted(set(steps))
+    assert 80 < len(steps) <= 100
+    assert {b - a for a, b in itertools.pairwise(steps)} == {12}
