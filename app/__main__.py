@@ -200,6 +200,9 @@ def _serve(options: argparse.Namespace) -> int:
             log_level="warning",
             access_log=False,
             timeout_graceful_shutdown=30,
+            # Longer than clients and load balancers keep an idle connection (httpx 5 s, AWS 60): if both give up at the
+            # same time, a request that is just on its way is hung up on.
+            timeout_keep_alive=75,
         )
     return 0
 

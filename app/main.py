@@ -10,6 +10,7 @@ from typing import Any
 
 from fastapi import APIRouter, FastAPI
 from fastapi.openapi.utils import get_openapi
+from fastapi_offline import FastAPIOffline
 
 from app import errors, page, routes
 from app.collections import Collections
@@ -39,7 +40,16 @@ def create_app(
         finally:
             await service.close()
 
-    app = FastAPI(title="Semblance", description=DESCRIPTION, version="0.1.0", lifespan=lifespan)
+    app = FastAPIOffline(
+        title="Semblance",
+        description=DESCRIPTION,
+        version="0.1.0",
+        lifespan=lifespan,
+        static_url=f"{page.DOCS}/static",
+        favicon_url=f"{page.MOUNT}/icon.svg",
+        docs_url=page.DOCS,
+        redoc_url=None,
+    )
     app.state.service = service
     errors.install(app)
     for router in find_routers():

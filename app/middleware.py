@@ -13,16 +13,15 @@ from typing import TYPE_CHECKING
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from app import page
 from app.errors import problem
 from app.fairness import CALLER
-from app.page import MOUNT
 from models.errors import BusyError, TooLargeError, UnauthorizedError
 
 if TYPE_CHECKING:
     from app.service import Service
 
-# The page is nobody's secret, and is what asks for the key.
-OPEN_PATHS = frozenset({"/healthz", "/readyz", "/"})
+OPEN_PATHS = page.OPEN_PATHS | {"/healthz", "/readyz"}
 _SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 # A client that is still sending sees a reset instead of the 413 if it is cut off at once.
 _DRAIN_SECONDS, _DRAIN_BODIES = 3.0, 16
@@ -61,8 +60,8 @@ class Envelope:
 
 
 class Gate:
-    """Lets a request in if the server is ready and the key is right, and notes who sent it. Health and the page's own
-    files are always open."""
+    """Lets a request in if the server is ready and the key is right, and notes who sent it. Health, the page's
+    own files and the description of the API are always open."""
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self.app = app
@@ -193,7 +192,7 @@ class Presence:
 
 
 def _is_open(path: str) -> bool:
-    return path in OPEN_PATHS or path.startswith(f"{MOUNT}/")
+    return path in OPEN_PATHS or path.startswith(page.OPEN_FOLDERS)
 
 
 def _digest(key: str) -> bytes:

@@ -11,7 +11,10 @@ from starlette.responses import Response
 from starlette.staticfiles import StaticFiles
 
 FOLDER = Path(__file__).parent / "static"
-MOUNT = "/static"
+MOUNT, DOCS = "/static", "/docs"
+# Nobody's secret, and what a browser shows before anything can ask for a key.
+OPEN_PATHS = frozenset({"/", DOCS, "/openapi.json"})
+OPEN_FOLDERS = (f"{MOUNT}/", f"{DOCS}/static/")
 # Nothing inline, nothing from elsewhere, and no page of others may show this one in a frame. data: and blob: are the
 # reader's own pictures and those that were fetched with a key.
 POLICY = "; ".join(

@@ -20,6 +20,7 @@ export function mount(root, signal) {
   /** @type {AbortController | null} */
   let drawing = null;
   let drawingFor = "";
+  let spent = ""; // the seed that was drawn last
 
   const prompt = h("input", { type: "text", id: "box", placeholder: "What to draw", "aria-label": "Prompt", maxlength: 2000, autocomplete: "off" });
   const range = (/** @type {number} */ min, /** @type {number} */ max, /** @type {number} */ step) => {
@@ -150,9 +151,11 @@ export function mount(root, signal) {
   /** @param {Event} event */
   function submit(event) {
     event.preventDefault();
-    if (!lock.checked || seed.value === "") {
+    // A seed that was typed, or came with the address, is drawn once; the next one is new unless it is kept.
+    if (seed.value === "" || (!lock.checked && seed.value === spent)) {
       seed.value = String(crypto.getRandomValues(new Uint32Array(1))[0]);
     }
+    spent = seed.value;
     const params = form();
     if (!params.get("q") && !params.get("picture")) {
       fill(status, "Write what to draw, or start from a picture.");

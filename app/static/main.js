@@ -36,6 +36,7 @@ onArrival(async ({ room, params }) => {
   if (name !== current) {
     current = name;
     leave.abort();
+    for (const open of document.querySelectorAll("dialog")) open.close();
     leave = new AbortController();
     const { signal } = leave;
     const { title, load } = ROOMS[name];

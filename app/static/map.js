@@ -1,7 +1,7 @@
 /** The room for the whole: a collection as points in the plane, to move about in, to ask, and to take a part of. */
 
 import { Problem, call, path, show } from "./api.js";
-import { counted, field, fill, h, number } from "./dom.js";
+import { counted, field, fill, h, number, settled } from "./dom.js";
 import { address, go, here } from "./route.js";
 
 /** @typedef {import("./types.js").Hit} Hit */
@@ -22,6 +22,7 @@ export function mount(root, signal) {
   /** @type {Plane | null} */
   let plane = null;
   let shownFor = "";
+  let askedFor = "";
   /** @type {Uint8Array} a colour of each point */
   let colours = new Uint8Array();
   /** @type {number[]} the points that are asked for, or taken by the lasso */
@@ -38,10 +39,10 @@ export function mount(root, signal) {
   const context = /** @type {CanvasRenderingContext2D} */ (canvas.getContext("2d"));
   const status = h("p.status", { role: "status" });
   const legend = h("ul.legend", { "aria-label": "Colours" });
-  const picked = h("select", { onchange: () => change({ c: picked.value, color: "" }) });
+  const picked = h("select", { onchange: () => change({ c: picked.value, color: "", at: "" }) });
   const method = h(
     "select",
-    { onchange: () => change({ by: method.value }) },
+    { onchange: () => change({ by: method.value, at: "" }) },
     h("option", { value: "" }, "Principal components"),
     h("option", { value: "umap" }, "UMAP"),
   );
@@ -56,7 +57,7 @@ export function mount(root, signal) {
   root.append(
     h("form.search", { onsubmit: (/** @type {Event} */ event) => (event.preventDefault(), change({ q: box.value.trim() })) }, box),
     h("div.fields", {}, field("Collection", picked), field("Laid out by", method), field("Coloured by", colour)),
-    h("div.tools", {}, zoom(1.5), zoom(1 / 1.5), h("button", { type: "button", onclick: () => (fit(), paint()) }, "All of it"), h("label.check", {}, draw, "Draw around points"), begin),
+    h("div.tools", {}, zoom(1.5), zoom(1 / 1.5), h("button", { type: "button", onclick: () => change({ at: "" }) }, "All of it"), h("label.check", {}, draw, "Draw around points"), begin),
     status,
     bar,
     h("div.plane", {}, canvas, card),
@@ -68,7 +69,7 @@ export function mount(root, signal) {
     const ratio = window.devicePixelRatio || 1;
     canvas.width = canvas.clientWidth * ratio;
     canvas.height = canvas.clientHeight * ratio;
-    fit();
+    takeView();
     paint();
   });
   resized.observe(canvas);
@@ -77,12 +78,32 @@ export function mount(root, signal) {
   signal.addEventListener("abort", () => resized.disconnect());
   listen();
   const listed = list();
+  const kept = settled(400, keepView);
 
   /** @param {Record<string, string>} values */
   function change(values) {
     const params = new URLSearchParams(here().params);
     for (const [name, value] of Object.entries(values)) value ? params.set(name, value) : params.delete(name);
     go("map", params);
+  }
+
+  /** Puts into the address where the reader has moved to, as the place in the middle and the scale. */
+  function keepView() {
+    if (signal.aborted || !plane) return;
+    const middle = [(canvas.clientWidth / 2 - view.left) / view.scale, (canvas.clientHeight / 2 - view.top) / view.scale];
+    const params = new URLSearchParams(here().params);
+    params.set("at", [...middle, view.scale].map((value) => Number(value.toPrecision(5))).join(" "));
+    go("map", params, { replace: true });
+  }
+
+  /** The view that the address tells, or the whole. */
+  function takeView() {
+    const [x, y, scale] = (here().params.get("at") ?? "").split(" ").map(Number);
+    if (scale > 0 && Number.isFinite(x) && Number.isFinite(y)) {
+      view = { scale, left: canvas.clientWidth / 2 - x * scale, top: canvas.clientHeight / 2 - y * scale };
+    } else {
+      fit();
+    }
   }
 
   async function list() {
@@ -95,11 +116,14 @@ export function mount(root, signal) {
     }
   }
 
-  /** Which keys of the metadata can give the points their colours. */
+  /** Which keys of the metadata can give the points their colours; a large collection takes its time to tell. */
   async function listKeys() {
+    const asked = collection;
     fill(colour, h("option", { value: "" }, "Nothing"), h("option", { value: CLUSTERS }, "Clusters of this map"));
-    const { metadata } = await call(path("collections", collection, "statistics"), { signal });
+    const { metadata } = await call(path("collections", asked, "statistics"), { signal });
+    if (collection !== asked) return;
     colour.append(...metadata.map((/** @type {import("./types.js").KeyStatistics} */ { key }) => h("option", { value: key }, key)));
+    colour.value = here().params.get("color") ?? "";
   }
 
   async function load() {
@@ -169,7 +193,7 @@ export function mount(root, signal) {
       const named = order.length > HUES.length ? [...order.slice(0, HUES.length - 1).map(String), "all others"] : order.map(String);
       fill(legend, named.map((name, at) => h("li", {}, swatch(HUES[at]), name)));
     }
-    fit();
+    takeView();
     paint();
     const part = plane.ids.length < plane.total ? ` of ${number(plane.total)}` : "";
     fill(status, `${counted(plane.ids.length, "item")}${part}. Drag to move, turn the wheel to come nearer.`);
@@ -241,6 +265,7 @@ export function mount(root, signal) {
   function zoomAt(x, y, by) {
     view = { scale: view.scale * by, left: x - (x - view.left) * by, top: y - (y - view.top) * by };
     paint();
+    kept();
   }
 
   function listen() {
@@ -264,6 +289,7 @@ export function mount(root, signal) {
         view.top += y - held[1];
         held = [x, y];
         paint();
+        kept();
       } else {
         point(nearest(x, y));
       }
@@ -288,10 +314,11 @@ export function mount(root, signal) {
         view.top += move[1];
       } else if (event.key === "+" || event.key === "=") zoomAt(canvas.clientWidth / 2, canvas.clientHeight / 2, 1.25);
       else if (event.key === "-") zoomAt(canvas.clientWidth / 2, canvas.clientHeight / 2, 0.8);
-      else if (event.key === "0") fit();
+      else if (event.key === "0") change({ at: "" });
       else return;
       event.preventDefault();
       paint();
+      if (move) kept();
     });
   }
 
@@ -350,6 +377,9 @@ export function mount(root, signal) {
 
   /** Puts the query among its nearest, for the map has no place of its own for it. @param {string} text */
   async function ask(text) {
+    const asked = `${shownFor}\n${text}`;
+    if (asked === askedFor) return paint();
+    askedFor = asked;
     query = null;
     marked = [];
     taken.hidden = true;
@@ -386,13 +416,15 @@ export function mount(root, signal) {
     try {
       if (wanted !== collection) {
         collection = wanted;
-        await listKeys();
+        listKeys().catch(fail);
       }
       picked.value = collection;
       method.value = params.get("by") === "umap" ? "umap" : "";
       colour.value = params.get("color") ?? "";
       box.value = params.get("q") ?? "";
-      if (await load()) await ask(params.get("q") ?? "");
+      if (!(await load())) return;
+      takeView();
+      await ask(params.get("q") ?? "");
     } catch (error) {
       fail(error);
     }

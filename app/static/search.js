@@ -27,6 +27,7 @@ export function mount(root, signal) {
   let query = queryOf(params);
   /** @type {string | null} */
   let shownFor = null;
+  let suggestedFor = "";
   /** @type {Hit[]} */
   let hits = [];
   /** @type {string | null} where a page that is no search goes on */
@@ -202,7 +203,7 @@ export function mount(root, signal) {
     arrive(here().params, true);
   }
 
-  /** The collections, and what can be asked of this one's metadata. */
+  /** The collections there are. */
   async function list() {
     try {
       collections = (await call("/collections", { signal })).collections;
@@ -215,10 +216,14 @@ export function mount(root, signal) {
       picked,
       collections.map(({ name, count }) => h("option", { value: name }, `${name} (${number(count)})`)),
     );
-    picked.value = here().params.get("c") || collections[0]?.name || "";
-    if (!collections.length) return;
+  }
+
+  /** What can be asked of a collection's metadata; a large one takes its time to tell. @param {string} collection */
+  async function suggest(collection) {
+    fill(keys);
     try {
-      const { metadata } = await call(path("collections", picked.value, "statistics"), { signal });
+      const { metadata } = await call(path("collections", collection, "statistics"), { signal });
+      if (collection !== query.collection) return;
       fill(
         keys,
         metadata.flatMap((/** @type {import("./types.js").KeyStatistics} */ { key, frequent, min }) => [
@@ -227,7 +232,7 @@ export function mount(root, signal) {
         ]),
       );
     } catch {
-      fill(keys); // they are only suggestions
+      // They are only suggestions.
     }
   }
 
@@ -431,6 +436,10 @@ export function mount(root, signal) {
     if (params !== arrived || signal.aborted) return;
     query.collection ||= collections[0]?.name ?? "";
     picked.value = query.collection;
+    if (suggestedFor !== query.collection) {
+      suggestedFor = query.collection;
+      if (picked.value) suggest(picked.value);
+    }
     run(anyway);
     const open = params.get("item");
     detail(open === null ? null : { id: open, collection: query.collection, hidden, changed: () => draw(hits, true) });

@@ -33,6 +33,9 @@ def test_the_page_is_open_and_strict_where_a_key_is_needed(start: Callable[..., 
         assert "unsafe" not in policy
         assert answer.headers["cache-control"] == "no-cache"
         assert client.get(path, headers={"if-none-match": answer.headers["etag"]}).status_code == 304
+    for path in ("/docs", "/docs/static/swagger-ui-bundle.js", "/openapi.json"):
+        assert client.get(path).status_code == 200
+    assert "https://" not in client.get("/docs").text
     assert client.get("/models").status_code == 401
     problem(client.get("/static/../main.py"), 401, "API key")
     problem(client.get("/static/nothing.js"), 404, "Not Found")

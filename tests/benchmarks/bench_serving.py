@@ -351,7 +351,10 @@ def overload(server: Server, files: list[bytes], seconds: float) -> None:
             async def one() -> None:
                 url, body = next(requests)
                 start = time.perf_counter()
-                status = (await client.post(url, content=body)).status_code
+                try:
+                    status = (await client.post(url, content=body)).status_code
+                except httpx.TransportError:
+                    status = 0  # it hung up
                 statuses[status] += 1
                 (waited if status == 200 else slow).append(time.perf_counter() - start)
 
