@@ -14,6 +14,7 @@ from models.errors import SemblanceError
 
 T = TypeVar("T")
 BATCH, BATCH_BYTES = 16, 6_000_000  # inputs and bytes of one request, at most
+PATIENCE = 60  # times that a busy server is asked again
 IN_FLIGHT = 4  # requests at once: some decode while others are embedded
 
 
@@ -27,7 +28,7 @@ class AnswerError(SemblanceError):
 
 
 async def events(
-    client: httpx.AsyncClient, url: str, body: dict[str, Any], *, patience: int = 60
+    client: httpx.AsyncClient, url: str, body: dict[str, Any], *, patience: int = PATIENCE
 ) -> AsyncGenerator[dict[str, Any]]:
     """The server-sent events that answer a POST. Waits and raises as `call` does, and AnswerError for an error among
     them."""
@@ -44,7 +45,7 @@ async def events(
         raise _unreachable(client, error) from error
 
 
-async def call(client: httpx.AsyncClient, method: str, url: str, *, patience: int = 60, **options: Any) -> Any:
+async def call(client: httpx.AsyncClient, method: str, url: str, *, patience: int = PATIENCE, **options: Any) -> Any:
     """One request and its JSON; waits and tries again while the server is busy, `patience` times at most.
 
     Raises AnswerError with what the server said, or that it could not be reached.

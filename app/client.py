@@ -37,7 +37,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from app.calls import BATCH, BATCH_BYTES, AnswerError, call, events, send_all
+from app.calls import BATCH, BATCH_BYTES, PATIENCE, AnswerError, call, events, send_all
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -120,7 +120,7 @@ class AsyncClient:
         *,
         api_key: str | None = None,
         timeout: float = 120.0,
-        patience: int = 60,
+        patience: int = PATIENCE,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         key = api_key or os.environ.get("SEMBLANCE_API_KEY")
@@ -243,7 +243,9 @@ class AsyncClient:
         `semblance index` does; those that are there are passed over. -> an app.ingest.Report."""
         from app.ingest import ingest
 
-        return await ingest(self._http, collection, str(source), model=model, progress=progress)
+        return await ingest(
+            self._http, collection, str(source), model=model, progress=progress, patience=self._patience
+        )
 
     async def generate(self, prompt: str, **options: Unpack[Drawing]) -> list[Drawn]:
         """Pictures of a prompt, best first."""

@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx
 
-from app.calls import BATCH, BATCH_BYTES, AnswerError, call, send_all
+from app.calls import BATCH, BATCH_BYTES, PATIENCE, AnswerError, call, send_all
 from models.readers import BadRows, Record, file_bytes, read
 
 _SAFE = re.compile(r"[^A-Za-z0-9._:@+-]+")
@@ -50,23 +50,26 @@ async def ingest(
     model: str | None = None,
     in_place: bool = False,
     progress: Callable[[int], None] = lambda done: None,
+    patience: int = PATIENCE,
 ) -> Report:
     """Put every picture of `source` (as models.readers.read takes it) into a collection, which is made if need be.
 
     in_place: files stay where they are and the collection refers to them, if the server allows that.
 
     Pictures that are there with the same time of change are passed over. progress: told how many were dealt with.
+    patience: as of `call`.
     Raises AnswerError when the server refuses more than single pictures, DataError when there is nothing to read.
     """
     body = {} if model is None else {"model": model}
-    await call(client, "PUT", f"/collections/{collection}", json=body)
-    known = {item["id"]: item["metadata"].get("modified") async for item in items_of(client, collection)}
+    await call(client, "PUT", f"/collections/{collection}", json=body, patience=patience)
+    there = items_of(client, collection, patience=patience)
+    known = {item["id"]: item["metadata"].get("modified") async for item in there}
     rows, report = BadRows(limit=1_000_000_000), Report()
     pictures = (_picture(record, Path(source)) for record in read(source, rows))
     batches = _batches(pictures, known, report, progress, in_place)
 
     async def send(batch: list[_Content]) -> None:
-        progress(await _send(client, collection, batch, report))
+        progress(await _send(client, collection, batch, report, patience))
 
     await send_all(batches, send)
     report.bad += rows.rows
@@ -80,13 +83,13 @@ def count(source: str) -> int | None:
 
 
 async def items_of(
-    client: httpx.AsyncClient, collection: str, *, embeddings: bool = False
+    client: httpx.AsyncClient, collection: str, *, embeddings: bool = False, patience: int = PATIENCE
 ) -> AsyncIterator[dict[str, Any]]:
     """Every item of a collection, as the API shows it."""
     after: str | None = ""
     while after is not None:
         wanted = {"limit": 1000, "after": after, "embeddings": embeddings}
-        page = await call(client, "GET", f"/collections/{collection}/items", params=wanted)
+        page = await call(client, "GET", f"/collections/{collection}/items", params=wanted, patience=patience)
         for item in page["items"]:
             yield item
         after = page["next"]
@@ -123,12 +126,14 @@ def _batches(
         yield batch
 
 
-async def _send(client: httpx.AsyncClient, collection: str, batch: list[_Content], report: Report) -> int:
+async def _send(
+    client: httpx.AsyncClient, collection: str, batch: list[_Content], report: Report, patience: int
+) -> int:
     """Store a batch, without the pictures that the server refuses; they are reported. -> how many were dealt with."""
     total = len(batch)
     while batch:
         try:
-            await call(client, "POST", f"/collections/{collection}/items", **_request(batch))
+            await call(client, "POST", f"/collections/{collection}/items", patience=patience, **_request(batch))
         except AnswerError as error:
             if error.status not in (413, 415, 422) or (error.input is None and len(batch) > 1):
                 raise

@@ -172,6 +172,8 @@ def test_a_busy_server_is_asked_again_after_what_it_says_and_never_by_too_many_a
             with pytest.raises(AnswerError, match="the server answered 503") as refused:
                 await client.encode(texts=["a"])
             assert refused.value.status == 503
+            with pytest.raises(AnswerError, match="the server answered 503"):  # without its own patience
+                await asyncio.wait_for(client.index(DEMO / "scenes.tar.gz"), 5)
 
     asyncio.run(work())
     assert len(seen) == 12
