@@ -6,7 +6,7 @@ DATA ?= data
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: serve test format train-demo torture bench-training bench-generation bench-decoding bench-search bench-serving \
+.PHONY: serve test format train-demo screenshots torture bench-training bench-generation bench-decoding bench-search bench-serving \
 	bench-device clean
 
 serve: .venv/.serve
@@ -33,6 +33,10 @@ train-demo: .venv/.test
 	$(BIN)/semblance-train clip --preset demo-finish --init checkpoints/demo/clip --lr 5e-4 --time-limit 2100 \
 		--out checkpoints/demo/clip --run-dir runs/demo-last
 	$(BIN)/semblance-train scenes --out checkpoints/demo/scenes.tar.gz
+
+# The README's pictures of the page, as the tests come by them.
+screenshots: .venv/.test
+	SEMBLANCE_SCREENSHOTS=docs $(BIN)/pytest tests/browser
 
 torture: .venv/.test
 	KILL_ROUNDS=500 POWER_ROUNDS=100 $(BIN)/pytest -s tests/app/test_torture.py

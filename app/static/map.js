@@ -23,8 +23,8 @@ export function mount(root, signal) {
   let plane = null;
   let shownFor = "";
   let askedFor = "";
-  /** @type {Uint8Array} a colour of each point */
-  let colours = new Uint8Array();
+  /** @type {number[][]} the points of each colour */
+  let coloured = [];
   /** @type {number[]} the points that are asked for, or taken by the lasso */
   let marked = [];
   /** @type {[number, number] | null} */
@@ -79,6 +79,7 @@ export function mount(root, signal) {
   listen();
   const listed = list();
   const kept = settled(400, keepView);
+  const look = settled(60, picture);
 
   /** @param {Record<string, string>} values */
   function change(values) {
@@ -182,14 +183,15 @@ export function mount(root, signal) {
     const bytes = Uint8Array.from(atob(answer.points), (character) => character.charCodeAt(0));
     const points = new Float32Array(bytes.buffer);
     plane = { ids: answer.ids, values: clustered ? clusters(points) : answer.values, points, total: answer.total };
-    colours = new Uint8Array(plane.ids.length);
+    coloured = [plane.ids.map((_, at) => at)];
     fill(legend);
     if (plane.values) {
       const counts = new Map();
       for (const value of plane.values) counts.set(value, (counts.get(value) ?? 0) + 1);
       const order = [...counts.entries()].sort((a, b) => b[1] - a[1]).map(([value]) => value);
       const place = new Map(order.map((value, at) => [value, Math.min(at, HUES.length - 1)]));
-      plane.values.forEach((value, at) => (colours[at] = place.get(value) ?? 0));
+      coloured = HUES.map(() => []);
+      plane.values.forEach((value, at) => coloured[place.get(value) ?? 0].push(at));
       const named = order.length > HUES.length ? [...order.slice(0, HUES.length - 1).map(String), "all others"] : order.map(String);
       fill(legend, named.map((name, at) => h("li", {}, swatch(HUES[at]), name)));
     }
@@ -226,14 +228,13 @@ export function mount(root, signal) {
     if (!plane) return;
     const size = plane.ids.length > 20_000 ? 2 : RADIUS;
     // One colour after the other: a change of colour costs more than a point.
-    for (let hue = 0; hue < HUES.length; hue++) {
+    coloured.forEach((points, hue) => {
       context.fillStyle = HUES[hue];
-      for (let at = 0; at < colours.length; at++) {
-        if (colours[at] !== hue) continue;
+      for (const at of points) {
         const [x, y] = placeOf(at);
         if (x > -size && y > -size && x < canvas.clientWidth + size && y < canvas.clientHeight + size) context.fillRect(x - size / 2, y - size / 2, size, size);
       }
-    }
+    });
     context.strokeStyle = style.color;
     context.lineWidth = 1.5;
     for (const at of pointed >= 0 ? [...marked, pointed] : marked) {
@@ -335,7 +336,7 @@ export function mount(root, signal) {
   }
 
   /** Shows what a point stands for. @param {number} at */
-  async function point(at) {
+  function point(at) {
     if (at === pointed) return;
     pointed = at;
     paint();
@@ -347,6 +348,12 @@ export function mount(root, signal) {
     card.style.left = `${Math.min(x + 12, canvas.clientWidth - 150)}px`;
     card.style.top = `${Math.min(y + 12, canvas.clientHeight - 150)}px`;
     fill(card, id);
+    look(at, id);
+  }
+
+  /** The picture of a point, once the pointer rests on it. @param {number} at @param {string} id */
+  async function picture(at, id) {
+    if (pointed !== at) return;
     try {
       const item = await call(path("collections", collection, "items", id), { signal });
       if (pointed !== at) return;

@@ -8,7 +8,7 @@ from pathlib import Path
 from playwright.sync_api import Page
 
 ROOT = Path(__file__).parents[2]
-# Where screenshots are left for the reader; nothing is left without it.
+# Where `make screenshots` has them left for the README; nothing is left without it.
 SHOTS = os.environ.get("SEMBLANCE_SCREENSHOTS")
 
 
