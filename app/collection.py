@@ -280,10 +280,14 @@ class Collection:
         zero or not finite.
         """
         query, wanted = self._unit([vector]), k + offset
-        asked = wanted
+        asked, gone = wanted, set[int]()
         while True:
             hits = self._searches.search(query, asked, self._allowed(target, filters, ids))[0]
             items = self._items([hit.id for hit in hits])
+            if not (unseen := {hit.id for hit in hits} - items.keys()) <= gone:
+                # Not committed yet, deleted, or replaced since the index was asked: another look finds the new one.
+                gone |= unseen
+                continue
             found = [SearchHit(items[hit.id], hit.score) for hit in hits if hit.id in items]
             if group_by is not None:
                 found = _first_of_groups(found, group_by)

@@ -102,6 +102,8 @@ def problem(error: Exception, request_id: str) -> Response:
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
     if isinstance(error, UnauthorizedError):
         headers["WWW-Authenticate"] = "Bearer"
+    if isinstance(error, TooLargeError):
+        headers["Connection"] = "close"  # the rest of the body may be still to come
     detail, more = str(error), {}
     if isinstance(error, InputError) and error.index is not None:
         detail, more = f"input {error.index}: {detail}", {"input": error.index}

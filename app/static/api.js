@@ -1,5 +1,7 @@
 /** Calls of the server, with problems in words. The key, where one is needed, is in memory and nowhere else. */
 
+import { fill, h, number } from "./dom.js";
+
 let key = "";
 /** @type {(message: string) => Promise<string>} */
 let askKey = () => Promise.reject(new Error("this server wants an API key"));
@@ -133,6 +135,35 @@ export async function show(image, url) {
   } catch {
     image.removeAttribute("src"); // its alternative text remains
   }
+}
+
+/**
+ * Puts what went wrong into an element, with the request by which the server's log has it.
+ * @param {HTMLElement} place
+ * @param {unknown} error
+ */
+export function explain(place, error) {
+  const request = error instanceof Problem ? error.requestId : "";
+  const told = error instanceof Error ? error.message : String(error);
+  fill(place, told, request && h("small", {}, ` (request ${request})`));
+}
+
+/**
+ * The collections there are, in an element that lets the reader choose. `default`, which a server that was told nothing
+ * else searches, comes first.
+ * @param {HTMLSelectElement} choice
+ * @param {AbortSignal} signal
+ * @returns {Promise<import("./types.js").Collection[]>}
+ */
+export async function listCollections(choice, signal) {
+  /** @type {import("./types.js").Collection[]} */
+  const collections = (await call(path("collections"), { signal })).collections;
+  collections.sort((a, b) => Number(b.name === "default") - Number(a.name === "default"));
+  fill(
+    choice,
+    collections.map(({ name, count }) => h("option", { value: name }, `${name} (${number(count)})`)),
+  );
+  return collections;
 }
 
 /** A path of the API, with every part written safely. @param {...string} parts */

@@ -1,6 +1,6 @@
 /** The room for labels: which of the reader's words fits a picture, by probability and by cosine. */
 
-import { Problem, call, path, request } from "./api.js";
+import { Problem, call, explain, path, request } from "./api.js";
 import { counted, field, fill, h, number, settled, toast } from "./dom.js";
 import { chooser, keep, kept, receive } from "./pictures.js";
 import { go, here } from "./route.js";
@@ -36,7 +36,12 @@ export function mount(root, signal) {
       h(
         "form.side",
         { onsubmit: (/** @type {Event} */ event) => event.preventDefault() },
-        h("div.tools", {}, chooser("Choose pictures", (files) => add(files), { multiple: true }), sample),
+        h(
+          "div.tools",
+          {},
+          chooser("Choose pictures", (files) => add(files), { multiple: true }),
+          sample,
+        ),
         field("Labels, one a line", labels),
         field("Templates, one a line, with {} for the label", templates),
         h("label.check", {}, each, "Each label by itself, not one among them"),
@@ -79,7 +84,10 @@ export function mount(root, signal) {
       if (!found) return toast("No collection has pictures yet; add some in the room Search.");
       const { items } = await call(`${path("collections", found.name, "items")}?limit=200`, { signal });
       const urls = items.flatMap((/** @type {import("./types.js").Item} */ { url }) => (url ? [url] : []));
-      const chosen = Array.from({ length: Math.min(4, urls.length) }, (_, at) => urls[Math.floor(((at + Math.random()) * urls.length) / 4)]);
+      const chosen = Array.from(
+        { length: Math.min(4, urls.length) },
+        (_, at) => urls[Math.floor(((at + Math.random()) * urls.length) / 4)],
+      );
       add(await Promise.all(chosen.map(async (url) => (await request(url, { signal })).blob())));
     } catch (error) {
       fail(error);
@@ -92,19 +100,31 @@ export function mount(root, signal) {
     const { names, multi } = state();
     const options = { templates: lines(templates).length ? lines(templates) : null, multi_label: multi || null };
     const pictures = names.map((_, at) => `Path("picture${at + 1}.jpg")`).join(", ");
-    return { path: "/zero-shot", json: body(), python: `client.zero_shot([${pictures}], ${python(lines(labels))}${keywords(options)})` };
+    return {
+      path: "/zero-shot",
+      json: body(),
+      python: `client.zero_shot([${pictures}], ${python(lines(labels))}${keywords(options)})`,
+    };
   }
 
   function state() {
     const { params } = here();
-    return { names: params.getAll("picture").filter((name) => kept(name) !== null), multi: params.get("multi") !== null };
+    return {
+      names: params.getAll("picture").filter((name) => kept(name) !== null),
+      multi: params.get("multi") !== null,
+    };
   }
 
   /** @param {string[]} [words] */
   function body(words = lines(labels)) {
     const { names, multi } = state();
     const given = lines(templates);
-    return { input: names.map((name) => ({ image: kept(name) })), labels: words, multi_label: multi, ...(given.length ? { templates: given } : {}) };
+    return {
+      input: names.map((name) => ({ image: kept(name) })),
+      labels: words,
+      multi_label: multi,
+      ...(given.length ? { templates: given } : {}),
+    };
   }
 
   async function run() {
@@ -117,8 +137,14 @@ export function mount(root, signal) {
     ready = names.length > 0 && words.length > 0;
     if (!ready) {
       fill(results);
-      const gone = lost ? `${counted(lost, "picture")} of this address are gone: the page keeps them only until the tab is closed. ` : "";
-      fill(status, gone, names.length ? "Write at least one label." : "Drop, paste or choose pictures to see which label fits.");
+      const gone = lost
+        ? `${counted(lost, "picture")} of this address are gone: the page keeps them only until the tab is closed. `
+        : "";
+      fill(
+        status,
+        gone,
+        names.length ? "Write at least one label." : "Drop, paste or choose pictures to see which label fits.",
+      );
       return;
     }
     results.setAttribute("aria-busy", "true");
@@ -128,7 +154,10 @@ export function mount(root, signal) {
       const [answer, common] = await Promise.all([ask(words), ask(COMMON)]);
       draw(names, answer.data, common.data);
       const took = number(Math.round(performance.now() - started));
-      fill(status, `${counted(names.length, "picture")}, ${counted(words.length, "label")}, by ${answer.model}, in ${took} ms`);
+      fill(
+        status,
+        `${counted(names.length, "picture")}, ${counted(words.length, "label")}, by ${answer.model}, in ${took} ms`,
+      );
     } catch (error) {
       if (!stop.aborted) fail(error);
     } finally {
@@ -147,9 +176,24 @@ export function mount(root, signal) {
         const bars = scores.slice(0, SHOWN).map(({ label, score, cosine }) => {
           const bar = h("meter", { min: 0, max: 1, value: score, "aria-label": label });
           bar.value = score;
-          return h("li", {}, h("span.label", {}, label), bar, h("span.score", {}, `${number(score * 100, 1)} %`), h("span.cosine", {}, cosine.toFixed(3)));
+          return h(
+            "li",
+            {},
+            h("span.label", {}, label),
+            bar,
+            h("span.score", {}, `${number(score * 100, 1)} %`),
+            h("span.cosine", {}, cosine.toFixed(3)),
+          );
         });
-        const away = h("button", { type: "button", "aria-label": `Take picture ${at + 1} away`, onclick: () => change(names.filter((_, index) => index !== at)) }, "×");
+        const away = h(
+          "button",
+          {
+            type: "button",
+            "aria-label": `Take picture ${at + 1} away`,
+            onclick: () => change(names.filter((_, index) => index !== at)),
+          },
+          "×",
+        );
         return h(
           "li",
           {},
@@ -157,7 +201,13 @@ export function mount(root, signal) {
           h(
             "div",
             {},
-            poor ? h("p.warning", {}, `None of these fits well: “${other.label}”, which was not among them, is nearer (cosine ${other.cosine.toFixed(3)}).`) : null,
+            poor
+              ? h(
+                  "p.warning",
+                  {},
+                  `None of these fits well: “${other.label}”, which was not among them, is nearer (cosine ${other.cosine.toFixed(3)}).`,
+                )
+              : null,
             h("ol.bars", { "aria-label": "Labels, best first" }, bars),
             h("p.legend", {}, "probability among these labels, and cosine"),
           ),
@@ -171,8 +221,7 @@ export function mount(root, signal) {
     if (signal.aborted) return;
     ready = false;
     fill(results);
-    const told = error instanceof Problem ? error : new Problem(0, String(error), "");
-    fill(status, told.message, told.requestId ? h("small", {}, ` (request ${told.requestId})`) : null);
+    explain(status, error);
   }
 
   return (params) => {

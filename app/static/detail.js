@@ -51,7 +51,8 @@ function begin(item) {
     go(here().room, params);
   });
   draw(item, shown, body, stop.signal).catch((error) => {
-    if (!stop.signal.aborted) fill(body, h("p", { role: "alert" }, error instanceof Problem ? error.message : String(error)));
+    if (!stop.signal.aborted)
+      fill(body, h("p", { role: "alert" }, error instanceof Problem ? error.message : String(error)));
   });
 }
 
@@ -64,7 +65,10 @@ async function draw(shown, frame, body, signal) {
   if (item.url) show(image, item.url);
   const facts = Object.entries(item.metadata).map(([key, value]) => {
     const only = new URLSearchParams({ c: collection, filter: `${key}:${value}` });
-    return [h("dt", {}, key), h("dd", {}, h("a", { href: address("search", only), title: "Only these" }, String(value)))];
+    return [
+      h("dt", {}, key),
+      h("dd", {}, h("a", { href: address("search", only), title: "Only these" }, String(value))),
+    ];
   });
   const similar = new URLSearchParams({ c: collection, with: written({ weight: 1, kind: "item", value: item.id }) });
   const near = h("ul.near", { "aria-label": "Nearest to it" });
@@ -93,7 +97,9 @@ async function draw(shown, frame, body, signal) {
     ),
   );
   const answer = await call("/search", { json: { query: [{ item: item.id }], collection, k: 9 }, signal });
-  const others = /** @type {Hit[]} */ (answer.hits).filter(({ id }) => id !== item.id && !shown.hidden.has(id)).slice(0, 8);
+  const others = /** @type {Hit[]} */ (answer.hits)
+    .filter(({ id }) => id !== item.id && !shown.hidden.has(id))
+    .slice(0, 8);
   fill(
     near,
     others.map((hit) => {

@@ -1,6 +1,6 @@
 /** The room for drawing: pictures of a text, filling in as the server draws them, from a seed that draws them again. */
 
-import { Problem, call, events } from "./api.js";
+import { call, events, explain } from "./api.js";
 import { counted, field, fill, h, number, toast } from "./dom.js";
 import { chooser, keep, kept, receive } from "./pictures.js";
 import { written } from "./query.js";
@@ -22,14 +22,27 @@ export function mount(root, signal) {
   let drawingFor = "";
   let spent = ""; // the seed that was drawn last
 
-  const prompt = h("input", { type: "text", id: "box", placeholder: "What to draw", "aria-label": "Prompt", maxlength: 2000, autocomplete: "off" });
+  const prompt = h("input", {
+    type: "text",
+    id: "box",
+    placeholder: "What to draw",
+    "aria-label": "Prompt",
+    maxlength: 2000,
+    autocomplete: "off",
+  });
   const range = (/** @type {number} */ min, /** @type {number} */ max, /** @type {number} */ step) => {
     const output = h("span.value");
     const input = h("input", { type: "range", min, max, step });
     input.addEventListener("input", () => fill(output, input.value));
     return { input, output };
   };
-  const sliders = { n: range(1, 16, 1), temperature: range(0, 2, 0.05), guidance_scale: range(0, 8, 0.25), top_p: range(0.05, 1, 0.05), change: range(0.05, 1, 0.05) };
+  const sliders = {
+    n: range(1, 16, 1),
+    temperature: range(0, 2, 0.05),
+    guidance_scale: range(0, 8, 0.25),
+    top_p: range(0.05, 1, 0.05),
+    change: range(0.05, 1, 0.05),
+  };
   const topK = h("input", { type: "number", min: 0, step: 1 });
   const seed = h("input", { type: "number", min: 0, step: 1, placeholder: "any" });
   const lock = h("input", { type: "checkbox" });
@@ -69,7 +82,12 @@ export function mount(root, signal) {
           changing,
         ),
       ),
-      h("div.tools", {}, chooser("Start from a picture", (files) => from(files)), copier(asked)),
+      h(
+        "div.tools",
+        {},
+        chooser("Start from a picture", (files) => from(files)),
+        copier(asked),
+      ),
     ),
     status,
     bar,
@@ -85,7 +103,10 @@ export function mount(root, signal) {
       const model = data.find((/** @type {import("./types.js").Model} */ { makes }) => makes.includes("image"));
       if (!model) {
         draw.disabled = true;
-        fill(status, "No model that draws is loaded: train one with semblance-train dalle, and put it among the checkpoints.");
+        fill(
+          status,
+          "No model that draws is loaded: train one with semblance-train dalle, and put it among the checkpoints.",
+        );
         return;
       }
       style.append(...model.styles.map((/** @type {string} */ name) => h("option", { value: name }, name)));
@@ -111,7 +132,13 @@ export function mount(root, signal) {
   /** The form as parameters of the address; those that are as they were are not in it. */
   function form() {
     const params = new URLSearchParams();
-    const values = { q: prompt.value.trim(), top_k: topK.value, seed: seed.value, style: style.value, picture: here().params.get("picture") ?? "" };
+    const values = {
+      q: prompt.value.trim(),
+      top_k: topK.value,
+      seed: seed.value,
+      style: style.value,
+      picture: here().params.get("picture") ?? "",
+    };
     const slid = Object.fromEntries(Object.entries(sliders).map(([name, { input }]) => [name, input.value]));
     for (const [name, value] of Object.entries({ ...values, ...slid })) {
       if (value !== "" && Reflect.get(DEFAULTS, name) !== value) params.set(name, value);
@@ -145,7 +172,11 @@ export function mount(root, signal) {
     if (!params.get("q") && !params.get("picture")) return null;
     const { prompt: text, image, ...options } = /** @type {Record<string, any>} */ (body(params));
     const first = image ? `, image=Path("picture.jpg")` : "";
-    return { path: pathOf(text), json: body(params), python: `client.generate(${python(text)}${first}${keywords(options)})` };
+    return {
+      path: pathOf(text),
+      json: body(params),
+      python: `client.generate(${python(text)}${first}${keywords(options)})`,
+    };
   }
 
   /** @param {Event} event */
@@ -178,13 +209,20 @@ export function mount(root, signal) {
     const frames = Array.from({ length: asked.n }, () => h("img", { alt: "", width: 256, height: 256 }));
     /** @type {Drawn[]} */
     const whole = [];
-    fill(grid, frames.map((frame) => h("li", {}, h("div.drawing", {}, frame))));
+    fill(
+      grid,
+      frames.map((frame) => h("li", {}, h("div.drawing", {}, frame))),
+    );
     grid.setAttribute("aria-busy", "true");
     fill(status, "Waiting for the server…");
     bar.hidden = cancel.hidden = false;
     bar.value = 0;
     try {
-      for await (const event of events(pathOf(asked.prompt), { json: { ...asked, stream: true, partial_images: PARTIAL }, signal: stop.signal, patience: 5 })) {
+      for await (const event of events(pathOf(asked.prompt), {
+        json: { ...asked, stream: true, partial_images: PARTIAL },
+        signal: stop.signal,
+        patience: 5,
+      })) {
         const source = `data:image/png;base64,${event.b64_json}`;
         if (event.type.endsWith("partial_image")) {
           frames[event.index].src = source;
@@ -225,7 +263,8 @@ export function mount(root, signal) {
         const source = `data:image/png;base64,${b64_json}`;
         const blob = blobOf(b64_json);
         const name = `${text.replace(/[^A-Za-z0-9]+/g, "-").slice(0, 60) || "drawing"}-${own}.png`;
-        const similar = async () => go("search", new URLSearchParams({ with: written({ weight: 1, kind: "picture", value: await keep(blob) }) }));
+        const similar = async () =>
+          go("search", new URLSearchParams({ with: written({ weight: 1, kind: "picture", value: await keep(blob) }) }));
         const again = async () => {
           const next = new URLSearchParams(params);
           next.set("picture", await keep(blob));
@@ -236,8 +275,17 @@ export function mount(root, signal) {
         return h(
           "li",
           {},
-          h("div.drawing", {}, h("img", { src: source, alt: `${text || "drawing"}, number ${at + 1}`, width: 256, height: 256 })),
-          h("span.line", {}, h("span.caption", {}, `seed ${own}`), score === null ? null : h("span.score", {}, score.toFixed(3))),
+          h(
+            "div.drawing",
+            {},
+            h("img", { src: source, alt: `${text || "drawing"}, number ${at + 1}`, width: 256, height: 256 }),
+          ),
+          h(
+            "span.line",
+            {},
+            h("span.caption", {}, `seed ${own}`),
+            score === null ? null : h("span.score", {}, score.toFixed(3)),
+          ),
           h(
             "div.tools",
             {},
@@ -254,9 +302,8 @@ export function mount(root, signal) {
   /** @param {unknown} error */
   function fail(error) {
     if (signal.aborted) return;
-    const told = error instanceof Problem ? error : new Problem(0, String(error), "");
     fill(grid);
-    fill(status, told.message, told.requestId ? h("small", {}, ` (request ${told.requestId})`) : null);
+    explain(status, error);
   }
 
   return (params) => {
@@ -293,7 +340,13 @@ export function mount(root, signal) {
     drawing?.abort();
     if (!present(params)) {
       fill(grid);
-      if (!draw.disabled) fill(status, params.get("q") ? "Draw to see it: the seed is in the address, and gives the same pictures." : "Say what to draw, such as “a red star to the left of a blue circle”.");
+      if (!draw.disabled)
+        fill(
+          status,
+          params.get("q")
+            ? "Draw to see it: the seed is in the address, and gives the same pictures."
+            : "Say what to draw, such as “a red star to the left of a blue circle”.",
+        );
     } else {
       fill(status, counted(drawn.get(params.toString())?.length ?? 0, "picture"));
     }

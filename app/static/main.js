@@ -27,7 +27,10 @@ let leave = new AbortController();
 /** @type {(params: URLSearchParams) => void} */
 let update = () => {};
 
-fill(nav, Object.entries(ROOMS).map(([name, { title }]) => h("a", { href: `#${name}` }, title)));
+fill(
+  nav,
+  Object.entries(ROOMS).map(([name, { title }]) => h("a", { href: `#${name}` }, title)),
+);
 document.getElementById("skip")?.addEventListener("click", () => root.focus());
 document.getElementById("help")?.addEventListener("click", help);
 onKeyNeeded(askKey);
@@ -70,7 +73,14 @@ document.addEventListener("keydown", (event) => {
 });
 
 function help() {
-  dialog("Keys", h("dl.keys", {}, KEYS.flatMap(([key, what]) => [h("dt", {}, h("kbd", {}, key)), h("dd", {}, what)])));
+  dialog(
+    "Keys",
+    h(
+      "dl.keys",
+      {},
+      KEYS.flatMap(([key, what]) => [h("dt", {}, h("kbd", {}, key)), h("dd", {}, what)]),
+    ),
+  );
 }
 
 /** @param {string} message @returns {Promise<string>} */

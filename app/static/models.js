@@ -35,7 +35,9 @@ function card(model) {
     Makes: makes,
     "Pictures of": `${model.size} × ${model.size} pixels`,
     Styles: model.styles.join(", "),
-    "Computed by": Object.entries(model.backends).map(([tower, backend]) => `${backend} (${tower})`).join(", "),
+    "Computed by": Object.entries(model.backends)
+      .map(([tower, backend]) => `${backend} (${tower})`)
+      .join(", "),
     Fingerprint: model.fingerprint,
     "Data licence": model.license ?? "",
   };
@@ -44,7 +46,11 @@ function card(model) {
     "article.card",
     { id: `model-${model.id}` },
     h("h2", {}, model.id),
-    h("dl", {}, ...Object.entries(facts).flatMap(([name, value]) => (value ? [h("dt", {}, name), h("dd", {}, value)] : []))),
+    h(
+      "dl",
+      {},
+      ...Object.entries(facts).flatMap(([name, value]) => (value ? [h("dt", {}, name), h("dd", {}, value)] : [])),
+    ),
     metrics.length ? figures(metrics) : h("p", {}, "Its card has no figures."),
     curves(model),
   );
@@ -57,7 +63,13 @@ function figures(metrics) {
     {},
     h("caption", {}, "Measured, as its card says"),
     h("thead", {}, h("tr", {}, h("th", { scope: "col" }, "Figure"), h("th", { scope: "col" }, "Value"))),
-    h("tbody", {}, metrics.map(([name, value]) => h("tr", {}, h("th", { scope: "row" }, name.replaceAll("_", " ")), h("td", {}, number(value))))),
+    h(
+      "tbody",
+      {},
+      metrics.map(([name, value]) =>
+        h("tr", {}, h("th", { scope: "row" }, name.replaceAll("_", " ")), h("td", {}, number(value))),
+      ),
+    ),
   );
 }
 
@@ -65,16 +77,25 @@ function figures(metrics) {
 function curves(model) {
   const place = h("div", { role: "status" });
   const open = h("details", {}, h("summary", {}, "Training"), place);
-  open.addEventListener("toggle", async () => {
-    if (!open.open || place.childElementCount) return;
-    try {
-      const { series } = await call(path("models", model.id, "history"));
-      const shown = Object.entries(/** @type {Record<string, [number, number][]>} */ (series)).map(([name, points]) => curve(name, points));
-      fill(place, shown.length ? h("div.curves", {}, shown) : h("p", {}, "Its checkpoint holds no record of the training."));
-    } catch (error) {
-      fill(place, h("p", {}, error instanceof Problem ? error.message : String(error)));
-    }
-  }, false);
+  open.addEventListener(
+    "toggle",
+    async () => {
+      if (!open.open || place.childElementCount) return;
+      try {
+        const { series } = await call(path("models", model.id, "history"));
+        const shown = Object.entries(/** @type {Record<string, [number, number][]>} */ (series)).map(([name, points]) =>
+          curve(name, points),
+        );
+        fill(
+          place,
+          shown.length ? h("div.curves", {}, shown) : h("p", {}, "Its checkpoint holds no record of the training."),
+        );
+      } catch (error) {
+        fill(place, h("p", {}, error instanceof Problem ? error.message : String(error)));
+      }
+    },
+    false,
+  );
   return open;
 }
 
@@ -89,7 +110,10 @@ function curve(name, points) {
   const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
   svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
   svg.setAttribute("role", "img");
-  svg.setAttribute("aria-label", `${name}: from ${number(values[0])} to ${number(last[1])} after ${number(last[0])} steps`);
+  svg.setAttribute(
+    "aria-label",
+    `${name}: from ${number(values[0])} to ${number(last[1])} after ${number(last[0])} steps`,
+  );
   const line = document.createElementNS(svg.namespaceURI, "polyline");
   line.setAttribute("points", points.map(([step, value]) => `${x(step).toFixed(1)},${y(value).toFixed(1)}`).join(" "));
   svg.append(line);

@@ -15,7 +15,9 @@ const memory = new Map();
  */
 export async function keep(file) {
   const written = await reduced(file);
-  const name = Array.from(crypto.getRandomValues(new Uint8Array(4)), (byte) => byte.toString(16).padStart(2, "0")).join("");
+  const name = Array.from(crypto.getRandomValues(new Uint8Array(4)), (byte) => byte.toString(16).padStart(2, "0")).join(
+    "",
+  );
   memory.set(name, written);
   try {
     sessionStorage.setItem(`picture:${name}`, written);
@@ -37,7 +39,13 @@ export function kept(name) {
  * @param {{ multiple?: boolean, folder?: boolean }} [options]
  */
 export function chooser(label, take, { multiple = false, folder = false } = {}) {
-  const input = h("input", { type: "file", accept: folder ? false : "image/*", multiple, hidden: true, "aria-label": label });
+  const input = h("input", {
+    type: "file",
+    accept: folder ? false : "image/*",
+    multiple,
+    hidden: true,
+    "aria-label": label,
+  });
   input.webkitdirectory = folder;
   input.addEventListener("change", () => {
     take(Array.from(input.files ?? []));
@@ -92,7 +100,9 @@ async function dropped(transfer) {
   const found = [];
   const walk = async (/** @type {FileSystemEntry | null} */ entry) => {
     if (entry?.isFile) {
-      const file = await new Promise((resolve, reject) => /** @type {FileSystemFileEntry} */ (entry).file(resolve, reject));
+      const file = await new Promise((resolve, reject) =>
+        /** @type {FileSystemFileEntry} */ (entry).file(resolve, reject),
+      );
       Object.defineProperty(file, "webkitRelativePath", { value: entry.fullPath.slice(1) });
       found.push(file);
     } else if (entry) {
@@ -116,7 +126,8 @@ async function reduced(file) {
     bitmap = await createImageBitmap(file);
   } catch {
     // Not for this browser, but perhaps for the server, which says what is wrong if it is not.
-    if (file.size > 15_000_000) throw new Problem(0, "This file is too large, and no picture that a browser can read.", "");
+    if (file.size > 15_000_000)
+      throw new Problem(0, "This file is too large, and no picture that a browser can read.", "");
     return dataUrl(file);
   }
   const scale = Math.min(1, SIDE / Math.max(bitmap.width, bitmap.height));

@@ -79,7 +79,15 @@ export function requestOf(query, k, offset) {
     return kind === "item" ? { item: value, weight } : { text: value, weight };
   });
   const text = query.text.trim() ? [{ text: query.text.trim(), weight: 1 }] : [];
-  return { path: path("search"), json: { query: [...text, ...parts], filter: query.filters, ...(query.ids.length ? { ids: query.ids } : {}), ...options } };
+  return {
+    path: path("search"),
+    json: {
+      query: [...text, ...parts],
+      filter: query.filters,
+      ...(query.ids.length ? { ids: query.ids } : {}),
+      ...options,
+    },
+  };
 }
 
 /** The same as a call of the Python client. @param {Query} query @param {number} k */

@@ -1,11 +1,13 @@
 /** The room for looking: one box, what is mixed into the query, and the grid of what a collection holds nearest to it. */
 
-import { Problem, call, path, show } from "./api.js";
+import { Problem, call, explain, listCollections, path } from "./api.js";
+import { drawChips } from "./chips.js";
 import { detail } from "./detail.js";
 import { counted, field, fill, h, number, settled, toast } from "./dom.js";
-import { chooser, keep, kept, receive } from "./pictures.js";
+import { resultGrid } from "./grid.js";
+import { chooser, keep, receive } from "./pictures.js";
 import { isAsked, missing, pythonOf, queryOf, requestOf, written } from "./query.js";
-import { address, go, here } from "./route.js";
+import { go, here } from "./route.js";
 import { copier } from "./snippets.js";
 import { upload } from "./upload.js";
 
@@ -38,8 +40,6 @@ export function mount(root, signal) {
   /** @type {Map<string, string>} item -> the first of its group of near-duplicates */
   let groups = new Map();
   let groupsOf = "";
-  /** @type {Map<string, HTMLElement>} group -> where its first hit counts those that are folded into it */
-  const leaders = new Map();
 
   const box = h("input", {
     type: "search",
@@ -67,7 +67,7 @@ export function mount(root, signal) {
   const away = h("input", { type: "text", placeholder: "and Enter", maxlength: 2000 });
   const toward = h("input", { type: "text", placeholder: "and Enter", maxlength: 2000 });
   const status = h("p.status", { role: "status" });
-  const grid = h("ul.grid", { "aria-label": "Results" });
+  const grid = resultGrid(() => box.focus());
   const moreButton = h("button", { type: "button", hidden: true, onclick: () => next() }, "Show more");
   const empty = h("div.empty", { hidden: true });
   const tools = h(
@@ -76,7 +76,9 @@ export function mount(root, signal) {
     chooser("Search with a picture", (files) => withPictures(files)),
     chooser("Add pictures", (files) => add(files), { multiple: true }),
     chooser("Add a folder", (files) => add(files), { folder: true }),
-    copier(() => (isAsked(query) && !missing(query).length ? { ...requestOf(query, PAGE, 0), python: pythonOf(query, PAGE) } : null)),
+    copier(() =>
+      isAsked(query) && !missing(query).length ? { ...requestOf(query, PAGE, 0), python: pythonOf(query, PAGE) } : null,
+    ),
   );
   const form = h(
     "form.search",
@@ -102,13 +104,15 @@ export function mount(root, signal) {
       keys,
     ),
   );
-  root.append(form, status, grid, empty, h("div.more", {}, moreButton));
+  root.append(form, status, grid.element, empty, h("div.more", {}, moreButton));
 
   const typed = settled(160, () => box.value !== (here().params.get("q") ?? "") && change({}, true));
   box.addEventListener("input", typed);
   box.addEventListener("keydown", (event) => {
     if (event.key === "Enter") change({});
-    if (event.key === "ArrowDown") focusHit(0, event);
+    if (event.key !== "ArrowDown") return;
+    event.preventDefault();
+    grid.focus(0);
   });
   least.addEventListener("input", () => fill(leastShown, Number(least.value) ? least.value : "any"));
   least.addEventListener("change", () => change({ min: Number(least.value) ? least.value : "" }));
@@ -121,30 +125,17 @@ export function mount(root, signal) {
   entered(filter, (value) => append("filter", value));
   entered(toward, (value) => append("with", written({ weight: 0.5, kind: "text", value })));
   entered(away, (value) => append("with", written({ weight: -0.5, kind: "text", value })));
-  grid.addEventListener("keydown", (event) => {
-    const links = Array.from(grid.querySelectorAll("a"));
-    const at = links.indexOf(/** @type {HTMLAnchorElement} */ (document.activeElement));
-    const columns = getComputedStyle(grid).gridTemplateColumns.split(" ").length;
-    const step = { ArrowRight: 1, ArrowLeft: -1, ArrowDown: columns, ArrowUp: -columns }[event.key];
-    if (at < 0 || step === undefined) return;
-    if (at + step < 0) box.focus();
-    focusHit(at + step, event);
-  });
   receive(root, (files) => (files.length > 1 ? add(files) : withPictures(files)), signal);
-  const watcher = new IntersectionObserver(([entry]) => entry.isIntersecting && more && next(), { rootMargin: "600px" });
+  const watcher = new IntersectionObserver(([entry]) => entry.isIntersecting && more && next(), {
+    rootMargin: "600px",
+  });
   watcher.observe(moreButton);
   signal.addEventListener("abort", () => {
     watcher.disconnect();
     asking?.abort();
   });
   const listed = list();
-
-  /** @param {number} at @param {Event} event */
-  function focusHit(at, event) {
-    const link = grid.querySelectorAll("a")[at];
-    if (link) link.focus();
-    event.preventDefault();
-  }
+  listed.catch(fail);
 
   /** What the address says, and what was typed since. */
   function current() {
@@ -176,13 +167,16 @@ export function mount(root, signal) {
     go("search", changed);
   }
 
-  /** Puts a value in the place of one of several, or none. @param {string} name @param {number} at @param {string} [instead] */
+  /** Puts a value in the place of one of several, or none; of `id` all are meant. @type {Parameters<typeof drawChips>[2]} */
   function replace(name, at, instead) {
     const changed = current();
-    const values = changed.getAll(name);
+    const values = name === "id" ? [] : changed.getAll(name);
     changed.delete(name);
-    values.forEach((value, index) => (index !== at || instead) && changed.append(name, index === at ? (instead ?? "") : value));
+    if (instead) values[at] = instead;
+    else values.splice(at, 1);
+    for (const value of values) changed.append(name, value);
     go("search", changed);
+    if (!instead) box.focus();
   }
 
   /** @param {File[]} files */
@@ -200,22 +194,12 @@ export function mount(root, signal) {
     if (!files.length) return;
     await upload(query.collection || "default", files);
     await list();
+    groupsOf = "";
     arrive(here().params, true);
   }
 
-  /** The collections there are. */
   async function list() {
-    try {
-      collections = (await call("/collections", { signal })).collections;
-    } catch (error) {
-      return fail(error);
-    }
-    // `default` is what a server that was told nothing else searches.
-    collections.sort((a, b) => Number(b.name === "default") - Number(a.name === "default"));
-    fill(
-      picked,
-      collections.map(({ name, count }) => h("option", { value: name }, `${name} (${number(count)})`)),
-    );
+    collections = await listCollections(picked, signal);
   }
 
   /** What can be asked of a collection's metadata; a large one takes its time to tell. @param {string} collection */
@@ -248,7 +232,9 @@ export function mount(root, signal) {
     asking = new AbortController();
     const gone = missing(query);
     if (gone.length) {
-      settle("The picture that was searched with is gone: this page keeps it only until the tab is closed. Choose it again.");
+      settle(
+        "The picture that was searched with is gone: this page keeps it only until the tab is closed. Choose it again.",
+      );
       return;
     }
     await page(asking.signal);
@@ -261,7 +247,7 @@ export function mount(root, signal) {
   /** The next page of hits or, where nothing is asked, of the collection. @param {AbortSignal} stop */
   async function page(stop) {
     more = false;
-    grid.setAttribute("aria-busy", "true");
+    grid.element.setAttribute("aria-busy", "true");
     try {
       const found = isAsked(query) ? await searched(stop) : await browsed(stop);
       if (stop.aborted) return;
@@ -276,11 +262,12 @@ export function mount(root, signal) {
       const place = collections.find(({ name }) => name === found.collection);
       fill(status, told || (place ? `${counted(place.count, "item")} in ${place.name}` : ""));
       if (first && !hits.length) nothing();
-      else if (first && isAsked(query) && !query.filters.length && !query.ids.length && query.least <= 0) await judge(stop);
+      else if (first && isAsked(query) && !query.filters.length && !query.ids.length && query.least <= 0)
+        await judge(stop);
     } catch (error) {
       if (!stop.aborted) fail(error);
     } finally {
-      if (!stop.aborted) grid.removeAttribute("aria-busy");
+      if (!stop.aborted) grid.element.removeAttribute("aria-busy");
     }
   }
 
@@ -289,14 +276,20 @@ export function mount(root, signal) {
     const { path: url, json } = requestOf(query, PAGE, hits.length);
     const answer = await call(url, { json, signal: stop });
     more = answer.hits.length === PAGE;
-    return { hits: /** @type {Hit[]} */ (answer.hits), collection: String(answer.collection), took: Number(answer.took_ms) };
+    return {
+      hits: /** @type {Hit[]} */ (answer.hits),
+      collection: String(answer.collection),
+      took: Number(answer.took_ms),
+    };
   }
 
   /** @param {AbortSignal} stop */
   async function browsed(stop) {
     const { collection } = query;
     if (!collection) return { hits: [], collection, took: 0 };
-    const url = `${path("collections", collection, "items")}?${new URLSearchParams([["limit", String(PAGE)], ["after", after ?? ""], ...query.ids.map((id) => ["id", id])])}`;
+    const search = new URLSearchParams({ limit: String(PAGE), after: after ?? "" });
+    for (const id of query.ids) search.append("id", id);
+    const url = `${path("collections", collection, "items")}?${search}`;
     const answer = await call(url, { signal: stop });
     after = answer.next;
     more = after !== null;
@@ -318,56 +311,42 @@ export function mount(root, signal) {
     const answer = await call(url, { json, signal: stop });
     const usual = answer.hits[0]?.score;
     if (usual === undefined || hits[0].score - usual >= STANDING_OUT) return;
-    fill(status, "Nothing here is close: the nearest is hardly nearer than the rest. These are the nearest all the same.");
+    fill(
+      status,
+      "Nothing here is close: the nearest is hardly nearer than the rest. These are the nearest all the same.",
+    );
   }
 
-  /** Adds cards to the grid, or to an empty one. @param {Hit[]} fresh @param {boolean} first */
+  /** Adds to what is shown, or shows it from the start. @param {Hit[]} fresh @param {boolean} first */
   function draw(fresh, first) {
-    if (first) {
-      fill(grid);
-      leaders.clear();
-    }
-    for (const hit of fresh) {
-      if (hidden.has(hit.id)) continue;
-      const leader = params.get("fold") && leaders.get(groups.get(hit.id) ?? hit.id);
-      if (leader) {
-        leader.textContent = `+${Number(leader.textContent) + 1}`;
-        continue;
-      }
-      const folded = h("span.folded");
-      leaders.set(groups.get(hit.id) ?? hit.id, folded);
-      grid.append(cardOf(hit, folded));
-    }
+    if (first) grid.clear();
+    const visible = fresh.filter(({ id }) => !hidden.has(id));
+    grid.add(visible, params, params.get("fold") === null ? null : groups);
     empty.hidden = true;
     moreButton.hidden = !more;
-  }
-
-  /** @param {Hit} hit @param {HTMLElement} folded */
-  function cardOf(hit, folded) {
-    const target = new URLSearchParams(params);
-    target.set("item", hit.id);
-    const image = h("img", { alt: hit.caption ?? `Picture ${hit.id}`, loading: "lazy", decoding: "async", width: 256, height: 256 });
-    if (hit.url) show(image, `${hit.url}?size=256`);
-    const face = hit.url ? image : h("p.text", {}, hit.caption ?? hit.id);
-    const score = hit.score === undefined ? null : h("span.score", {}, hit.score.toFixed(3));
-    const caption = hit.url ? h("span.caption", {}, hit.caption ?? String(hit.metadata.path ?? hit.id)) : h("span.caption", {}, "text");
-    return h("li", {}, h("a", { href: address("search", target), "data-id": hit.id }, face, h("span.line", {}, caption, score), folded));
   }
 
   function nothing() {
     if (!collections.length || (!isAsked(query) && !hits.length)) {
       settle("");
       empty.hidden = false;
-      fill(empty, h("h2", {}, "Nothing is here yet"), h("p", {}, "Drop a folder of pictures anywhere on this page, or choose some above. They stay on this server."));
+      fill(
+        empty,
+        h("h2", {}, "Nothing is here yet"),
+        h("p", {}, "Drop a folder of pictures anywhere on this page, or choose some above. They stay on this server."),
+      );
       return;
     }
-    const why = query.least > 0 ? "Nothing is that near: let the cosine be lower." : "Nothing passes these filters: take one away.";
+    const why =
+      query.least > 0
+        ? "Nothing is that near: let the cosine be lower."
+        : "Nothing passes these filters: take one away.";
     settle(why);
   }
 
   /** Shows no hits, and says why. @param {string} why */
   function settle(why) {
-    fill(grid);
+    grid.clear();
     more = false;
     moreButton.hidden = true;
     empty.hidden = true;
@@ -377,48 +356,8 @@ export function mount(root, signal) {
   /** @param {unknown} error */
   function fail(error) {
     if (signal.aborted) return;
-    more = false;
-    moreButton.hidden = true;
-    const told = error instanceof Problem ? error : new Problem(0, String(error), "");
-    fill(grid);
-    fill(status, told.message, told.requestId ? h("small", {}, ` (request ${told.requestId})`) : null);
-  }
-
-  function drawChips() {
-    const label = (/** @type {import("./query.js").Part} */ part) => {
-      if (part.kind === "text") return part.value;
-      if (part.kind === "item") return `like ${part.value}`;
-      const source = kept(part.value);
-      return source ? h("img", { src: source, alt: "your picture", width: 28, height: 28 }) : "a picture that is gone";
-    };
-    fill(
-      chips,
-      query.parts.map((part, at) => {
-        const weight = h("input", {
-          type: "number",
-          step: 0.1,
-          min: -10,
-          max: 10,
-          value: part.weight,
-          "aria-label": "Weight",
-          onchange: () => replace("with", at, written({ ...part, weight: Number(weight.value) || 1 })),
-        });
-        return h(part.weight < 0 ? "li.away" : "li", {}, weight, label(part), removal(() => taken("with", at)));
-      }),
-      query.ids.length > 0 && h("li", {}, `among ${counted(query.ids.length, "item")}`, removal(() => change({ id: "" }))),
-      query.filters.map((value, at) => h("li", {}, value, removal(() => taken("filter", at)))),
-    );
-  }
-
-  /** @param {string} name @param {number} at */
-  function taken(name, at) {
-    replace(name, at);
-    box.focus();
-  }
-
-  /** @param {() => void} act */
-  function removal(act) {
-    return h("button", { type: "button", "aria-label": "Take this away", onclick: act }, "×");
+    settle("");
+    explain(status, error);
   }
 
   /** @param {URLSearchParams} arrived @param {boolean} [anyway] ask again even if nothing changed */
@@ -430,7 +369,7 @@ export function mount(root, signal) {
     least.value = String(Math.max(0, query.least));
     fill(leastShown, query.least > 0 ? String(query.least) : "any");
     fold.checked = params.get("fold") !== null;
-    drawChips();
+    drawChips(chips, query, replace);
     await listed;
     if (query.collection && !collections.some(({ name }) => name === query.collection)) await list(); // it may be new
     if (params !== arrived || signal.aborted) return;
@@ -445,7 +384,5 @@ export function mount(root, signal) {
     detail(open === null ? null : { id: open, collection: query.collection, hidden, changed: () => draw(hits, true) });
   }
 
-  return (arrived) => {
-    arrive(arrived);
-  };
+  return (arrived) => arrive(arrived).catch(fail);
 }

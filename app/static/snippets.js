@@ -25,7 +25,9 @@ export function python(value) {
   if (value === false) return "False";
   if (Array.isArray(value)) return `[${value.map(python).join(", ")}]`;
   if (typeof value !== "object") return JSON.stringify(value);
-  return `{${Object.entries(value).map(([name, each]) => `${python(name)}: ${python(each)}`).join(", ")}}`;
+  return `{${Object.entries(value)
+    .map(([name, each]) => `${python(name)}: ${python(each)}`)
+    .join(", ")}}`;
 }
 
 /** Named arguments, without those that are not given. @param {Record<string, any>} values */
@@ -42,7 +44,9 @@ function open(asked) {
   }
   const origin = location.origin;
   const bearer = hasKey() ? ` \\\n  -H "Authorization: Bearer $SEMBLANCE_API_KEY"` : "";
-  const posted = asked.json ? ` \\\n  -H 'Content-Type: application/json' \\\n  -d ${quoted(JSON.stringify(shortened(asked.json)))}` : "";
+  const posted = asked.json
+    ? ` \\\n  -H 'Content-Type: application/json' \\\n  -d ${quoted(JSON.stringify(shortened(asked.json)))}`
+    : "";
   const curl = `curl ${quoted(origin + asked.path)}${bearer}${posted}`;
   const key = hasKey() ? `, api_key=os.environ["SEMBLANCE_API_KEY"]` : "";
   const script = [
@@ -51,7 +55,13 @@ function open(asked) {
     `with Client("${origin}"${key}) as client:\n    print(${asked.python})`,
   ].join("");
   const block = (/** @type {string} */ name, /** @type {string} */ text) =>
-    h("section", {}, h("h3", {}, name), h("pre", { tabindex: 0 }, text), h("button", { type: "button", onclick: () => copy(text) }, `Copy ${name}`));
+    h(
+      "section",
+      {},
+      h("h3", {}, name),
+      h("pre", { tabindex: 0 }, text),
+      h("button", { type: "button", onclick: () => copy(text) }, `Copy ${name}`),
+    );
   dialog("The same from a terminal or a program", block("curl", curl), block("Python", script));
 }
 

