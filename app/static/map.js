@@ -3,7 +3,9 @@
 import { call, explain, listCollections, path, show } from "./api.js";
 import { HUES, cloud, clusters } from "./cloud.js";
 import { counted, field, fill, h, number, settled } from "./dom.js";
+import { isAsked, pythonOf, queryOf, requestOf } from "./query.js";
 import { address, go, here } from "./route.js";
+import { copier } from "./snippets.js";
 
 /** @typedef {import("./types.js").Hit} Hit */
 /** @typedef {string | number | boolean | null} Value */
@@ -65,6 +67,7 @@ export function mount(root, signal) {
       button("All of it", "All of it", () => change({ at: "" })),
       h("label.check", {}, draw, "Draw around points"),
       begin,
+      copier(asked),
     ),
     status,
     bar,
@@ -92,6 +95,12 @@ export function mount(root, signal) {
     const params = new URLSearchParams(here().params);
     for (const [name, value] of Object.entries(values)) value ? params.set(name, value) : params.delete(name);
     go("map", params);
+  }
+
+  /** The query that is shown, for a terminal or a program. */
+  function asked() {
+    const query = queryOf(new URLSearchParams({ c: collection, q: here().params.get("q") ?? "" }));
+    return isAsked(query) ? { ...requestOf(query, NEAREST, 0), python: pythonOf(query, NEAREST) } : null;
   }
 
   /** Puts into the address which part is seen. */
@@ -226,8 +235,9 @@ export function mount(root, signal) {
     taken.hidden = true;
     shown.mark([], null);
     if (!text) return;
-    const search = new URLSearchParams({ q: text, k: String(NEAREST), collection });
-    const answer = await call(`${path("search")}?${search}`, { signal });
+    const answer = await call(requestOf(queryOf(new URLSearchParams({ c: collection, q: text })), NEAREST, 0).path, {
+      signal,
+    });
     const numbers = new Map(ids.map((id, at) => [id, at]));
     const rings = /** @type {Hit[]} */ (answer.hits).flatMap(({ id }) => numbers.get(id) ?? []);
     const first = rings.slice(0, CROSSED);

@@ -2,6 +2,7 @@
 
 import { Problem, call, path } from "./api.js";
 import { fill, h, number } from "./dom.js";
+import { copier } from "./snippets.js";
 
 /** @typedef {import("./types.js").Model} Model */
 
@@ -9,7 +10,8 @@ import { fill, h, number } from "./dom.js";
 export function mount(root, signal) {
   const status = h("p.status", { role: "status" }, "Looking…");
   const list = h("div.cards");
-  root.append(status, list);
+  const copy = copier(() => ({ path: path("models"), python: "client.models()" }));
+  root.append(h("div.tools", {}, copy), status, list);
   load();
 
   async function load() {
