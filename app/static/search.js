@@ -18,6 +18,7 @@ import { upload } from "./upload.js";
 const PAGE = 48; // hits of one call
 const NEAR = 0.97; // cosine from which two pictures count as one where they are folded
 const STANDING_OUT = 0.08; // cosine by which a hit must pass what the collection gives any query
+const CLOSE = 0.65; // share that it must have of the cosine to its own caption
 
 /** @type {import("./types.js").Mount} */
 export function mount(root, signal) {
@@ -303,18 +304,28 @@ export function mount(root, signal) {
     return new Map(answer.groups.flatMap((/** @type {Item[]} */ group) => group.map(({ id }) => [id, group[0].id])));
   }
 
-  /** Says so where the best hit is hardly nearer than what lies in the middle of the collection. @param {AbortSignal} stop */
+  /**
+   * Says so where nothing is close, for every query has a nearest item: where that is hardly nearer than what lies in the
+   * middle of the collection, or much farther from the text than from the caption that it has itself.
+   * @param {AbortSignal} stop
+   */
   async function judge(stop) {
+    const [best] = hits;
     const count = collections.find(({ name }) => name === query.collection)?.count ?? 0;
-    if (count < 20 || !hits[0]) return;
-    const { path: url, json } = requestOf(query, 1, Math.min(Math.floor(count / 2), 1000));
-    const answer = await call(url, { json, signal: stop });
-    const usual = answer.hits[0]?.score;
-    if (usual === undefined || hits[0].score - usual >= STANDING_OUT) return;
-    fill(
-      status,
-      "Nothing here is close: the nearest is hardly nearer than the rest. These are the nearest all the same.",
-    );
+    if (!best || count < 20) return;
+    const score = async (/** @type {typeof query} */ asked, /** @type {number} */ offset) => {
+      const { path: url, json } = requestOf(asked, 1, offset);
+      return /** @type {number | undefined} */ ((await call(url, { json, signal: stop })).hits[0]?.score);
+    };
+    const usual = await score(query, Math.min(Math.floor(count / 2), 1000));
+    if (usual !== undefined && best.score - usual < STANDING_OUT) {
+      fill(status, "Nothing here is close: the nearest is hardly nearer than the rest, and shown all the same.");
+    } else if (best.caption && best.url && !query.parts.length) {
+      const own = await score({ ...query, text: best.caption, ids: [best.id] }, 0);
+      if (own === undefined || best.score >= CLOSE * own) return;
+      const told = `the nearest has a cosine of ${best.score.toFixed(2)}, and to its own caption ${own.toFixed(2)}`;
+      fill(status, `Nothing here is close: ${told}. It is shown all the same.`);
+    }
   }
 
   /** Adds to what is shown, or shows it from the start. @param {Hit[]} fresh @param {boolean} first */
