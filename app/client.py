@@ -215,19 +215,12 @@ class AsyncClient:
         leads away. filters, ids and group_by: as POST /search has them. Best first."""
         query: list[dict[str, Any]] = [] if text is None else [{"text": text}]
         query += [] if image is None else [{"image": _image(image)}]
-        for each, weight in mixed:
-            part = (
-                {"text": each} if isinstance(each, str) else each if isinstance(each, dict) else {"image": _image(each)}
-            )
-            query.append(part | {"weight": weight})
+        query += [_part(each) | {"weight": weight} for each, weight in mixed]
         if not query:
             raise ValueError("search needs a text, an image or a mixture")
-        options = _given(collection=collection, group_by=group_by, ids=ids and list(ids)) | {
-            "k": k,
-            "target": target,
-            "offset": offset,
-        }
-        options |= {"query": query, "filter": list(filters), "min_score": min_score}
+        options = _given(collection=collection, group_by=group_by, ids=ids and list(ids))
+        options |= {"query": query, "k": k, "target": target, "offset": offset}
+        options |= {"filter": list(filters), "min_score": min_score}
         answer = await self._call("POST", "/search", json=options)
         return [Hit(**each) for each in answer["hits"]]
 
@@ -391,6 +384,13 @@ def _batches(
 def _inputs(images: Iterable[Picture], texts: Iterable[str]) -> Iterator[tuple[str, Any]]:
     yield from (("image", each) for each in images)
     yield from (("text", each) for each in texts)
+
+
+def _part(each: str | Picture | dict[str, str]) -> dict[str, Any]:
+    """A part of a mixed query as the API takes it."""
+    if isinstance(each, str):
+        return {"text": each}
+    return dict(each) if isinstance(each, dict) else {"image": _image(each)}
 
 
 def _image(picture: Picture) -> str:

@@ -204,23 +204,27 @@ class Collection:
 
     def embeddings(self, items: Sequence[Item]) -> list[Vectors | None]:
         """The stored vector (D,) of each; None for an item that has been deleted or replaced since."""
+        return self._stored([item.id for item in items])
+
+    def vectors(self, ids: Sequence[str]) -> Vectors:
+        """The stored vectors (N, D) of items. Raises NotFoundError for an id that is not there."""
+        stored = []
+        for id, vector in zip(ids, self._stored(ids), strict=True):
+            if vector is None:
+                raise self._missing(id)
+            stored.append(vector)
+        return np.stack(stored)
+
+    def _stored(self, ids: Sequence[str]) -> list[Vectors | None]:
         with self._database.read() as connection:
             found = dict(
                 connection.execute(
                     f"SELECT id, vector FROM items JOIN vectors USING (row) WHERE collection = ? AND {_AMONG}",
-                    (self.key, json.dumps([item.id for item in items])),
+                    (self.key, json.dumps(ids)),
                 )
             )
-        blobs = [found.get(item.id) for item in items]
+        blobs = [found.get(id) for id in ids]
         return [None if blob is None else vectors_of([blob], self.dimensions, self._database.file)[0] for blob in blobs]
-
-    def vectors(self, ids: Sequence[str]) -> Vectors:
-        """The stored vectors (N, D) of items. Raises NotFoundError for an id that is not there."""
-        found = self.embeddings([self.get(id) for id in ids])
-        missing = next((id for id, vector in zip(ids, found, strict=True) if vector is None), None)
-        if missing is not None:  # deleted just now
-            raise self._missing(missing)
-        return np.stack([vector for vector in found if vector is not None])
 
     def page(self, limit: int, after: str = "", ids: Sequence[str] | None = None) -> list[Item]:
         """The first `limit` items whose ids come after `after`, in the order of their ids; only `ids`, if given."""

@@ -174,9 +174,9 @@ async def _vectors(service: Service, collection: Collection, served: ServedEngin
     except InputError as error:
         error.index = None if error.index is None else given[error.index]
         raise
-    if len(given) < len(query):
-        stored = await service.store(collection.vectors, [each.item for each in query if each.item is not None])
-        vectors[[index for index, each in enumerate(query) if each.item is not None]] = stored
+    held = {index: each.item for index, each in enumerate(query) if each.item is not None}
+    if held:
+        vectors[list(held)] = await service.store(collection.vectors, list(held.values()))
     return vectors
 
 

@@ -1,6 +1,6 @@
 /** One item, large: its picture, what is known of it, what lies near it, and what can be done with it. */
 
-import { Problem, call, path, request, show } from "./api.js";
+import { call, explain, path, request, show } from "./api.js";
 import { dialog, fill, h, toast } from "./dom.js";
 import { keep } from "./pictures.js";
 import { written } from "./query.js";
@@ -51,8 +51,10 @@ function begin(item) {
     go(here().room, params);
   });
   draw(item, shown, body, stop.signal).catch((error) => {
-    if (!stop.signal.aborted)
-      fill(body, h("p", { role: "alert" }, error instanceof Problem ? error.message : String(error)));
+    if (stop.signal.aborted) return;
+    const told = h("p", { role: "alert" });
+    fill(body, told);
+    explain(told, error);
   });
 }
 

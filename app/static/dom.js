@@ -105,6 +105,16 @@ export function settled(milliseconds, act) {
   };
 }
 
+/** Bytes as hexadecimal digits. @param {Uint8Array} bytes */
+export function hex(bytes) {
+  return Array.from(bytes, (byte) => byte.toString(16).padStart(2, "0")).join("");
+}
+
+/** The bytes of base64. @param {string} text */
+export function bytesOf(text) {
+  return Uint8Array.from(atob(text), (character) => character.charCodeAt(0));
+}
+
 /** A number for reading: 12,345 or 0.982. @param {number} value @param {number} [digits] */
 export function number(value, digits = 3) {
   return value.toLocaleString("en", { maximumFractionDigits: Number.isInteger(value) ? 0 : digits });

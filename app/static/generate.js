@@ -1,7 +1,7 @@
 /** The room for drawing: pictures of a text, filling in as the server draws them, from a seed that draws them again. */
 
 import { call, events, explain } from "./api.js";
-import { counted, field, fill, h, number, toast } from "./dom.js";
+import { bytesOf, counted, field, fill, h, number, toast } from "./dom.js";
 import { chooser, keep, kept, receive } from "./pictures.js";
 import { written } from "./query.js";
 import { go, here } from "./route.js";
@@ -261,7 +261,7 @@ export function mount(root, signal) {
       grid,
       known.map(({ b64_json, seed: own, score }, at) => {
         const source = `data:image/png;base64,${b64_json}`;
-        const blob = blobOf(b64_json);
+        const blob = new Blob([bytesOf(b64_json)], { type: "image/png" }); // the page may not fetch a data: URI
         const name = `${text.replace(/[^A-Za-z0-9]+/g, "-").slice(0, 60) || "drawing"}-${own}.png`;
         const similar = async () =>
           go("search", new URLSearchParams({ with: written({ weight: 1, kind: "picture", value: await keep(blob) }) }));
@@ -356,9 +356,4 @@ export function mount(root, signal) {
 /** With no text there is a picture, which is varied. @param {string} prompt */
 function pathOf(prompt) {
   return prompt ? "/generate" : "/v1/images/variations";
-}
-
-/** The PNG itself; the page may not fetch a data: URI. @param {string} base64 */
-function blobOf(base64) {
-  return new Blob([Uint8Array.from(atob(base64), (character) => character.charCodeAt(0))], { type: "image/png" });
 }

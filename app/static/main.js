@@ -2,7 +2,7 @@
 
 import { onKeyNeeded } from "./api.js";
 import { dialog, field, fill, h } from "./dom.js";
-import { onArrival } from "./route.js";
+import { here, onArrival } from "./route.js";
 
 /** @type {Record<string, { title: string, load: () => Promise<{ mount: import("./types.js").Mount }> }>} */
 const ROOMS = {
@@ -54,7 +54,7 @@ onArrival(async ({ room, params }) => {
     const place = h("div.room");
     fill(root, h("h1.hidden", {}, title), place);
     update = mount(place, signal);
-    params = new URLSearchParams(location.hash.split("?")[1] ?? ""); // it may have changed meanwhile
+    params = here().params; // it may have changed meanwhile
   }
   update(params);
 });

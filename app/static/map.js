@@ -2,7 +2,7 @@
 
 import { call, explain, listCollections, path, show } from "./api.js";
 import { HUES, cloud, clusters } from "./cloud.js";
-import { counted, field, fill, h, number, settled } from "./dom.js";
+import { bytesOf, counted, field, fill, h, number, settled } from "./dom.js";
 import { isAsked, pythonOf, queryOf, requestOf } from "./query.js";
 import { address, go, here } from "./route.js";
 import { copier } from "./snippets.js";
@@ -172,8 +172,7 @@ export function mount(root, signal) {
 
   /** Shows an answer's points, in the colours of its values or of their clusters. @param {Answer} answer @param {boolean} clustered */
   function adopt(answer, clustered) {
-    const bytes = Uint8Array.from(atob(answer.points), (character) => character.charCodeAt(0));
-    [ids, points] = [answer.ids, new Float32Array(bytes.buffer)];
+    [ids, points] = [answer.ids, new Float32Array(bytesOf(answer.points).buffer)];
     const grouped = clustered ? clusters(points, GROUPS).map((group) => `cluster ${group + 1}`) : answer.values;
     fill(legend);
     if (grouped) {

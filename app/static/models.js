@@ -1,6 +1,6 @@
 /** The room for models: what is loaded, what each can do, and the figures of its card. */
 
-import { Problem, call, path } from "./api.js";
+import { call, explain, path } from "./api.js";
 import { fill, h, number } from "./dom.js";
 import { copier } from "./snippets.js";
 
@@ -20,7 +20,7 @@ export function mount(root, signal) {
       fill(status, data.length ? "" : "No model is loaded: put one into the folder of checkpoints.");
       fill(list, data.map(card));
     } catch (error) {
-      if (!signal.aborted) fill(status, error instanceof Problem ? error.message : String(error));
+      if (!signal.aborted) explain(status, error);
     }
   }
 
@@ -93,7 +93,7 @@ function curves(model) {
           shown.length ? h("div.curves", {}, shown) : h("p", {}, "Its checkpoint holds no record of the training."),
         );
       } catch (error) {
-        fill(place, h("p", {}, error instanceof Problem ? error.message : String(error)));
+        explain(place, error);
       }
     },
     false,

@@ -1,7 +1,7 @@
 /** The reader's own pictures: chosen, pasted or dropped. An address names one, and this tab keeps it until it closes. */
 
 import { Problem } from "./api.js";
-import { h } from "./dom.js";
+import { h, hex } from "./dom.js";
 
 const SIDE = 1024; // pixels; models look at fewer, and a phone's photograph would take its time to travel
 const SMALL = 500_000; // bytes of a file that is sent as it is
@@ -15,9 +15,7 @@ const memory = new Map();
  */
 export async function keep(file) {
   const written = await reduced(file);
-  const name = Array.from(crypto.getRandomValues(new Uint8Array(4)), (byte) => byte.toString(16).padStart(2, "0")).join(
-    "",
-  );
+  const name = hex(crypto.getRandomValues(new Uint8Array(4)));
   memory.set(name, written);
   try {
     sessionStorage.setItem(`picture:${name}`, written);

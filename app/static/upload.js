@@ -1,7 +1,7 @@
 /** Adding the reader's pictures to a collection: in batches, told as they go, with the reason for each one left out. */
 
 import { Problem, call, path } from "./api.js";
-import { counted, dialog, fill, h, number } from "./dom.js";
+import { counted, dialog, fill, h, hex, number } from "./dom.js";
 
 const FILES = 16; // of one call
 const BYTES = 12_000_000; // of one call's pictures, below what a server takes by default
@@ -141,6 +141,5 @@ async function idOf(file) {
   const bytes = crypto.subtle
     ? new Uint8Array(await crypto.subtle.digest("SHA-256", await file.arrayBuffer()))
     : crypto.getRandomValues(new Uint8Array(32));
-  const mark = Array.from(bytes.slice(0, 6), (byte) => byte.toString(16).padStart(2, "0")).join("");
-  return `${slug.slice(0, 100) || "picture"}-${mark}`;
+  return `${slug.slice(0, 100) || "picture"}-${hex(bytes.slice(0, 6))}`;
 }
