@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 from urllib.parse import quote
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import orjson
@@ -58,7 +59,7 @@ class Service:
         self._generators: dict[str, ServedGenerator] = {}
         self._pools: list[ThreadPoolExecutor] = []
         self._reindexing: dict[str, Reindexing] = {}
-        self.unfoldings: dict[str, Unfolding] = {}
+        self._unfoldings: WeakKeyDictionary[Collection, Unfolding] = WeakKeyDictionary()
 
     @property
     def ready(self) -> bool:
@@ -82,7 +83,7 @@ class Service:
     async def close(self) -> None:
         """Take no more requests and stop the threads, after what they have begun."""
         self.state = "draining"
-        runs: list[Reindexing | Unfolding] = [*self._reindexing.values(), *self.unfoldings.values()]
+        runs: list[Reindexing | Unfolding] = [*self._reindexing.values(), *self._unfoldings.values()]
         for run in runs:
             await run.stop()
         for served in self._served.values():
@@ -172,20 +173,24 @@ class Service:
             await run.stop()
         await self.store(self.collections.unstage, name)
 
+    def unfolding(self, name: str) -> Unfolding | None:
+        """The run of UMAP over a collection as it is now; one made again has none. Raises NotFoundError."""
+        return self._unfoldings.get(self.collection(name))
+
     async def unfold(self, name: str, limit: int) -> Unfolding:
         """Begin to lay out at most `limit` items of a collection by UMAP; a run that is under way goes on."""
-        running = self.unfoldings.get(name)
+        collection = self.collection(name)
+        running = self._unfoldings.get(collection)
         if running is not None and running.state == "running":
             return running
-        run = Unfolding(*await self.store(self.collection(name).sample, limit))
+        run = Unfolding(*await self.store(collection.sample, limit))
         run.start()
-        self.unfoldings[name] = run
+        self._unfoldings[collection] = run
         return run
 
     async def forget_unfolding(self, name: str) -> None:
         """End it and forget what was found. Raises NotFoundError for an unknown collection."""
-        self.collection(name)
-        if (run := self.unfoldings.pop(name, None)) is not None:
+        if (run := self._unfoldings.pop(self.collection(name), None)) is not None:
             await run.stop()
 
     async def embed(self, engine: ServedEngine, inputs: Sequence[Input]) -> Embedded:

@@ -217,6 +217,7 @@ async def get_collection(service: Served, name: Name) -> Response:
 @router.delete("/collections/{name}", status_code=204)
 async def delete_collection(service: Served, name: Name) -> Response:
     """Delete a collection with all its items."""
+    await service.forget_unfolding(name)
     await service.store(service.collections.delete, name)
     return Response(status_code=204)
 

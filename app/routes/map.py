@@ -46,7 +46,7 @@ async def get_map(
     collection = service.collection(name)
     total = (await service.store(collection.info)).count
     if method == "umap":
-        run = service.unfoldings.get(name)
+        run = service.unfolding(name)
         if run is None:
             return json_response(_map(name, method, "none", 0.0, total, [], None, None))
         return json_response(_map(name, method, run.state, run.share, total, run.items, run.points, color))

@@ -149,6 +149,20 @@ def test_umap_needs_items_and_its_package(client: TestClient, monkeypatch: pytes
     assert client.delete("/collections/default/map").status_code == 204
 
 
+def test_a_map_by_umap_ends_with_its_collection(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("app.plane._SCRIPT", "import time; time.sleep(60)")
+    begun = []
+    monkeypatch.setattr("app.service.Unfolding", lambda *given: begun.append(Unfolding(*given)) or begun[-1])
+    texts = {f"i{number}": f"text {number}" for number in range(4)}
+    fill(client, **texts)
+    assert client.post("/collections/default/map").status_code == 202
+    assert client.get("/collections/default/map", params={"method": "umap"}).json()["state"] == "running"
+    assert client.delete("/collections/default").status_code == 204
+    assert begun[0]._task.done()
+    fill(client, **texts)
+    assert client.get("/collections/default/map", params={"method": "umap"}).json()["state"] == "none"
+
+
 def test_umap_that_fails_or_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     async def run(script: str, *, stop: bool) -> Unfolding:
         monkeypatch.setattr("app.plane._SCRIPT", script)
