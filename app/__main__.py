@@ -1,4 +1,4 @@
-"""The command line `semblance`: serve | index | search | dump | reindex | embed | generate | models | export."""
+"""The command line `semblance`: serve, index, search, dump, reindex, embed, generate, models, export, keys."""
 
 from __future__ import annotations
 
@@ -17,18 +17,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from app.settings import Settings
+from app.commandline import MODEL, add_command, add_settings, settings_of
+from app.operations import key_commands
 from models.errors import SemblanceError
-
-_SETTINGS = {
-    "host": "address to listen on",
-    "port": "port to listen on",
-    "store": "folder of the collections",
-    "checkpoints": "folder whose subfolders are the models to serve",
-    "device": "auto, cpu, cuda, cuda:1, ...",
-    "backend": "what computes embeddings: auto, torch-fp32, onnx-int8, ... (app/README.md)",
-    "threads": "processor threads, 0 for every core",
-}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -55,21 +46,22 @@ def build_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    serve = _command(commands, "serve", _serve, "Serve the API on http://127.0.0.1:8000, its pages under /docs")
-    _settings(serve, "host", "port", "store", "checkpoints", "device", "backend", "threads")
-    serve.add_argument("--model", action="append", metavar="NAME=REFERENCE", help=_MODEL)
+    serve = add_command(commands, "serve", _serve, "Serve the API on http://127.0.0.1:8000, its pages under /docs")
+    add_settings(serve, "host", "port", "store", "checkpoints", "device", "backend", "threads")
+    serve.add_argument("--model", action="append", metavar="NAME=REFERENCE", help=MODEL)
     serve.add_argument("--demo", action="store_true", help="fill the default collection with scenes on first start")
     serve.add_argument("--insecure", action="store_true", help="serve other machines without an API key")
 
     of_collections = _collection_commands(commands)
+    key_commands(commands)
 
-    embed = _command(commands, "embed", _embed, "Print embeddings as JSON lines")
+    embed = add_command(commands, "embed", _embed, "Print embeddings as JSON lines")
     embed.add_argument("inputs", nargs="+", help="texts, or paths of pictures with --image")
     embed.add_argument("--image", action="store_true", help="the inputs are pictures' paths")
     embed.add_argument("--embedder", metavar="NAME", help="model (default: the first that can do it)")
     embed.add_argument("--dimensions", type=int, help="cut the vectors to this length")
 
-    generate = _command(commands, "generate", _generate, "Make pictures from a text, on a server that can")
+    generate = add_command(commands, "generate", _generate, "Make pictures from a text, on a server that can")
     generate.add_argument("prompt", help="what to show")
     generate.add_argument(
         "--out", default="generated.png", help="file, or folder for files named by seed (default: generated.png)"
@@ -78,27 +70,27 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--seed", type=int, help="for the same pictures again")
     generate.add_argument("--style", help="one of the model's, as `semblance models --json` lists them")
 
-    models = _command(commands, "models", _models, "List the models, what they take and what they measured")
+    models = add_command(commands, "models", _models, "List the models, what they take and what they measured")
     models.add_argument("--json", action="store_true", help="print the answer as JSON")
 
-    export = _command(commands, "export", _export, "Write a model for ONNX Runtime or OpenVINO, compared with torch")
+    export = add_command(commands, "export", _export, "Write a model for ONNX Runtime or OpenVINO, compared with torch")
     export.add_argument("name", help="a model, as `semblance models` lists it")
     export.add_argument("--to", required=True, choices=("onnx", "openvino"), help="the runtime")
     export.add_argument(
         "--pictures", help="a folder, table or .tar(.gz) to compare and calibrate on (default: the demo's scenes)"
     )
     export.add_argument("--samples", type=int, default=256, help="pictures of it that are taken (default: 256)")
-    export.add_argument("--model", action="append", metavar="NAME=REFERENCE", help=_MODEL)
-    _settings(export, "store", "checkpoints", "threads")
+    export.add_argument("--model", action="append", metavar="NAME=REFERENCE", help=MODEL)
+    add_settings(export, "store", "checkpoints", "threads")
     for command in (*of_collections, embed, generate, models):
         command.add_argument("--server", metavar="URL", help="a running server (default: the one that holds --data)")
-        command.add_argument("--model", action="append", metavar="NAME=REFERENCE", help=_MODEL)
-        _settings(command, "store", "checkpoints", "device", "threads")
+        command.add_argument("--model", action="append", metavar="NAME=REFERENCE", help=MODEL)
+        add_settings(command, "store", "checkpoints", "device", "threads")
     return parser
 
 
 def _collection_commands(commands: Any) -> list[argparse.ArgumentParser]:
-    index = _command(commands, "index", _index, "Put pictures into a collection; run it again to go on or to update")
+    index = add_command(commands, "index", _index, "Put pictures into a collection; run it again to go on or to update")
     index.add_argument(
         "source",
         help="a folder, a caption table (.csv .tsv .jsonl .parquet), or .tar(.gz); or embeddings: what `dump` wrote, a "
@@ -111,56 +103,24 @@ def _collection_commands(commands: Any) -> list[argparse.ArgumentParser]:
     )
     index.add_argument("--max-bad", type=int, default=-1, help="exit with 1 if more files are unreadable")
 
-    search = _command(commands, "search", _search, "Search a collection by a text or a picture")
+    search = add_command(commands, "search", _search, "Search a collection by a text or a picture")
     search.add_argument("query", help="a text, or the path of a picture with --image")
     search.add_argument("--image", action="store_true", help="the query is a picture's path")
     search.add_argument("--collection", help="its name (default: default)")
     search.add_argument("-k", type=int, default=10, help="hits (default: 10)")
     search.add_argument("--json", action="store_true", help="print the answer as JSON")
 
-    dump = _command(commands, "dump", _dump, "Write a collection's items with their embeddings to a Parquet file")
+    dump = add_command(commands, "dump", _dump, "Write a collection's items with their embeddings to a Parquet file")
     dump.add_argument("out", help="the file to write")
     dump.add_argument("--collection", default="default", help="its name (default: default)")
     dump.add_argument("--pictures", action="store_true", help="put the pictures into it too")
 
-    reindex = _command(
+    reindex = add_command(
         commands, "reindex", _reindex, "Make a collection again with another model, while the old serves"
     )
     reindex.add_argument("embedder", metavar="NAME", help="the model")
     reindex.add_argument("--collection", default="default", help="its name (default: default)")
     return [index, search, dump, reindex]
-
-
-_MODEL = "one more model, such as vit=open_clip:ViT-B-32/laion2b_s34b_b79k; may be repeated"
-
-
-def _command(commands: Any, name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
-    parser.set_defaults(run_command=run)
-    return parser
-
-
-def _settings(parser: argparse.ArgumentParser, *names: str) -> None:
-    for name in names:
-        default = Settings.model_fields[name].default
-        option = "data" if name == "store" else name
-        parser.add_argument(
-            f"--{option}",
-            dest=name,
-            default=None,
-            metavar=option.upper(),
-            help=f"{_SETTINGS[name]} (default: {default})",
-        )
-
-
-def _settings_of(options: argparse.Namespace) -> Settings:
-    given = {name: value for name in _SETTINGS if (value := getattr(options, name, None)) is not None}
-    if options.model:
-        given["models"] = tuple(options.model)
-    for flag in ("demo", "insecure"):
-        if getattr(options, flag, False):
-            given[flag] = True
-    return Settings(**given)
 
 
 def _serve(options: argparse.Namespace) -> int:
@@ -169,11 +129,13 @@ def _serve(options: argparse.Namespace) -> int:
 
     from app.collections import Collections
     from app.demo import fill_demo
+    from app.keys import Keyring
     from app.loading import load_engines, load_generators
     from app.main import create_app
 
-    settings = _settings_of(options)
-    settings.check_exposure()
+    settings = settings_of(options)
+    keys = Keyring(settings.store, settings.plain_keys)
+    settings.check_exposure(keyed=keys.required)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     for noisy in ("httpx", "faiss.loader"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
@@ -194,7 +156,7 @@ def _serve(options: argparse.Namespace) -> int:
         # uvicorn raises the signal again when it has drained, and the default handler would make that a failure.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
         uvicorn.run(
-            create_app(settings, engines, collections, generators),
+            create_app(settings, engines, collections, generators, keys),
             host=settings.host,
             port=settings.port,
             log_level="warning",
@@ -211,7 +173,7 @@ def _with_client(options: argparse.Namespace, work: Callable[..., Coroutine[Any,
     from app.connection import connect
 
     async def run() -> int:
-        async with connect(_settings_of(options), options.server) as client:
+        async with connect(settings_of(options), options.server) as client:
             return await work(client)
 
     return asyncio.run(run())
@@ -407,7 +369,7 @@ def _export(options: argparse.Namespace) -> int:
     from app.loading import find_models
     from models.checkpoint import load_model
 
-    settings = _settings_of(options)
+    settings = settings_of(options)
     known = find_models(settings)
     if options.name not in known:
         raise SemblanceError(f"no model {options.name!r}; there are: {', '.join(known) or 'none'}")

@@ -28,7 +28,7 @@ async def connect(settings: Settings, server: str | None = None) -> AsyncIterato
     if key := os.environ.get("SEMBLANCE_API_KEY"):
         headers["Authorization"] = f"Bearer {key}"
     elif settings.api_keys:
-        headers["Authorization"] = f"Bearer {settings.api_keys[0].get_secret_value()}"
+        headers["Authorization"] = f"Bearer {settings.plain_keys[0]}"
     collections = None
     if server is None:
         try:

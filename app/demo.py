@@ -27,7 +27,7 @@ async def fill_demo(settings: Settings, engines: Mapping[str, Engine], collectio
         return None
     unfinished.touch()
     app = create_app(settings, engines, collections)
-    headers = {"Authorization": f"Bearer {settings.api_keys[0].get_secret_value()}"} if settings.api_keys else {}
+    headers = {"Authorization": f"Bearer {settings.plain_keys[0]}"} if settings.api_keys else {}
     async with app.router.lifespan_context(app):
         transport = httpx.ASGITransport(app)
         async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1", headers=headers) as client:

@@ -15,7 +15,8 @@ from fastapi_offline import FastAPIOffline
 from app import errors, page, routes
 from app.collections import Collections
 from app.engine import Engine
-from app.middleware import BodyLimit, Envelope, Gate, Presence
+from app.keys import Keyring
+from app.middleware import OPEN_PATHS, BodyLimit, Envelope, Gate, Presence
 from app.service import Service
 from app.settings import Settings
 from models.dalle import DALLETransformer
@@ -28,9 +29,14 @@ def create_app(
     engines: Mapping[str, Engine],
     collections: Collections,
     generators: Mapping[str, DALLETransformer] | None = None,
+    keys: Keyring | None = None,
 ) -> FastAPI:
-    """The ASGI application over loaded models (by name) and open collections, which the caller closes."""
-    service = Service(settings, engines, collections, generators or {})
+    """The ASGI application over loaded models (by name) and open collections, which the caller closes.
+
+    keys: whom it lets in; None: those whom the settings do.
+    """
+    keys = keys or Keyring(given=settings.plain_keys)
+    service = Service(settings, engines, collections, generators or {}, keys)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -79,6 +85,11 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
         problem = errors.Problem.model_json_schema(ref_template="#/components/schemas/{model}")
         schemas.update(problem.pop("$defs"))
         schemas["Problem"] = problem
+        document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        document["security"] = [{"key": []}, {}]  # a server without keys asks for none
+        for path in OPEN_PATHS & document["paths"].keys():
+            for operation in document["paths"][path].values():
+                operation["security"] = []
         app.openapi_schema = document
     return app.openapi_schema
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import hmac
 import re
 import uuid
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from typing import TYPE_CHECKING
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -16,19 +14,29 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from app import page
 from app.errors import problem
 from app.fairness import CALLER
-from models.errors import BusyError, TooLargeError, UnauthorizedError
+from models.errors import BusyError, ForbiddenError, MalformedError, TooLargeError, UnauthorizedError
 
 if TYPE_CHECKING:
+    from app.keys import Key
     from app.service import Service
 
-OPEN_PATHS = page.OPEN_PATHS | {"/healthz", "/readyz"}
+_HEALTH = frozenset({"/healthz", "/readyz"})  # asked for by whatever address a probe has
+OPEN_PATHS = page.OPEN_PATHS | _HEALTH
+_SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
+# Of every answer: what it is, and that no other site may show it in a frame, load it or learn where it led from.
+_HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Referrer-Policy": "no-referrer",
+}
 _SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 # A client that is still sending sees a reset instead of the 413 if it is cut off at once.
 _DRAIN_SECONDS, _DRAIN_BODIES = 3.0, 16
 
 
 class Envelope:
-    """Outermost: gives every answer an `X-Request-ID` and `nosniff`, and every error that escapes an answer."""
+    """Outermost: gives every answer an `X-Request-ID` and the headers below, and every error that escapes an answer."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -48,7 +56,7 @@ class Envelope:
                 started = True
                 headers = MutableHeaders(scope=message)
                 headers["X-Request-ID"] = request_id
-                headers["X-Content-Type-Options"] = "nosniff"
+                headers.update(_HEADERS)
             await send(message)
 
         try:
@@ -60,34 +68,56 @@ class Envelope:
 
 
 class Gate:
-    """Lets a request in if the server is ready and the key is right, and notes who sent it. Health, the page's
-    own files and the description of the API are always open."""
+    """Lets a request in if it is meant for this server, which is ready, and the key is right; notes who sent it.
+
+    Health, the page's own files and the description of the API are open without a key.
+    """
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self.app = app
         self.service = service
-        # Digests, so that neither a memory dump nor the length of a comparison tells a key.
-        self._digests = [_digest(key.get_secret_value()) for key in service.settings.api_keys]
+        self._hosts = frozenset(name.lower() for name in service.settings.accepted_hosts)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and not _is_open(scope["path"]):
-            key = self._check_key(Headers(scope=scope))
-            CALLER.set(key or (scope.get("client") or ("",))[0])
-            if not self.service.ready:
-                raise BusyError(f"the server is {self.service.state}; try again shortly", retry_after=5)
-        await self.app(scope, receive, send)
+        if scope["type"] != "http" or scope["path"] in _HEALTH:
+            await self.app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        self._check_address(scope["method"], headers)
+        if _is_open(scope["path"]):
+            await self.app(scope, receive, send)
+            return
+        key = self._check_key(headers)
+        CALLER.set(key.digest if key else (scope.get("client") or ("",))[0])
+        if not self.service.ready:
+            raise BusyError(f"the server is {self.service.state}; try again shortly", retry_after=5)
+        scope["state"]["key"] = key
+        with self.service.keys.use(key) if key else nullcontext():
+            await self.app(scope, receive, send)
 
-    def _check_key(self, headers: Headers) -> str:
-        """The key's digest, empty where none is needed."""
-        if not self._digests:
-            return ""
-        scheme, _, key = headers.get("authorization", "").partition(" ")
-        digest = _digest(key.strip())
-        # No short cut: each key costs the same, whether or not an earlier one matched.
-        matches = [hmac.compare_digest(digest, known) for known in self._digests]
-        if scheme.lower() != "bearer" or not any(matches):
+    def _check_address(self, method: str, headers: Headers) -> None:
+        """Refuse what a page of another site has a browser send: by a name made to lead here (DNS rebinding), or by a
+        form or script of its own, whose Origin says so."""
+        host = headers.get("host", "")
+        if self._hosts and _hostname(host) not in self._hosts:
+            raise MalformedError("this server is not known by the name in the request's Host; see the setting `hosts`")
+        origin = headers.get("origin")
+        if origin is None or method in _SAFE:
+            return
+        named = origin.partition("://")[2].lower()
+        if named != host.lower() and _hostname(named) not in self._hosts:
+            raise ForbiddenError("a page of another site may not change anything here; see the setting `hosts`")
+
+    def _check_key(self, headers: Headers) -> Key | None:
+        """The request's key; None where none is needed."""
+        keys = self.service.keys
+        if not keys.required:
+            return None
+        scheme, _, token = headers.get("authorization", "").partition(" ")
+        key = keys.find(token.strip())
+        if scheme.lower() != "bearer" or key is None:
             raise UnauthorizedError("send an API key of this server as `Authorization: Bearer <key>`")
-        return digest.hex()
+        return key
 
 
 class BodyLimit:
@@ -195,5 +225,8 @@ def _is_open(path: str) -> bool:
     return path in OPEN_PATHS or path.startswith(page.OPEN_FOLDERS)
 
 
-def _digest(key: str) -> bytes:
-    return hashlib.sha256(key.encode("utf-8", "replace")).digest()
+def _hostname(address: str) -> str:
+    """`name`, `name:port`, `[v6]` or `[v6]:port` -> the name or address in lower case."""
+    if address.startswith("["):
+        return address[1:].partition("]")[0].lower()
+    return address.partition(":")[0].lower()

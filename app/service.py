@@ -24,6 +24,7 @@ from app.collections import Collections
 from app.engine import Engine, Opener, ServedEngine
 from app.generator import ServedGenerator
 from app.inputs import Input, image_bytes, image_limits
+from app.keys import Keyring
 from app.plane import Unfolding
 from app.reindex import Progress, Reindexing
 from app.settings import Settings
@@ -49,8 +50,10 @@ class Service:
         engines: Mapping[str, Engine],
         collections: Collections,
         generators: Mapping[str, DALLETransformer],
+        keys: Keyring,
     ) -> None:
         self.settings = settings
+        self.keys = keys
         self.engines = dict(engines)
         self.generators = dict(generators)
         self.collections = collections

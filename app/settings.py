@@ -41,7 +41,12 @@ class Settings(BaseSettings):
     api_keys: Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_split)] = Field(
         (),
         validation_alias=AliasChoices("semblance_api_keys", "semblance_api_key"),
-        description="keys of which a request must bring one, as Authorization: Bearer; separated by commas",
+        description="keys of which a request must bring one, as Authorization: Bearer; separated by commas. They may "
+        "do everything; `semblance keys` makes others",
+    )
+    hosts: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)] = Field(
+        (),
+        description="names by which clients may call this server; none: on a loopback address its own names, else any",
     )
 
     checkpoints: Path = Field(Path("checkpoints/demo"), description="every subfolder with a config.json is a model")
@@ -95,17 +100,30 @@ class Settings(BaseSettings):
             return self.threads
         return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
-    def check_exposure(self) -> None:
-        """Refuse to offer an unprotected server to the network.
+    @property
+    def plain_keys(self) -> tuple[str, ...]:
+        """`api_keys` as they are, for who must send or hash them."""
+        return tuple(key.get_secret_value() for key in self.api_keys)
+
+    @property
+    def accepted_hosts(self) -> tuple[str, ...]:
+        """What a request's Host may name; empty: anything."""
+        if self.hosts or _is_loopback(self.host):
+            return (*self.hosts, "localhost", "127.0.0.1", "::1", self.host)
+        return ()
+
+    def check_exposure(self, *, keyed: bool = False) -> None:
+        """Refuse to offer an unprotected server to the network. keyed: it asks for keys that are not in the settings.
 
         Raises:
-            ForbiddenError: the host is not a loopback address, there is no API key, and `insecure` is off.
+            ForbiddenError: the host is not a loopback address, no key is asked for, and `insecure` is off.
         """
-        if self.api_keys or self.insecure or _is_loopback(self.host):
+        if self.api_keys or keyed or self.insecure or _is_loopback(self.host):
             return
         raise ForbiddenError(
-            f"{self.host} can be reached from other machines and no API key is set: set SEMBLANCE_API_KEYS, "
-            "listen on 127.0.0.1, or say --insecure if everybody who reaches this address may use it"
+            f"{self.host} can be reached from other machines and no API key is asked for: make one by `semblance keys "
+            "create NAME` or set SEMBLANCE_API_KEYS, listen on 127.0.0.1, or say --insecure if everybody who reaches "
+            "this address may use it"
         )
 
 

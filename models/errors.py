@@ -76,6 +76,10 @@ class BusyError(SemblanceError):
         self.retry_after = retry_after
 
 
+class RateLimitError(BusyError):
+    """The key has made as many requests as it may; come back after `retry_after` seconds."""
+
+
 class DeadlineError(SemblanceError):
     """The request's time ran out before its work was done."""
 

@@ -35,6 +35,7 @@ from app.inputs import (
     request_body,
     written,
 )
+from app.keys import needs
 from app.service import Served, describe_item, json_response
 from models.errors import InputError, NotFoundError, TooLargeError
 
@@ -190,6 +191,7 @@ async def list_collections(service: Served) -> Response:
 
 @router.put(
     "/collections/{name}",
+    dependencies=[needs("write")],
     response_model=CollectionResponse,
     openapi_extra=request_body(CollectionRequest, {}, files=False, required=False),
 )
@@ -214,7 +216,7 @@ async def get_collection(service: Served, name: Name) -> Response:
     return json_response(await service.store(lambda: asdict(service.collection(name).info())))
 
 
-@router.delete("/collections/{name}", status_code=204)
+@router.delete("/collections/{name}", status_code=204, dependencies=[needs("admin")])
 async def delete_collection(service: Served, name: Name) -> Response:
     """Delete a collection with all its items."""
     await service.forget_unfolding(name)
@@ -224,6 +226,7 @@ async def delete_collection(service: Served, name: Name) -> Response:
 
 @router.post(
     "/collections/{name}/items",
+    dependencies=[needs("write")],
     response_model=ItemsResponse,
     openapi_extra=request_body(
         ItemsRequest, {"items": [{"id": "disc", "image": EXAMPLE_IMAGE, "metadata": {"year": 2026}}]}
@@ -318,7 +321,7 @@ async def get_item(service: Served, name: Name, id: ItemId) -> Response:
     return json_response(describe_item(name, item))
 
 
-@router.delete("/collections/{name}/items/{id}", status_code=204)
+@router.delete("/collections/{name}/items/{id}", status_code=204, dependencies=[needs("write")])
 async def delete_item(service: Served, name: Name, id: ItemId) -> Response:
     """Delete an item; no search that begins after the answer returns it."""
     await service.in_collection(name, lambda collection: collection.delete(id))

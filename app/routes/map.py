@@ -12,6 +12,7 @@ from starlette.responses import Response
 
 from app.collection import Item
 from app.inputs import Name, written
+from app.keys import needs
 from app.plane import Points, principal_plane
 from app.service import Served, json_response
 
@@ -59,7 +60,7 @@ async def get_map(
     return json_response(_map(name, method, "done", 1.0, total, items, points, color))
 
 
-@router.post("/collections/{name}/map", status_code=202, response_model=MapResponse)
+@router.post("/collections/{name}/map", status_code=202, response_model=MapResponse, dependencies=[needs("write")])
 async def make_map(service: Served, name: Name) -> Response:
     """Begin a map by UMAP in the background, in the place of one there is; GET tells how far it is."""
     run = await service.unfold(name, MAX_POINTS)
@@ -68,7 +69,7 @@ async def make_map(service: Served, name: Name) -> Response:
     return answer
 
 
-@router.delete("/collections/{name}/map", status_code=204)
+@router.delete("/collections/{name}/map", status_code=204, dependencies=[needs("write")])
 async def forget_map(service: Served, name: Name) -> Response:
     """Stop a map by UMAP, or forget it."""
     await service.forget_unfolding(name)

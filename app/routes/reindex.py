@@ -10,6 +10,7 @@ from pydantic import BaseModel
 from starlette.responses import Response
 
 from app.inputs import Body, Name, body_of, request_body
+from app.keys import needs
 from app.service import Served, json_response
 from models.errors import NotFoundError
 
@@ -34,6 +35,7 @@ class ReindexResponse(BaseModel):
 
 @router.post(
     "/collections/{name}/reindex",
+    dependencies=[needs("admin")],
     status_code=202,
     response_model=ReindexResponse,
     openapi_extra=request_body(ReindexRequest, {"model": "clip"}, files=False),
@@ -56,7 +58,7 @@ async def progress(service: Served, name: Name) -> Response:
     return json_response(asdict(found))
 
 
-@router.delete("/collections/{name}/reindex", status_code=204)
+@router.delete("/collections/{name}/reindex", status_code=204, dependencies=[needs("admin")])
 async def give_up(service: Served, name: Name) -> Response:
     """Stop, and forget what was made."""
     await service.stop_reindexing(name)

@@ -14,6 +14,7 @@ from starlette.testclient import TestClient
 
 from app.collections import Collections
 from app.engine import Engine
+from app.keys import Keyring
 from app.loading import load_engines
 from app.main import create_app
 from app.settings import Settings
@@ -45,12 +46,15 @@ def start(tmp_path: Path, engines: dict[str, Engine]) -> Iterator[Start]:
     with ExitStack() as stack:
 
         def begin(
-            served: dict[str, Engine] | None = None, generators: dict[str, Any] | None = None, **options: Any
+            served: dict[str, Engine] | None = None,
+            generators: dict[str, Any] | None = None,
+            keys: Keyring | None = None,
+            **options: Any,
         ) -> TestClient:
             settings = Settings(store=tmp_path / "data", threads=2, **options)
             collections = stack.enter_context(Collections(settings.store))
-            app = create_app(settings, engines if served is None else served, collections, generators)
-            return stack.enter_context(TestClient(app, raise_server_exceptions=False))
+            app = create_app(settings, engines if served is None else served, collections, generators, keys)
+            return stack.enter_context(TestClient(app, base_url="http://127.0.0.1", raise_server_exceptions=False))
 
         yield begin
 

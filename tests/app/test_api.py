@@ -78,7 +78,7 @@ def test_base64_and_dimensions(client: TestClient) -> None:
 def test_the_openai_client_works_unchanged(client: TestClient, encoding: str | None) -> None:
     import openai
 
-    api = openai.OpenAI(api_key="unused", base_url="http://testserver/v1", http_client=client)  # type: ignore[arg-type]
+    api = openai.OpenAI(api_key="unused", base_url="http://127.0.0.1/v1", http_client=client)  # type: ignore[arg-type]
     options: dict[str, Any] = {} if encoding is None else {"encoding_format": encoding}
     answer = api.embeddings.create(model="clip", input=["a red star", "two hearts"], **options)
     expected = _vectors(client.post("/embed", json={"input": ["a red star", "two hearts"]}))

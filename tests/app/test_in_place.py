@@ -40,7 +40,7 @@ def client(tmp_path: Path, photos: Path, engines: dict[str, object]) -> TestClie
     settings = Settings(store=tmp_path / "data", threads=1, picture_root=photos)
     with Collections(settings.store, picture_root=photos) as collections:
         app = create_app(settings, engines, collections)  # type: ignore[arg-type]
-        with TestClient(app, raise_server_exceptions=False) as running:
+        with TestClient(app, base_url="http://127.0.0.1", raise_server_exceptions=False) as running:
             running.put("/collections/c")
             yield running  # type: ignore[misc]
 

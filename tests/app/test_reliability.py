@@ -216,7 +216,7 @@ def test_row_28_a_full_queue_answers_at_once(start: Start, engines: dict[str, En
 def test_row_29_not_ready_is_503(tmp_path: Path, engines: dict[str, Engine]) -> None:
     with Collections(tmp_path / "data") as collections:
         app = create_app(Settings(store=tmp_path / "data"), engines, collections)
-        client = TestClient(app)  # without its lifespan, nothing has been started
+        client = TestClient(app, base_url="http://127.0.0.1")  # without its lifespan, nothing has been started
         for path in ("/readyz", "/models"):
             answer = client.get(path)
             problem(answer, 503, "starting")
