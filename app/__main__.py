@@ -127,6 +127,7 @@ def _serve(options: argparse.Namespace) -> int:
     # Imported here: `--help` and the other commands need none of it.
     import uvicorn
 
+    from app import logs
     from app.collections import Collections
     from app.demo import fill_demo
     from app.keys import Keyring
@@ -136,9 +137,7 @@ def _serve(options: argparse.Namespace) -> int:
     settings = settings_of(options)
     keys = Keyring(settings.store, settings.plain_keys)
     settings.check_exposure(keyed=keys.required)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    for noisy in ("httpx", "faiss.loader"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    logs.configure(settings.log)
     log = logging.getLogger("semblance")
     started = time.monotonic()
     address = f"http://{settings.host}:{settings.port}"
@@ -159,6 +158,7 @@ def _serve(options: argparse.Namespace) -> int:
             create_app(settings, engines, collections, generators, keys),
             host=settings.host,
             port=settings.port,
+            log_config=None,
             log_level="warning",
             access_log=False,
             timeout_graceful_shutdown=30,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import Executor
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from app.fairness import FairQueue, Flow, flow_of
+from app.metrics import BatchMeter
 from models.errors import BusyError, DeadlineError, ModelError, SemblanceError
 
 log = logging.getLogger(__name__)
@@ -49,12 +51,14 @@ class Batcher(Generic[In, Out]):
         max_batch: int,
         max_wait: float,
         queue_size: int,
+        meter: BatchMeter | None = None,
     ) -> None:
         self._forward = forward
         self._executor = executor
         self._max_batch = max_batch
         self._max_wait = max_wait
         self._queue_size = queue_size
+        self._meter = meter or BatchMeter()
         self._held: Counter[Flow] = Counter()  # places that each flow has
         self._coming = 0  # of them, those whose item was not submitted yet
         self._pace = 0.0  # seconds an item, of late
@@ -62,6 +66,11 @@ class Batcher(Generic[In, Out]):
         self._arrival = asyncio.Event()
         self._loop = asyncio.get_running_loop()
         self._task = self._loop.create_task(self._run())
+
+    @property
+    def depth(self) -> int:
+        """Inputs that are admitted and not answered; from any thread."""
+        return sum(tuple(self._held.values()))
 
     @contextmanager
     def admit(self, count: int, deadline: float) -> Iterator[Submit[In, Out]]:
@@ -146,9 +155,11 @@ class Batcher(Generic[In, Out]):
             if not jobs:
                 continue
             started = self._loop.time()
+            for job in jobs:
+                self._meter.waited(started - job.arrived)
             try:
                 items = [job.item for job in jobs]
-                results = await self._loop.run_in_executor(self._executor, self._attempt, items)
+                results = await self._loop.run_in_executor(self._executor, self._timed, items)
             except BaseException as error:  # even a cancelled worker leaves nobody waiting
                 for job in jobs:
                     _settle(job, BusyError("the server is shutting down", retry_after=5))
@@ -180,6 +191,12 @@ class Batcher(Generic[In, Out]):
             if not job.result.done():
                 batch.append(job)
         return batch
+
+    def _timed(self, items: list[In]) -> list[Out | Exception]:
+        began = time.perf_counter()
+        results = self._attempt(items)
+        self._meter.ran(len(items), time.perf_counter() - began)
+        return results
 
     def _attempt(self, items: list[In]) -> list[Out | Exception]:
         """One forward, in the worker thread; on an exception two halves, down to the item that causes it."""

@@ -100,6 +100,11 @@ class Collection:
         """Stop what its index does in the background."""
         self._index.close()
 
+    @property
+    def coverage(self) -> tuple[int, int]:
+        """Its items, and those that its graph or codes cover."""
+        return len(self._index), self._index.indexed
+
     def info(self) -> CollectionInfo:
         """What it is and how much it holds."""
         with self._database.read() as connection:

@@ -172,6 +172,11 @@ class Collections:
         with self._mutex:
             return self._open[name]
 
+    def coverage(self, name: str) -> tuple[int, int, float | None]:
+        """Items of a collection, those its graph or codes cover, and when (POSIX time) these were last kept."""
+        collection = self.get(name)
+        return *collection.coverage, snapshots.kept_at(self._snapshot(collection.key))
+
     def delete(self, name: str) -> None:
         """Delete a collection and its items, and what is to take its place. Raises NotFoundError."""
         self._delete(self.get(name))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from app.backends import Array, Encode, Tower, choose_device, default_tower, example, towers_of, unit
 from app.batching import Batcher, late
+from app.metrics import Metrics
 from app.settings import Backend, Settings
 from models.errors import BusyError, InputError, ModelError
 from models.retrieval import Scale
@@ -140,20 +142,26 @@ class ModelEngine:
 class ServedEngine:
     """What requests talk to: decodes in a thread pool, batches on the worker thread, remembers texts."""
 
-    def __init__(self, engine: Engine, settings: Settings, pool: Executor, worker: Executor) -> None:
+    def __init__(
+        self, engine: Engine, settings: Settings, pool: Executor, worker: Executor, metrics: Metrics | None = None
+    ) -> None:
         """pool: decodes and tokenises. worker: one thread, shared by every engine of a device."""
         self.engine = engine
         self._pool = pool
         self._loop = asyncio.get_running_loop()
-        self._images: Batcher[Tensor, Array] = self._batcher(engine.encode_images, settings, worker)
-        self._texts: Batcher[Tensor, Array] = self._batcher(engine.encode_texts, settings, worker)
+        self._metrics = metrics or Metrics()
+        self._images = self._batcher("image", engine.encode_images, settings, worker)
+        self._texts = self._batcher("text", engine.encode_texts, settings, worker)
         self._cache: OrderedDict[str, asyncio.Future[tuple[Array, int]]] = OrderedDict()  # a text's row and tokens
         self._cache_size = settings.text_cache
         self._label_sets: OrderedDict[tuple[tuple[str, ...], tuple[str, ...]], Array] = OrderedDict()
 
-    @staticmethod
+    def depths(self) -> dict[Tower, int]:
+        """Inputs of each kind that are admitted and not answered; from any thread."""
+        return {"image": self._images.depth, "text": self._texts.depth}
+
     def _batcher(
-        encode: Callable[[Sequence[Tensor]], Array], settings: Settings, worker: Executor
+        self, kind: Tower, encode: Callable[[Sequence[Tensor]], Array], settings: Settings, worker: Executor
     ) -> Batcher[Tensor, Array]:
         return Batcher(
             lambda rows: _finite(encode(rows)),
@@ -161,6 +169,7 @@ class ServedEngine:
             max_batch=settings.batch_size,
             max_wait=settings.batch_wait_ms / 1000,
             queue_size=settings.queue_size,
+            meter=self._metrics.batches(self.engine.name, kind),
         )
 
     async def embed_images(self, openers: Sequence[Opener], deadline: float) -> Array:
@@ -185,6 +194,7 @@ class ServedEngine:
         A text that another request is having embedded is waited for.
         """
         missing = {text: self._loop.create_future() for text in texts if text not in self._cache}
+        self._metrics.cached(self.engine.name, "text", len(texts) - len(missing), len(missing))
         self._cache.update(missing)
         known = {text: self._cache[text] for text in texts}
         for text in known:
@@ -213,7 +223,9 @@ class ServedEngine:
         """A unit row a label, the mean over the templates of its prompts: (C, D). Sets that are asked for again are
         remembered whole. Raises as embed_texts does."""
         key = (tuple(labels), tuple(templates))
-        if key not in self._label_sets:
+        known = key in self._label_sets
+        self._metrics.cached(self.engine.name, "labels", known, not known)
+        if not known:
             prompts = [template.replace("{}", label) for label in labels for template in templates]
             texts, _ = await self.embed_texts(prompts, deadline)
             self._label_sets[key] = unit(texts.reshape(len(labels), len(templates), -1).mean(1))
@@ -236,7 +248,10 @@ class ServedEngine:
         await self._texts.close()
 
     def _prepare(self, opener: Opener) -> Tensor:
-        return self.engine.prepare_image(opener(self.engine.image_size))
+        began = time.perf_counter()
+        row = self.engine.prepare_image(opener(self.engine.image_size))
+        self._metrics.decode.labels(self.engine.name).observe(time.perf_counter() - began)
+        return row
 
     def _stack(self, rows: Sequence[Array]) -> Array:
         return np.stack(rows) if rows else np.zeros((0, self.engine.embed_dim), np.float32)

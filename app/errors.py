@@ -84,21 +84,36 @@ def problem_responses() -> dict[int | str, dict[str, Any]]:
     return {int(status): {"description": status.phrase, "content": content} for status in statuses}
 
 
+def reason(error: Exception) -> str:
+    """What kind of problem an error is, in a word: the end of its `type`, and what it is counted under."""
+    if isinstance(error, RequestValidationError):
+        return "validation"
+    if isinstance(error, HTTPException):
+        return _slug(HTTPStatus(error.status_code))
+    known = _known(error)
+    return _slug(HTTPStatus.INTERNAL_SERVER_ERROR) if known is None else known.__name__.removesuffix("Error").lower()
+
+
+def _known(error: Exception) -> type[SemblanceError] | None:
+    return next((cls for cls in type(error).__mro__ if cls in STATUS), None)
+
+
 def problem(error: Exception, request_id: str) -> Response:
     """The answer to an error; an unknown one is logged and answered without its text.
 
     error: anything a handler, the framework or a middleware raised -> a complete response.
     """
+    kind = reason(error)
     if isinstance(error, RequestValidationError):
         return _validation(error.errors(), request_id)
     if isinstance(error, HTTPException):
         status = HTTPStatus(error.status_code)
-        return _render(status, _slug(status), str(error.detail), request_id, headers=dict(error.headers or {}))
-    known = next((cls for cls in type(error).__mro__ if cls in STATUS), None)
-    if known is None or not issubclass(known, SemblanceError):
+        return _render(status, kind, str(error.detail), request_id, headers=dict(error.headers or {}))
+    known = _known(error)
+    if known is None:
         log.error("request %s failed", request_id, exc_info=error)
         status = HTTPStatus.INTERNAL_SERVER_ERROR
-        return _render(status, _slug(status), "This is a bug; the log has it under the request id.", request_id)
+        return _render(status, kind, "This is a bug; the log has it under the request id.", request_id)
     headers = {}
     if isinstance(error, BusyError):
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
@@ -109,7 +124,6 @@ def problem(error: Exception, request_id: str) -> Response:
     detail, more = str(error), {}
     if isinstance(error, InputError) and error.index is not None:
         detail, more = f"input {error.index}: {detail}", {"input": error.index}
-    kind = known.__name__.removesuffix("Error").lower()
     return _render(STATUS[known], kind, detail, request_id, headers=headers, **more)
 
 
@@ -117,6 +131,7 @@ def install(app: FastAPI) -> None:
     """Answer everything raised below the middlewares with `problem`; they do so themselves for the rest."""
 
     async def handle(request: Request, error: Exception) -> Response:
+        request.scope["state"]["reason"] = reason(error)
         return problem(error, request.scope["state"]["request_id"])
 
     for kind in (SemblanceError, HTTPException, RequestValidationError):

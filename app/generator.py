@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from app.batching import late
+from app.metrics import Metrics
 from app.settings import Settings
 from models.dalle import DALLETransformer
 from models.errors import BusyError, ModelError
@@ -143,7 +144,15 @@ class DecodeLoop:
 class ServedGenerator:
     """What requests talk to: a bounded queue before a decode loop, whose steps run on the worker's one thread."""
 
-    def __init__(self, name: str, model: DALLETransformer, settings: Settings, worker: Executor) -> None:
+    def __init__(
+        self,
+        name: str,
+        model: DALLETransformer,
+        settings: Settings,
+        worker: Executor,
+        metrics: Metrics | None = None,
+    ) -> None:
+        self._step_seconds = (metrics or Metrics()).drawing.labels(name)
         self.name, self.model = name, model
         self.size = model.preprocess.size
         self._tokenizer = ImageTokenizer(model.dvae)
@@ -155,6 +164,11 @@ class ServedGenerator:
         self._wake = asyncio.Event()
         self._loop = asyncio.get_running_loop()
         self._task = self._loop.create_task(self._run())
+
+    @property
+    def depth(self) -> int:
+        """Pictures that are admitted and not drawn; from any thread."""
+        return sum(not drawing.cancelled for drawing in (*self._waiting, *self._steps.drawings))
 
     async def draw(
         self,
@@ -172,7 +186,7 @@ class ServedGenerator:
         """
         if self._task.done():
             raise BusyError("the server is shutting down", retry_after=5)
-        admitted = sum(not drawing.cancelled for drawing in (*self._waiting, *self._steps.drawings))
+        admitted = self.depth
         if admitted + len(seeds) > self._queue_size:
             raise BusyError(f"{admitted} pictures are waiting already; try again shortly", retry_after=5)
         length = self.model.image_length
@@ -252,7 +266,8 @@ class ServedGenerator:
                 log.exception("a prompt could not be read")
                 drawing.error = ModelError("the model failed for this prompt")
                 drawing.error.__cause__ = error
-        self._steps.step()
+        with self._step_seconds.time():
+            self._steps.step()
 
 
 def _moved_on(drawings: Sequence[Drawing], before: Any) -> bool:

@@ -65,7 +65,7 @@ def create_app(
     app.add_middleware(Presence)
     app.add_middleware(BodyLimit, limit=settings.max_body)
     app.add_middleware(Gate, service=service)
-    app.add_middleware(Envelope)
+    app.add_middleware(Envelope, metrics=service.metrics)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app
 

@@ -3,26 +3,35 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import re
+import time
 import uuid
 from contextlib import nullcontext, suppress
 from typing import TYPE_CHECKING
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from structlog.contextvars import bound_contextvars
 
 from app import page
-from app.errors import problem
+from app.errors import problem, reason
 from app.fairness import CALLER
 from models.errors import BusyError, ForbiddenError, MalformedError, TooLargeError, UnauthorizedError
 
 if TYPE_CHECKING:
     from app.keys import Key
+    from app.metrics import Metrics
     from app.service import Service
+
+log = logging.getLogger("semblance.requests")
 
 _HEALTH = frozenset({"/healthz", "/readyz"})  # asked for by whatever address a probe has
 OPEN_PATHS = page.OPEN_PATHS | _HEALTH
 _SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
+_METHODS = _SAFE | {"POST", "PUT", "PATCH", "DELETE"}
+_TRACE = re.compile(r"00-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")  # W3C Trace Context
+_LEFT = 499  # nginx's status for a client that left before it was answered
 # Of every answer: what it is, and that no other site may show it in a frame, load it or learn where it led from.
 _HEADERS = {
     "X-Content-Type-Options": "nosniff",
@@ -36,35 +45,60 @@ _DRAIN_SECONDS, _DRAIN_BODIES = 3.0, 16
 
 
 class Envelope:
-    """Outermost: gives every answer an `X-Request-ID` and the headers below, and every error that escapes an answer."""
+    """Outermost: gives every answer an `X-Request-ID` and the headers below, every error that escapes an answer, and
+    every request its place in the metrics and a line in the log."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self.app = app
+        self.metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        sent = Headers(scope=scope).get("x-request-id", "")
+        began = time.perf_counter()
+        told = Headers(scope=scope)
+        sent = told.get("x-request-id", "")
         request_id = sent if _SANE_ID.fullmatch(sent) else uuid.uuid4().hex
+        names = {"request_id": request_id}
+        if trace := _TRACE.fullmatch(told.get("traceparent", "")):
+            names["trace_id"] = trace[1]
         scope.setdefault("state", {})["request_id"] = request_id
-        started = False
+        status = 0
 
         async def labelled(message: Message) -> None:
-            nonlocal started
+            nonlocal status
             if message["type"] == "http.response.start":
-                started = True
+                status = message["status"]
                 headers = MutableHeaders(scope=message)
                 headers["X-Request-ID"] = request_id
                 headers.update(_HEADERS)
             await send(message)
 
-        try:
-            await self.app(scope, receive, labelled)
-        except Exception as error:
-            if started:  # too late for another answer; the server closes the connection
-                raise
-            await problem(error, request_id)(scope, receive, labelled)
+        with self.metrics.in_flight.track_inprogress(), bound_contextvars(**names):
+            try:
+                await self.app(scope, receive, labelled)
+            except Exception as error:
+                if status:  # too late for another answer; the server closes the connection
+                    raise
+                scope["state"]["reason"] = reason(error)
+                await problem(error, request_id)(scope, receive, labelled)
+            finally:
+                self._record(scope, status or _LEFT, time.perf_counter() - began)
+
+    def _record(self, scope: Scope, status: int, seconds: float) -> None:
+        """No path and no query, for they are what was asked; a method of the client's own making is none either."""
+        method = scope["method"] if scope["method"] in _METHODS else "other"
+        route = getattr(scope.get("route"), "path", "") or "none"
+        self.metrics.requests.labels(method, route, str(status)).observe(seconds)
+        state = scope["state"]
+        if kind := state.get("reason"):
+            self.metrics.rejections.labels(kind).inc()
+        key = state.get("key")
+        if scope["path"] in _HEALTH:  # a probe asks every few seconds
+            return
+        told = {"method": method, "route": route, "status": status, "ms": round(1000 * seconds, 1)}
+        log.info("request", extra=told | ({"reason": kind} if kind else {}) | ({"key": key.name} if key else {}))
 
 
 class Gate:

@@ -25,6 +25,7 @@ from app.engine import Engine, Opener, ServedEngine
 from app.generator import ServedGenerator
 from app.inputs import Input, image_bytes, image_limits
 from app.keys import Keyring
+from app.metrics import Metrics
 from app.plane import Unfolding
 from app.reindex import Progress, Reindexing
 from app.settings import Settings
@@ -54,6 +55,8 @@ class Service:
     ) -> None:
         self.settings = settings
         self.keys = keys
+        self.metrics = Metrics()
+        self.metrics.watch(self)
         self.engines = dict(engines)
         self.generators = dict(generators)
         self.collections = collections
@@ -76,10 +79,12 @@ class Service:
         worker = ThreadPoolExecutor(1, "model")  # one thread owns the device
         self._pools = [self._decoders, self._storers, worker]
         self._served = {
-            name: ServedEngine(engine, self.settings, self._decoders, worker) for name, engine in self.engines.items()
+            name: ServedEngine(engine, self.settings, self._decoders, worker, self.metrics)
+            for name, engine in self.engines.items()
         }
         self._generators = {
-            name: ServedGenerator(name, model, self.settings, worker) for name, model in self.generators.items()
+            name: ServedGenerator(name, model, self.settings, worker, self.metrics)
+            for name, model in self.generators.items()
         }
         self.state = "ready"
 
@@ -95,6 +100,11 @@ class Service:
             await generator.close()
         for pool in self._pools:
             await asyncio.to_thread(pool.shutdown)
+
+    def queue_depths(self) -> dict[tuple[str, str], int]:
+        """What is admitted and not answered, by model and kind."""
+        embedding = {(n, kind): count for n, each in self._served.items() for kind, count in each.depths().items()}
+        return embedding | {(n, "drawing"): each.depth for n, each in self._generators.items()}
 
     def engine(self, name: str | None, *, text: bool = False) -> ServedEngine:
         """The named engine, or the first that can do the work.

@@ -71,6 +71,9 @@ class Settings(BaseSettings):
     max_k: int = Field(1_000, gt=0, description="hits of one search")
     stored_side: int = Field(1_024, gt=0, description="pixels of the longest side of a stored picture")
 
+    log: Literal["auto", "text", "json"] = Field(
+        "auto", description="form of the lines on stderr; auto: text on a terminal, else JSON"
+    )
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
     backend: Literal["auto", Backend] = Field(
         "auto", description="what computes embeddings; auto: the fastest of torch and what `semblance export` wrote"

@@ -64,6 +64,14 @@ def load(place: Path, exact: ExactIndex) -> tuple[str, Any, Ids] | None:
         return None
 
 
+def kept_at(place: Path) -> float | None:
+    """When a snapshot was written (POSIX time), if there is one."""
+    try:
+        return _files(place)[2].stat().st_mtime
+    except FileNotFoundError:
+        return None
+
+
 def remove(place: Path) -> None:
     """Delete a snapshot's files, if there are any."""
     for file in _files(place):

@@ -10,6 +10,7 @@ import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -104,9 +105,10 @@ def problem(answer: Any, status: int, says: str = "") -> dict[str, Any]:
 class Server:
     """A server process and how to reach it."""
 
-    process: subprocess.Popen[str]
+    process: subprocess.Popen[bytes]
     url: str
     port: int
+    log: Path
 
     def kill(self) -> None:
         self.process.send_signal(signal.SIGKILL)
@@ -121,25 +123,22 @@ def running(checkpoints: Path, data: Path, *arguments: str, **environment: str) 
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "app", "serve", "--checkpoints", str(checkpoints), "--data", str(data)]
     command += ["--port", str(port), "--threads", "1", *arguments]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, **environment}
-    )
-    server = Server(process, f"http://127.0.0.1:{port}", port)
-    try:
-        for _ in range(1200):
-            try:
-                if httpx.get(f"{server.url}/readyz", timeout=5).status_code == 200:
-                    break
-            except httpx.TransportError:
-                assert process.poll() is None, process.stdout.read() if process.stdout else ""
-            time.sleep(0.05)
-        yield server
-    finally:
-        if process.poll() is None:
-            process.kill()
-        process.wait()
-        if process.stdout:
-            process.stdout.close()
+    with tempfile.NamedTemporaryFile() as log:  # not a pipe, which would be full some day and hold the server up
+        process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, **environment})
+        server = Server(process, f"http://127.0.0.1:{port}", port, Path(log.name))
+        try:
+            for _ in range(1200):
+                try:
+                    if httpx.get(f"{server.url}/readyz", timeout=5).status_code == 200:
+                        break
+                except httpx.TransportError:
+                    assert process.poll() is None, server.log.read_text()
+                time.sleep(0.05)
+            yield server
+        finally:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
 
 
 def tiny_dalle(seed: int = 0, **options: Any) -> DALLETransformer:
