@@ -1,4 +1,4 @@
-"""The command line `semblance`: serve, index, search, dump, reindex, embed, generate, models, export, keys."""
+"""The command line `semblance`; what an operator does beside serving is in operations.py."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from app.commandline import MODEL, add_command, add_settings, settings_of
-from app.operations import key_commands
+from app.operations import operator_commands
 from models.errors import SemblanceError
 
 
@@ -53,7 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
     serve.add_argument("--insecure", action="store_true", help="serve other machines without an API key")
 
     of_collections = _collection_commands(commands)
-    key_commands(commands)
+    operator_commands(commands)
 
     embed = add_command(commands, "embed", _embed, "Print embeddings as JSON lines")
     embed.add_argument("inputs", nargs="+", help="texts, or paths of pictures with --image")

@@ -1,15 +1,27 @@
-"""The operator's commands: keys."""
+"""The operator's commands: keys, backup and restore. They work on the data folder."""
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from app.commandline import add_command, add_settings, settings_of
 
 
-def key_commands(commands: Any) -> None:
-    """`semblance keys create | list | revoke`: they work on the data folder, whether or not a server has it open."""
+def operator_commands(commands: Any) -> None:
+    """`semblance keys`, `backup` and `restore`."""
+    _key_commands(commands)
+    backup = add_command(commands, "backup", _back_up, "Write the data folder to one file, also while it is served")
+    backup.add_argument("out", help="the file to write, such as photos.tar")
+    restored = add_command(commands, "restore", _restore, "Make a data folder of a backup")
+    restored.add_argument("backup", help="the file")
+    for command in (backup, restored):
+        add_settings(command, "store")
+
+
+def _key_commands(commands: Any) -> None:
+    """They need no server, and a running one sees what they did."""
     keys = commands.add_parser(
         "keys", help="Make, list and revoke API keys", description="Make, list and revoke API keys"
     )
@@ -59,3 +71,23 @@ def _revoke(options: argparse.Namespace) -> int:
     _keyring(options).revoke(options.name)
     print(f"{options.name}: revoked")  # noqa: T201
     return 0
+
+
+def _back_up(options: argparse.Namespace) -> int:
+    from app.backup import back_up
+
+    print(f"{options.out}: {_told(back_up(settings_of(options).store, Path(options.out)))}")  # noqa: T201
+    return 0
+
+
+def _restore(options: argparse.Namespace) -> int:
+    from app.backup import restore
+
+    store = settings_of(options).store
+    print(f"{store}: {_told(restore(Path(options.backup), store))}")  # noqa: T201
+    return 0
+
+
+def _told(saved: Any) -> str:
+    elsewhere = f", {saved.elsewhere:,} pictures in their places, which are not in it" if saved.elsewhere else ""
+    return f"{saved.items:,} items, {saved.pictures:,} pictures, {saved.bytes / 1e6:,.1f} MB{elsewhere}"
