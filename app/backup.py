@@ -39,7 +39,7 @@ class Saved(NamedTuple):
 def back_up(store: Path, out: Path) -> Saved:
     """Write the data folder, as it is at one moment, to a tar file; whoever serves it goes on.
 
-    SQLite copies the database, and then the pictures that it names are added, which never change, as far as they are not
+    SQLite copies the database, and then the pictures that it names, which never change, are added where they are not
     in the file yet. If one is gone, its item has been deleted since, and both is done again: each time there is less to
     add. Indexes are left out: they are made of the rest. The last member is a manifest with the SHA-256 of every other.
 
