@@ -6,9 +6,9 @@ import asyncio
 import base64
 import binascii
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar
 
 import numpy as np
 from fastapi import Request
@@ -34,12 +34,16 @@ from app.images import Limits
 from app.settings import Settings
 from models.errors import ForbiddenError, InputError, MalformedError, MediaTypeError, TooLargeError
 
+if TYPE_CHECKING:
+    from app.service import Service
+
 # A 16 x 16 picture of a red disc, so that the examples work as pasted.
 EXAMPLE_IMAGE = (
     "iVBORw0KGgoAAAANSUhEUgAAABAAAAAQCAIAAACQkWg2AAAAUUlEQVR42mP8//8/AymAiYFEwIIpdF1VE87WvH0dTZYR2UnISpEBsjYmgqrRpEj2"
     "AxNB49EUkGsD7TVghjeukKXASXgsQZZixEx8JCQNmoQSAGpxIRMUFZP+AAAAAElFTkSuQmCC"
 )
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
+_PICTURES = frozenset({"image", "mask"})  # fields of the type Picture
 MAX_IDS = 1000  # of items that a request names
 _LARGE_BODY = 262_144  # bytes; above it, parsing moves off the event loop
 
@@ -61,7 +65,12 @@ def as_list(value: Any) -> Any:
     return value if isinstance(value, list) else [value]
 
 
-Picture = Annotated[str | bytes, WithJsonSchema({"type": "string", "description": "base64 or a data: URI"})]
+Picture = Annotated[
+    str | bytes,
+    WithJsonSchema(
+        {"type": "string", "description": "base64, a data: URI, or a URL of a host in the setting `fetch_hosts`"}
+    ),
+]
 Text = Annotated[str, StringConstraints(min_length=1), AfterValidator(_clean)]
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 ItemId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:@+-]{0,127}$")]
@@ -204,6 +213,11 @@ def body_of(model: type[B], *, optional: bool = False) -> Callable[[Request], Aw
     """
 
     async def parse(request: Request) -> B:
+        body = await read(request)
+        await fetch_pictures(body, request.app.state.service)
+        return body
+
+    async def read(request: Request) -> B:
         kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
         if kind == "multipart/form-data":
             return await _from_form(model, request)
@@ -217,6 +231,52 @@ def body_of(model: type[B], *, optional: bool = False) -> Callable[[Request], Aw
         return _from_json(model, body)
 
     return parse
+
+
+async def fetch_pictures(body: BaseModel, service: Service) -> None:
+    """Put in the place of each picture's URL what is there, if the operator allows that.
+
+    Raises what Fetcher.fetch does, with the input's index; TooLargeError, too, if there are more than one call may have,
+    or all are larger together than its body may be.
+    """
+    if service.fetcher is None:
+        return
+    found, settings = list(_urls(body)), service.settings
+    if len(found) > settings.max_inputs:
+        raise TooLargeError(f"{len(found)} pictures are more than the {settings.max_inputs} of one call")
+    left = settings.max_body
+
+    async def fetch(holder: BaseModel, name: str, index: int | None) -> None:
+        nonlocal left
+        try:
+            content = await service.fetcher.fetch(getattr(holder, name))  # type: ignore[union-attr]
+        except InputError as error:
+            error.index = index
+            raise
+        left -= len(content)
+        if left < 0:
+            raise TooLargeError(f"the pictures have more than {settings.max_body:,} bytes together")
+        setattr(holder, name, content)
+
+    tasks = [asyncio.ensure_future(fetch(*each)) for each in found]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+def _urls(node: Any, index: int | None = None) -> Iterator[tuple[BaseModel, str, int | None]]:
+    """Every field of a body that has a picture's URL: its holder, its name, and the place of the input in its list."""
+    if isinstance(node, list):
+        for place, each in enumerate(node):
+            yield from _urls(each, place)
+    elif isinstance(node, BaseModel):
+        for name, value in node:
+            if name in _PICTURES and isinstance(value, str) and value[:8].lower().startswith(("http://", "https://")):
+                yield node, name, index
+            elif isinstance(value, (BaseModel, list)):
+                yield from _urls(value, index)
 
 
 def _from_json(model: type[B], body: bytes) -> B:
@@ -275,7 +335,9 @@ def image_bytes(value: str | bytes | Path, settings: Settings) -> bytes:
                 raise MediaTypeError("a data: URI must be data:image/...;base64,...")
             return _unbase64(payload)
         case "http" | "https":
-            raise ForbiddenError("this server fetches no URLs; send the picture itself, as base64 or a file")
+            raise ForbiddenError(
+                "this server fetches no URLs (its setting `fetch_hosts`); send the picture itself, as base64 or a file"
+            )
     raise InputError("an image is base64, a data: URI or a file; other schemes are not read")
 
 

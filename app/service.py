@@ -22,6 +22,7 @@ from app.backends import Array
 from app.collection import Collection, Item
 from app.collections import Collections
 from app.engine import Engine, Opener, ServedEngine
+from app.fetching import Fetcher
 from app.generator import ServedGenerator
 from app.inputs import Input, image_bytes, image_limits
 from app.keys import Keyring
@@ -55,6 +56,7 @@ class Service:
     ) -> None:
         self.settings = settings
         self.keys = keys
+        self.fetcher: Fetcher | None = None
         self.metrics = Metrics()
         self.metrics.watch(self)
         self.engines = dict(engines)
@@ -86,6 +88,8 @@ class Service:
             name: ServedGenerator(name, model, self.settings, worker, self.metrics)
             for name, model in self.generators.items()
         }
+        if self.settings.fetch_hosts:
+            self.fetcher = Fetcher(self.settings.fetch_hosts, self.settings.max_body, self.settings.fetch_seconds)
         self.state = "ready"
 
     async def close(self) -> None:
@@ -98,6 +102,8 @@ class Service:
             await served.close()
         for generator in self._generators.values():
             await generator.close()
+        if self.fetcher is not None:
+            await self.fetcher.close()
         for pool in self._pools:
             await asyncio.to_thread(pool.shutdown)
 

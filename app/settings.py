@@ -58,6 +58,11 @@ class Settings(BaseSettings):
     picture_root: Path | None = Field(
         None, description="folder of pictures that items may refer to in place; none: all are kept in the store"
     )
+    fetch_hosts: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)] = Field(
+        (),
+        description="hosts of which pictures are read by URL: a name, *.name for what is below it, * for any; none: off",
+    )
+    fetch_seconds: float = Field(10.0, gt=0, description="until a picture must have come from its URL; then 504")
     default_collection: str = Field("default", description="searched when a request names no collection")
     demo: bool = Field(False, description="fill the default collection with generated scenes on first start")
 
