@@ -236,7 +236,7 @@ def body_of(model: type[B], *, optional: bool = False) -> Callable[[Request], Aw
 async def fetch_pictures(body: BaseModel, service: Service) -> None:
     """Put in the place of each picture's URL what is there, if the operator allows that.
 
-    Raises what Fetcher.fetch does, with the input's index; TooLargeError, too, if there are more than one call may have,
+    Raises what Fetcher.fetch does, with the input's index; TooLargeError, too, if there are more than a call may have,
     or all are larger together than its body may be.
     """
     if service.fetcher is None:

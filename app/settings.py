@@ -60,7 +60,7 @@ class Settings(BaseSettings):
     )
     fetch_hosts: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)] = Field(
         (),
-        description="hosts of which pictures are read by URL: a name, *.name for what is below it, * for any; none: off",
+        description="hosts of which pictures are read by URL: a name, *.name for all below it, * for any; none: off",
     )
     fetch_seconds: float = Field(10.0, gt=0, description="until a picture must have come from its URL; then 504")
     default_collection: str = Field("default", description="searched when a request names no collection")
