@@ -6,7 +6,7 @@ DATA ?= data
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: serve test format train-demo screenshots torture bench-training bench-generation bench-decoding bench-search bench-serving \
+.PHONY: serve test format train-demo screenshots fuzz torture bench-training bench-generation bench-decoding bench-search bench-serving \
 	bench-device clean
 
 serve: .venv/.serve
@@ -37,6 +37,10 @@ train-demo: .venv/.test
 # The README's pictures of the page, as the tests come by them.
 screenshots: .venv/.test
 	SEMBLANCE_SCREENSHOTS=docs $(BIN)/pytest tests/browser
+
+# Cases for every endpoint, in its description's terms and against them; a new seed each time, or FUZZ_SEED=.
+fuzz: .venv/.test
+	FUZZ_CASES=10000 FUZZ_SEED=$(or $(FUZZ_SEED),$(shell date +%s)) $(BIN)/pytest -s tests/app/test_contract.py
 
 torture: .venv/.test
 	KILL_ROUNDS=500 POWER_ROUNDS=100 $(BIN)/pytest -s tests/app/test_torture.py

@@ -98,12 +98,12 @@ _BODY = request_body(SearchRequest, {"query": [{"text": "a red star"}, {"text": 
 @router.get("/search", response_model=SearchResponse)
 async def search_by_text(
     service: Served,
-    q: Annotated[str, Query(min_length=1, examples=["a red star"])],
+    q: Annotated[Text, Query(examples=["a red star"])],
     k: Annotated[int, Query(ge=1)] = 10,
     collection: Annotated[str | None, Query()] = None,
     target: Annotated[Target, Query()] = "any",
-    filter: Annotated[tuple[str, ...], Query()] = (),
-    group_by: Annotated[str | None, Query(min_length=1, max_length=64)] = None,
+    filter: Annotated[tuple[Text, ...], Query()] = (),
+    group_by: Annotated[Text | None, Query(max_length=64)] = None,
     min_score: Annotated[float, Query(ge=-1, le=1, allow_inf_nan=False)] = -1.0,
     offset: Annotated[int, Query(ge=0)] = 0,
 ) -> Response:

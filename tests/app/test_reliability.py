@@ -131,6 +131,13 @@ def test_metadata_comes_back_as_it_was(searchable: TestClient, encoded: Encoded)
     problem(searchable.post("/collections/default/items", files={"file": encoded()}, data=form), 422)
 
 
+@pytest.mark.parametrize(
+    "query", ["q=", "q=a%00b", "q=a&filter=", "q=a&filter=a:%00", "q=a&group_by=", "q=a&group_by=%00"]
+)
+def test_row_15_texts_of_a_query_that_are_none(searchable: TestClient, query: str) -> None:
+    problem(searchable.get(f"/search?{query}"), 422, "query")
+
+
 @pytest.mark.parametrize("k", ["0", "-1", "1001", "true", "1.5", "x", ""])
 def test_row_17_wrong_numbers_in_a_query(searchable: TestClient, k: str) -> None:
     problem(searchable.get(f"/search?q=a&k={k}"), 422)
