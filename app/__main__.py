@@ -136,6 +136,7 @@ def _serve(options: argparse.Namespace) -> int:
 
     settings = settings_of(options)
     keys = Keyring(settings.store, settings.plain_keys)
+    keys.names()  # a damaged one is told now, not to whoever brings it
     settings.check_exposure(keyed=keys.required)
     logs.configure(settings.log)
     log = logging.getLogger("semblance")

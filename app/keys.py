@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import logging
 import os
 import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +19,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from app.inputs import Name
 from models.errors import ConflictError, ForbiddenError, NotFoundError, RateLimitError, StorageError
+
+log = logging.getLogger(__name__)
 
 Scope = Literal["read", "write", "admin"]
 SCOPES: tuple[Scope, ...] = ("read", "write", "admin")  # each may do what those before it may
@@ -53,6 +56,7 @@ class Keyring:
             for place, token in enumerate(given, 1)
         ]
         self._kept: list[Key] = []
+        self._damaged: list[StorageError] = []
         self._seen: tuple[int, list[str]] | None = None
         self._required = bool(given)
         self._used: dict[str, _Use] = {}
@@ -66,6 +70,8 @@ class Keyring:
     def names(self) -> list[Key]:
         """The keys of the folder, by name. Raises StorageError, naming a file that is none."""
         self._look()
+        for error in self._damaged:
+            raise error
         return sorted(self._kept, key=lambda key: key.name)
 
     def find(self, token: str) -> Key | None:
@@ -134,12 +140,17 @@ class Keyring:
         self._required = True
         if seen == self._seen:
             return
-        kept = []
+        kept, damaged = [], []
         for name in seen[1]:
             if name.endswith(".json"):
-                with suppress(FileNotFoundError):  # revoked at this moment
+                try:
                     kept.append(_read(self.folder / name))
-        self._kept, self._seen = kept, seen
+                except FileNotFoundError:  # revoked at this moment
+                    continue
+                except StorageError as error:  # nobody can bring that one; the others go on
+                    log.error("%s", error)
+                    damaged.append(error)
+        self._kept, self._seen, self._damaged = kept, seen, damaged
 
 
 class _Use:

@@ -1,4 +1,4 @@
-"""The operator's commands: keys, backup and restore. They work on the data folder."""
+"""The operator's commands: keys, backup, restore and doctor. They need no server, and mind one that runs."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from app.commandline import add_command, add_settings, settings_of
+from app.commandline import MODEL, add_command, add_settings, settings_of
 
 
 def operator_commands(commands: Any) -> None:
-    """`semblance keys`, `backup` and `restore`."""
+    """`semblance keys`, `backup`, `restore` and `doctor`."""
     _key_commands(commands)
     backup = add_command(commands, "backup", _back_up, "Write the data folder to one file, also while it is served")
     backup.add_argument("out", help="the file to write, such as photos.tar")
@@ -18,6 +18,10 @@ def operator_commands(commands: Any) -> None:
     restored.add_argument("backup", help="the file")
     for command in (backup, restored):
         add_settings(command, "store")
+    text = "Look at what a server would meet here, and say what to do; exits with 1 if something is bad"
+    doctor = add_command(commands, "doctor", _examine, text)
+    doctor.add_argument("--model", action="append", metavar="NAME=REFERENCE", help=MODEL)
+    add_settings(doctor, "host", "port", "store", "checkpoints", "device", "threads")
 
 
 def _key_commands(commands: Any) -> None:
@@ -91,3 +95,18 @@ def _restore(options: argparse.Namespace) -> int:
 def _told(saved: Any) -> str:
     elsewhere = f", {saved.elsewhere:,} pictures in their places, which are not in it" if saved.elsewhere else ""
     return f"{saved.items:,} items, {saved.pictures:,} pictures, {saved.bytes / 1e6:,.1f} MB{elsewhere}"
+
+
+def _examine(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from app.doctor import examine
+
+    console, bad = Console(), 0
+    colours = {"ok": "green", "note": "yellow", "bad": "red"}
+    for finding in examine(settings_of(options)):
+        bad += finding.verdict == "bad"
+        shown = f"[{colours[finding.verdict]}]{finding.verdict:4}[/] "
+        console.print(shown, end="")
+        console.print(f"{finding.subject}: {finding.text}", markup=False, highlight=False, soft_wrap=True)
+    return 1 if bad else 0

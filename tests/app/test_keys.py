@@ -54,11 +54,14 @@ def test_a_key_that_comes_or_goes_is_seen_at_once_and_the_last_leaves_the_server
         Keyring(tmp_path).revoke("first")
 
 
-def test_a_damaged_key_is_named(tmp_path: Path) -> None:
-    Keyring(tmp_path).create("good")
+def test_a_damaged_key_is_named_and_hurts_no_other(tmp_path: Path) -> None:
+    serving = Keyring(tmp_path)
+    good = serving.create("good")
     (tmp_path / FOLDER / "bad.json").write_text("{")
     with pytest.raises(StorageError, match=r"bad\.json is damaged"):
-        Keyring(tmp_path).find("x")
+        serving.names()
+    assert serving.find(good) is not None  # a server that runs goes on with the others
+    assert serving.find("x") is None
 
 
 def test_the_rate_lets_a_minutes_worth_in_and_then_one_each_interval(tmp_path: Path) -> None:

@@ -1,0 +1,89 @@
+"""`semblance doctor`: what is well, what is not, and the way out."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+from pathlib import Path
+
+import pytest
+
+from app.__main__ import main
+from app.collections import Collections
+from app.doctor import Finding, examine
+from app.keys import Keyring
+from app.settings import Settings
+
+
+def found(settings: Settings) -> dict[str, Finding]:
+    return {finding.subject: finding for finding in examine(settings)}
+
+
+@pytest.fixture
+def settings(checkpoints: Path, tmp_path: Path) -> Settings:
+    with Collections(tmp_path / "data") as collections:
+        collections.create("mine", model="m", fingerprint="f", dimensions=4)
+    return Settings(checkpoints=checkpoints, store=tmp_path / "data", port=0, threads=1)
+
+
+def test_all_is_well(settings: Settings) -> None:
+    findings = found(settings)
+    assert {finding.verdict for finding in findings.values()} <= {"ok", "note"}
+    assert findings["collection mine"].text.startswith("0 items of model 'm'")
+    assert "fingerprint" in findings["model clip"].text
+    assert found(settings.model_copy(update={"store": settings.store / "new"}))["data folder"].verdict == "ok"
+    assert not (settings.store / "new").exists()
+
+
+def test_a_server_that_runs_is_let_be(settings: Settings) -> None:
+    with Collections(settings.store, note="http://127.0.0.1:8000"):
+        assert found(settings)["data folder"].text.endswith("is whole, and served by http://127.0.0.1:8000")
+
+
+def test_a_damaged_checkpoint_is_named(settings: Settings, tmp_path: Path) -> None:
+    copy = tmp_path / "checkpoints"
+    shutil.copytree(settings.checkpoints, copy)
+    weights = next(copy.glob("clip/*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    finding = found(settings.model_copy(update={"checkpoints": copy}))["model clip"]
+    assert finding.verdict == "bad"
+    assert "clip" in finding.text
+    assert found(settings.model_copy(update={"checkpoints": tmp_path / "none"}))["checkpoints"].verdict == "bad"
+
+
+def test_a_damaged_database_is_named(settings: Settings) -> None:
+    file = settings.store / "store.db"
+    file.write_bytes(b"SQLite format 3\0" + b"\xff" * 5000)
+    finding = found(settings)["data folder"]
+    assert finding.verdict == "bad"
+    assert "restore it from a backup" in finding.text
+
+
+def test_a_damaged_key_is_named(settings: Settings) -> None:
+    Keyring(settings.store).create("site")
+    assert found(settings)["keys"].text == "1 in the data folder, 0 in the settings"
+    (settings.store / "keys/site.json").write_text("{")
+    assert found(settings)["keys"].verdict == "bad"
+
+
+def test_an_address_that_is_taken_or_open(settings: Settings) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        finding = found(settings.model_copy(update={"port": taken.getsockname()[1]}))["address"]
+    assert (finding.verdict, "is taken" in finding.text) == ("bad", True)
+    findings = [each for each in examine(settings.model_copy(update={"host": "0.0.0.0"})) if each.subject == "address"]
+    assert [each.verdict for each in findings] == ["bad", "ok"]
+    assert "semblance keys create" in findings[0].text
+
+
+def test_a_device_that_is_not_there(settings: Settings) -> None:
+    assert found(settings.model_copy(update={"device": "nonsense"}))["device"].verdict == "bad"
+
+
+def test_the_command(settings: Settings, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--checkpoints", str(settings.checkpoints), "--data", str(settings.store), "--port", "0"]
+    assert main(["doctor", *options]) == 0
+    assert "ok   collection mine: 0 items" in capsys.readouterr().out
+    assert main(["doctor", *options, "--host", "0.0.0.0"]) == 1
+    assert "bad  address" in capsys.readouterr().out
