@@ -6,7 +6,7 @@ DATA ?= data
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: serve test format train-demo screenshots fuzz torture bench-training bench-generation bench-decoding bench-search bench-serving \
+.PHONY: serve test format train-demo screenshots fuzz sbom torture bench-training bench-generation bench-decoding bench-search bench-serving \
 	bench-device clean
 
 serve: .venv/.serve
@@ -41,6 +41,16 @@ screenshots: .venv/.test
 # Cases for every endpoint, in its description's terms and against them; a new seed each time, or FUZZ_SEED=.
 fuzz: .venv/.test
 	FUZZ_CASES=10000 FUZZ_SEED=$(or $(FUZZ_SEED),$(shell date +%s)) $(BIN)/pytest -s tests/app/test_contract.py
+
+# What `make serve` installs, as CycloneDX: each package with its version and licence.
+sbom: .venv/.serve .venv-sbom/.done
+	.venv-sbom/bin/cyclonedx-py environment --pyproject pyproject.toml --of JSON --output-file sbom.json $(BIN)/python
+	@echo sbom.json
+
+.venv-sbom/.done:
+	$(PYTHON) -m venv .venv-sbom
+	.venv-sbom/bin/pip install --quiet cyclonedx-bom
+	touch $@
 
 torture: .venv/.test
 	KILL_ROUNDS=500 POWER_ROUNDS=100 $(BIN)/pytest -s tests/app/test_torture.py
