@@ -9,8 +9,8 @@ from packaging.requirements import Requirement
 
 # Permissive ones, and those that ask only that changes to the package itself be shared (MPL, LGPL; used as they are).
 ALLOWED = re.compile(
-    r"apache|\bmit\b|\bbsd|\bisc\b|python software foundation|\bpsf|zlib|unlicense|cc0|mpl|mozilla|hpnd|historical permission"
-    r"|0bsd|boost|lgpl",
+    r"apache|\bmit\b|\b0?bsd|\bisc\b|python software foundation|\bpsf|zlib|unlicense|cc0|mpl|mozilla|hpnd"
+    r"|historical permission|boost|lgpl",
     re.IGNORECASE,
 )
 # What their metadata only hints at, read in their repositories.
