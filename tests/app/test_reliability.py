@@ -325,7 +325,7 @@ def test_a_real_server(checkpoints: Path, tmp_path: Path, encoded: Encoded) -> N
             problem(client.post("/embed", content=b"x" * 30_000_000), 413, "20,000,000 bytes")
             problem(client.post("/embed", content=(b"x" * 1_000_000 for _ in range(30))), 413, "20,000,000 bytes")
             assert client.post("/embed", json={"input": "still here"}).status_code == 200
-        lie = b"POST /embed HTTP/1.1\r\nHost: x\r\nContent-Length: 999999999999\r\n\r\n"
+        lie = b"POST /embed HTTP/1.1\r\nHost: localhost\r\nContent-Length: 999999999999\r\n\r\n"
         answer = _raw(server.port, lie, [b"x" * 1000])
         assert b" 413 " in answer.partition(b"\r\n")[0]
         # Row 42: a second process on the folder.
@@ -338,7 +338,7 @@ def test_a_real_server(checkpoints: Path, tmp_path: Path, encoded: Encoded) -> N
         # A client that leaves takes its work with it, and the next one is served.
         with socket.create_connection(("127.0.0.1", server.port)) as connection:
             body = b'{"input": ["a red star"]}'
-            connection.sendall(b"POST /embed HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n")
+            connection.sendall(b"POST /embed HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n")
             connection.sendall(b"Content-Length: %d\r\n\r\n" % len(body) + body)
         assert httpx.get(f"{server.url}/healthz").status_code == 200
         # Row 33: SIGTERM under load; what was accepted is answered, and the process ends with 0.
