@@ -180,7 +180,8 @@ class StoredInput(Input):
     def vector(self, index: int) -> NDArray[np.float32] | None:
         """The embedding that is given, (D,). Raises InputError with the item's index if it is no base64 of float32."""
         if not isinstance(self.embedding, str):
-            return None if self.embedding is None else np.array(self.embedding, np.float32)
+            with np.errstate(over="ignore"):  # what does not fit becomes infinite, which the store refuses
+                return None if self.embedding is None else np.array(self.embedding, np.float32)
         try:
             return vector_of(self.embedding)
         except (binascii.Error, ValueError):

@@ -380,3 +380,10 @@ def test_rows_38_and_43_damaged_and_foreign_checkpoints_stop_the_start(tmp_path:
     done = subprocess.run(command, **options)
     assert done.returncode == 1
     assert "unpickled" in done.stderr
+
+
+@pytest.mark.parametrize("number", [1e39, -1e308, 1e-300])
+def test_row_19_embeddings_that_do_not_fit(searchable: TestClient, number: float) -> None:
+    size = searchable.get("/collections/default").json()["dimensions"]
+    item = {"text": "a", "embedding": [number] * size}
+    problem(searchable.post("/collections/default/items", json={"items": [item]}), 422, "input 0")
