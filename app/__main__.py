@@ -133,6 +133,7 @@ def _serve(options: argparse.Namespace) -> int:
     from app.keys import Keyring
     from app.loading import load_engines, load_generators
     from app.main import create_app
+    from app.protocol import punctual
 
     settings = settings_of(options)
     keys = Keyring(settings.store, settings.plain_keys)
@@ -159,6 +160,7 @@ def _serve(options: argparse.Namespace) -> int:
             create_app(settings, engines, collections, generators, keys),
             host=settings.host,
             port=settings.port,
+            http=punctual(settings.head_seconds, settings.body_seconds),
             log_config=None,
             log_level="warning",
             access_log=False,

@@ -91,6 +91,10 @@ class Settings(BaseSettings):
     )
     batch_size: int = Field(32, gt=0, description="inputs of one forward, at most")
     batch_wait_ms: float = Field(3.0, ge=0, description="milliseconds that a batch waits for inputs being decoded")
+    head_seconds: float = Field(10.0, gt=0, description="until a request's head must have come; then it is hung up on")
+    body_seconds: float = Field(
+        30.0, gt=0, description="in which 16 KiB of a request's body must come, or its end; then it is hung up on"
+    )
     queue_size: int = Field(256, gt=0, description="inputs admitted at once, per model and kind; then 503")
     deadline: float = Field(30.0, gt=0, description="seconds a request may wait for its embeddings; then 504")
     generate_lanes: int = Field(16, ge=2, description="pictures drawn at once; a guided one counts as two")

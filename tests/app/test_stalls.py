@@ -1,0 +1,96 @@
+"""Row 31: clients that open a connection and send nothing, half a head, half a body, or drops of one."""
+
+from __future__ import annotations
+
+import selectors
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from support import Server, running
+
+HEAD, BODY, EACH = 1.5, 3.0, 100
+START = b"POST /embed HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 100000\r\n\r\n"
+CASES = {
+    "nothing": (b"", HEAD),
+    "head": (START[:40], HEAD),
+    "body": (START + b'{"input": "', BODY),
+    "drops": (START, BODY),
+}
+
+
+@pytest.fixture(scope="module")
+def server(checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    limits = {"SEMBLANCE_HEAD_SECONDS": str(HEAD), "SEMBLANCE_BODY_SECONDS": str(BODY)}
+    with running(checkpoints, tmp_path_factory.mktemp("stalls") / "data", **limits) as running_server:
+        yield running_server
+
+
+def test_row_31_stalled_connections_are_closed_and_hurt_nobody(server: Server) -> None:
+    """A hundred of each kind at once, while a healthy client asks on and on."""
+    waiting = selectors.DefaultSelector()
+    opened = time.monotonic()
+    for kind, (sent, _) in CASES.items():
+        for _ in range(EACH):
+            connection = socket.create_connection(("127.0.0.1", server.port))
+            connection.sendall(sent)
+            connection.setblocking(False)
+            waiting.register(connection, selectors.EVENT_READ, kind)
+    closed: dict[str, list[float]] = {kind: [] for kind in CASES}
+    took: list[float] = []
+    with httpx.Client(base_url=server.url, timeout=10) as client:
+        while waiting.get_map() and time.monotonic() - opened < 30:
+            began = time.monotonic()
+            assert client.post("/embed", json={"input": f"text {len(took)}"}).status_code == 200
+            took.append(time.monotonic() - began)
+            for key, _ in waiting.select(0):
+                with key.fileobj as connection:  # type: ignore[union-attr]
+                    assert connection.recv(100) == b""
+                    waiting.unregister(connection)
+                closed[key.data].append(time.monotonic() - opened)
+            for key in list(waiting.get_map().values()):
+                if key.data == "drops":
+                    try:
+                        key.fileobj.send(b" ")  # type: ignore[union-attr]
+                    except OSError:
+                        continue
+            time.sleep(0.02)
+        for key in list(waiting.get_map().values()):
+            key.fileobj.close()  # type: ignore[union-attr]
+    for kind, (_, limit) in CASES.items():
+        assert len(closed[kind]) == EACH, (kind, len(closed[kind]))
+        assert min(closed[kind]) > limit * 0.6
+        assert max(closed[kind]) < limit + 4
+    print(f"{4 * EACH} stalled connections; {len(took)} requests beside them, slowest {max(took) * 1e3:.0f} ms")
+
+
+def test_a_connection_that_is_used_again_is_timed_again(server: Server) -> None:
+    ask = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
+        for _ in range(2):
+            connection.sendall(ask)
+            answer = b""
+            while not answer.endswith(b"}"):
+                part = connection.recv(4096)
+                assert part, answer
+                answer += part
+            assert b" 200 " in answer
+            time.sleep(HEAD + 0.5)  # idle, which is no stall
+        connection.sendall(ask[:10])
+        began = time.monotonic()
+        assert connection.recv(100) == b""
+        assert HEAD - 0.5 < time.monotonic() - began < HEAD + 3
+
+
+def test_a_slow_body_that_comes_on_is_read_to_its_end(server: Server) -> None:
+    text = b'{"input": "%s"}' % (b"a" * 1500)
+    body = text + b" " * (100_000 - len(text))
+    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
+        connection.sendall(START)
+        for start in range(0, len(body), 20_000):
+            connection.sendall(body[start : start + 20_000])
+            time.sleep(BODY / 3)
+        assert b" 200 " in connection.recv(4096).partition(b"\r\n")[0]
