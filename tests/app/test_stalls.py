@@ -6,6 +6,7 @@ import selectors
 import socket
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -47,16 +48,14 @@ def test_row_31_stalled_connections_are_closed_and_hurt_nobody(server: Server) -
             assert client.post("/embed", json={"input": f"text {len(took)}"}).status_code == 200
             took.append(time.monotonic() - began)
             for key, _ in waiting.select(0):
-                with key.fileobj as connection:  # type: ignore[union-attr]
-                    assert connection.recv(100) == b""
+                with key.fileobj as connection, suppress(ConnectionResetError):  # type: ignore[union-attr]
                     waiting.unregister(connection)
+                    assert connection.recv(100) == b""  # or a reset, where a drop came after the end
                 closed[key.data].append(time.monotonic() - opened)
             for key in list(waiting.get_map().values()):
                 if key.data == "drops":
-                    try:
+                    with suppress(OSError):
                         key.fileobj.send(b" ")  # type: ignore[union-attr]
-                    except OSError:
-                        continue
             time.sleep(0.02)
         for key in list(waiting.get_map().values()):
             key.fileobj.close()  # type: ignore[union-attr]
