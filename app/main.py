@@ -85,6 +85,11 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
         problem = errors.Problem.model_json_schema(ref_template="#/components/schemas/{model}")
         schemas.update(problem.pop("$defs"))
         schemas["Problem"] = problem
+        # Once, and not at every operation.
+        document["components"]["responses"] = {str(code): told for code, told in errors.problem_responses().items()}
+        for operation in (each for methods in document["paths"].values() for each in methods.values()):
+            for code in operation["responses"].keys() & document["components"]["responses"].keys():
+                operation["responses"][code] = {"$ref": f"#/components/responses/{code}"}
         document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         document["security"] = [{"key": []}, {}]  # a server without keys asks for none
         for path in OPEN_PATHS & document["paths"].keys():
