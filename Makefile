@@ -6,7 +6,7 @@ DATA ?= data
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: serve test format train-demo screenshots fuzz sbom torture bench-training bench-generation bench-decoding bench-search bench-serving \
+.PHONY: serve test format train-demo screenshots fuzz fuzz-decoding sbom torture bench-training bench-generation bench-decoding bench-search bench-serving \
 	bench-device clean
 
 serve: .venv/.serve
@@ -41,6 +41,11 @@ screenshots: .venv/.test
 # Cases for every endpoint, in its description's terms and against them; a new seed each time, or FUZZ_SEED=.
 fuzz: .venv/.test
 	FUZZ_CASES=10000 FUZZ_SEED=$(or $(FUZZ_SEED),$(shell date +%s)) $(BIN)/pytest -s tests/app/test_contract.py
+
+# Half an hour of bytes of any kind for what decodes pictures and bodies.
+fuzz-decoding: .venv/.test
+	$(BIN)/pip install --quiet 'atheris>=3'
+	$(BIN)/python tests/fuzz_decoding.py -max_total_time=$(or $(SECONDS),1800) -rss_limit_mb=4096
 
 # What `make serve` installs, as CycloneDX: each package with its version and licence.
 sbom: .venv/.serve .venv-sbom/.done
