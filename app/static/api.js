@@ -71,7 +71,7 @@ export async function request(path, options = {}) {
         asking ??= askKey(used ? "This key is not one of the server's." : "This server wants an API key.");
         key = await asking.finally(() => (asking = null));
       }
-    } else if (answer.status === 503 && patience > 0) {
+    } else if ((answer.status === 429 || answer.status === 503) && patience > 0) {
       patience -= 1;
       await wait(Number(answer.headers.get("Retry-After") ?? 1), signal);
     } else {

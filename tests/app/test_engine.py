@@ -336,7 +336,7 @@ def test_texts_of_like_lengths_are_embedded_together_and_come_back_in_order() ->
     assert np.allclose(together, np.concatenate([engine.embed_texts([text]) for text in texts]), atol=1e-6)
 
 
-def test_out_of_memory_is_a_busy_answer_for_one_input() -> None:
+def test_row_39_out_of_memory_is_a_busy_answer_for_one_input() -> None:
     model = tiny_clip()
 
     def fail(*_: Any) -> Any:

@@ -248,7 +248,7 @@ def _served(model: DALLETransformer, pool: ThreadPoolExecutor, **options: Any) -
     return ServedGenerator("dalle", model, Settings(**options), pool)
 
 
-def test_who_leaves_is_drawn_for_no_more_and_others_share_the_steps(model: DALLETransformer) -> None:
+def test_row_32_who_leaves_is_drawn_for_no_more_and_others_share_the_steps(model: DALLETransformer) -> None:
     async def scene() -> None:
         calls = 0
         real = model.read_ids

@@ -24,6 +24,7 @@ from support import png_header, problem, running
 
 from app.collections import Collections
 from app.engine import Engine, ModelEngine
+from app.keys import Keyring
 from app.main import create_app
 from app.settings import Settings
 from models.errors import ForbiddenError
@@ -387,3 +388,18 @@ def test_row_19_embeddings_that_do_not_fit(searchable: TestClient, number: float
     size = searchable.get("/collections/default").json()["dimensions"]
     item = {"text": "a", "embedding": [number] * size}
     problem(searchable.post("/collections/default/items", json={"items": [item]}), 422, "input 0")
+
+
+def test_row_41_a_clock_that_is_set_back(start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever waits, expires or counts goes by the clock that is not set."""
+    token = Keyring(tmp_path / "data").create("slow", rate=3)
+    client = start(keys=Keyring(tmp_path / "data"))
+    headers = {"Authorization": f"Bearer {token}"}
+    assert client.post("/embed", json={"input": "before"}, headers=headers).status_code == 200
+    yesterday = time.time() - 86_400
+    monkeypatch.setattr("time.time", lambda: yesterday)
+    assert client.post("/embed", json={"input": "after"}, headers=headers).status_code == 200
+    assert client.get("/metrics", headers=headers).status_code == 200
+    answer = client.get("/models", headers=headers)
+    problem(answer, 429, "3 requests a minute")
+    assert int(answer.headers["Retry-After"]) <= 20
