@@ -18,7 +18,7 @@ import apsw
 
 from app.database import FORMAT as STORE_FORMAT
 from app.database import rows
-from app.pictures import place_of
+from app.pictures import file_of, place_of
 from models.errors import ConflictError, NotFoundError, StorageError
 
 FORMAT = 1
@@ -158,7 +158,7 @@ def _add_pictures(archive: _Writing, store: Path, names: list[str]) -> bool:
 
 
 def _picture(store: Path, name: str) -> Path:
-    return store / "pictures" / name[:2] / name
+    return file_of(store / "pictures", name)
 
 
 def _extract(tar: tarfile.TarFile, folder: Path, archive: Path) -> None:

@@ -27,6 +27,11 @@ def place_of(name: str | None) -> Path | None:
     return Path(name.removeprefix(_IN_PLACE)) if name is not None and name.startswith(_IN_PLACE) else None
 
 
+def file_of(folder: Path, digest: str) -> Path:
+    """Where a picture is that is kept in the store, below the folder of its pictures."""
+    return folder / digest[:2] / digest
+
+
 class Pictures:
     """Files under `folder`, by the first two digits of their names. Thread-safe. root: where others may be read."""
 
@@ -127,7 +132,7 @@ class Pictures:
                     file.unlink(missing_ok=True)
 
     def _file(self, digest: str) -> Path:
-        return self._folder / digest[:2] / digest
+        return file_of(self._folder, digest)
 
 
 def _sync_folder(folder: Path) -> None:
