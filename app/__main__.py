@@ -7,6 +7,7 @@ import asyncio
 import base64
 import json
 import logging
+import math
 import signal
 import sys
 import time
@@ -133,7 +134,7 @@ def _serve(options: argparse.Namespace) -> int:
     from app.keys import Keyring
     from app.loading import load_engines, load_generators
     from app.main import create_app
-    from app.protocol import punctual
+    from app.protocol import DrainingServer, punctual
 
     settings = settings_of(options)
     keys = Keyring(settings.store, settings.plain_keys)
@@ -156,19 +157,21 @@ def _serve(options: argparse.Namespace) -> int:
         log.info("%s ready on %s after %.1f s", ", ".join((*engines, *generators)), address, time.monotonic() - started)
         # uvicorn raises the signal again when it has drained, and the default handler would make that a failure.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-        uvicorn.run(
-            create_app(settings, engines, collections, generators, keys),
+        app = create_app(settings, engines, collections, generators, keys)
+        config = uvicorn.Config(
+            app,
             host=settings.host,
             port=settings.port,
             http=punctual(settings.head_seconds, settings.body_seconds),
             log_config=None,
             log_level="warning",
             access_log=False,
-            timeout_graceful_shutdown=30,
+            timeout_graceful_shutdown=math.ceil(settings.drain_seconds),
             # Longer than clients and load balancers keep an idle connection (httpx 5 s, AWS 60): if both give up at the
             # same time, a request that is just on its way is hung up on.
             timeout_keep_alive=75,
         )
+        DrainingServer(config, app.state.service.drain).run()
     return 0
 
 

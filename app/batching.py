@@ -84,7 +84,7 @@ class Batcher(Generic[In, Out]):
                 `deadline` at the pace of late, or the batcher is closed; at once, nothing waits.
         """
         if self._task.done():
-            raise BusyError("the server is shutting down", retry_after=5)
+            raise shutting_down()
         flow = flow_of(count)
         self._check_room(flow, count, deadline)
         self._held[flow] += count
@@ -130,8 +130,10 @@ class Batcher(Generic[In, Out]):
         A caller that is cancelled or late takes its item out of the queue with it.
 
         Raises:
-            DeadlineError: the time ran out. ModelError: the model failed for this item alone.
+            DeadlineError: the time ran out. ModelError: the model failed for this item alone. BusyError: it has closed.
         """
+        if self._task.done():
+            raise shutting_down()
         job: _Job[In, Out] = _Job(item, self._loop.create_future(), deadline, self._loop.time())
         self._jobs.push(flow or flow_of(1), job)
         self._arrival.set()
@@ -147,7 +149,7 @@ class Batcher(Generic[In, Out]):
         with suppress(asyncio.CancelledError):
             await self._task
         while self._jobs:
-            _settle(self._jobs.pop(), BusyError("the server is shutting down", retry_after=5))
+            _settle(self._jobs.pop(), shutting_down())
 
     async def _run(self) -> None:
         while True:
@@ -162,7 +164,7 @@ class Batcher(Generic[In, Out]):
                 results = await self._loop.run_in_executor(self._executor, self._timed, items)
             except BaseException as error:  # even a cancelled worker leaves nobody waiting
                 for job in jobs:
-                    _settle(job, BusyError("the server is shutting down", retry_after=5))
+                    _settle(job, shutting_down())
                 if not isinstance(error, Exception):
                     raise
                 log.exception("a batch could not be run")
@@ -220,6 +222,11 @@ class Batcher(Generic[In, Out]):
 def late(what: str = "embedded") -> DeadlineError:
     """What a caller is told whose time ran out before all of it was `what`."""
     return DeadlineError(f"the time for this request ran out before all of it was {what}; ask for less, or later")
+
+
+def shutting_down() -> BusyError:
+    """What a caller is told who still waits when the models stop."""
+    return BusyError("the server is shutting down", retry_after=5)
 
 
 def _settle(job: _Job[In, Out], result: Out | Exception) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from app.batching import late
+from app.batching import late, shutting_down
 from app.metrics import Metrics
 from app.settings import Settings
 from models.dalle import DALLETransformer
@@ -185,7 +185,7 @@ class ServedGenerator:
         Stop iterating, or be cancelled, and nothing more is drawn. Raises BusyError, DeadlineError, ModelError.
         """
         if self._task.done():
-            raise BusyError("the server is shutting down", retry_after=5)
+            raise shutting_down()
         admitted = self.depth
         if admitted + len(seeds) > self._queue_size:
             raise BusyError(f"{admitted} pictures are waiting already; try again shortly", retry_after=5)
@@ -234,7 +234,7 @@ class ServedGenerator:
         with suppress(asyncio.CancelledError):
             await self._task
         for drawing in (*self._waiting, *self._steps.drawings):
-            drawing.error = BusyError("the server is shutting down", retry_after=5)
+            drawing.error = shutting_down()
         async with self._moved:
             self._moved.notify_all()
 

@@ -1,9 +1,13 @@
-"""How long a connection may keep a request waiting that it has begun to send."""
+"""uvicorn as it is used here: how long a connection may keep a request waiting that it has begun to send, and what a
+signal to end begins."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
+from types import FrameType
 
+import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 _PROGRESS = 16_384  # bytes of a body; who sends fewer in the time given is taken to have stalled
@@ -61,3 +65,16 @@ def punctual(head_seconds: float, body_seconds: float) -> type[HttpToolsProtocol
                 self.transport.close()
 
     return Punctual
+
+
+class DrainingServer(uvicorn.Server):
+    """uvicorn's server, which tells the application at a signal, and not only when the last request is answered."""
+
+    def __init__(self, config: uvicorn.Config, drain: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._drain = drain
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if not self.should_exit:
+            self._drain()
+        super().handle_exit(sig, frame)

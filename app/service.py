@@ -33,6 +33,7 @@ from app.settings import Settings
 from models.dalle import DALLETransformer
 from models.errors import ConflictError, InputError, NotFoundError
 
+_LAST_WORDS = 0.9  # of the seconds to drain in: then whoever still waits is told
 T = TypeVar("T")
 
 
@@ -76,6 +77,7 @@ class Service:
 
     def start(self) -> None:
         """Make the threads and the batchers; inside the event loop that will use them."""
+        self._loop = asyncio.get_running_loop()
         self._decoders = ThreadPoolExecutor(self.settings.thread_count, "decode")
         self._storers = ThreadPoolExecutor(4, "store")
         worker = ThreadPoolExecutor(1, "model")  # one thread owns the device
@@ -92,16 +94,31 @@ class Service:
             self.fetcher = Fetcher(self.settings.fetch_hosts, self.settings.max_body, self.settings.fetch_seconds)
         self.state = "ready"
 
+    def drain(self) -> None:
+        """Take no more requests, and answer those that still wait when `drain_seconds` are nearly over; from a signal's
+        handler in the event loop's thread."""
+        if self.state != "ready":
+            return
+        self.state = "draining"
+        late = _LAST_WORDS * self.settings.drain_seconds
+        self._loop.call_soon_threadsafe(self._loop.call_later, late, self._begin_stopping)
+
+    def _begin_stopping(self) -> None:
+        self._stopping = self._loop.create_task(self._stop_models())
+
+    async def _stop_models(self) -> None:
+        for served in self._served.values():
+            await served.close()
+        for generator in self._generators.values():
+            await generator.close()
+
     async def close(self) -> None:
         """Take no more requests and stop the threads, after what they have begun."""
         self.state = "draining"
         runs: list[Reindexing | Unfolding] = [*self._reindexing.values(), *self._unfoldings.values()]
         for run in runs:
             await run.stop()
-        for served in self._served.values():
-            await served.close()
-        for generator in self._generators.values():
-            await generator.close()
+        await self._stop_models()
         if self.fetcher is not None:
             await self.fetcher.close()
         for pool in self._pools:

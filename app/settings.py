@@ -95,6 +95,9 @@ class Settings(BaseSettings):
     body_seconds: float = Field(
         30.0, gt=0, description="in which 16 KiB of a request's body must come, or its end; then it is hung up on"
     )
+    drain_seconds: float = Field(
+        30.0, gt=0, description="in which accepted requests are finished after SIGTERM; what waits then is answered 503"
+    )
     queue_size: int = Field(256, gt=0, description="inputs admitted at once, per model and kind; then 503")
     deadline: float = Field(30.0, gt=0, description="seconds a request may wait for its embeddings; then 504")
     generate_lanes: int = Field(16, ge=2, description="pictures drawn at once; a guided one counts as two")

@@ -109,6 +109,7 @@ class Server:
     url: str
     port: int
     log: Path
+    data: Path
 
     def kill(self) -> None:
         self.process.send_signal(signal.SIGKILL)
@@ -125,7 +126,7 @@ def running(checkpoints: Path, data: Path, *arguments: str, **environment: str) 
     command += ["--port", str(port), "--threads", "1", *arguments]
     with tempfile.NamedTemporaryFile() as log:  # not a pipe, which would be full some day and hold the server up
         process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, **environment})
-        server = Server(process, f"http://127.0.0.1:{port}", port, Path(log.name))
+        server = Server(process, f"http://127.0.0.1:{port}", port, Path(log.name), data)
         try:
             for _ in range(1200):
                 try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SOURCES = [file for package in ("app", "models", "training") for file in (ROOT / package).rglob("*.py")]
+TESTS = list((ROOT / "tests").rglob("test_*.py"))
 NAMES = {
     "models.clip": ["CLIPModel", "CLIPImageEncoder", "CLIPTextEncoder"],
     "models.dalle": ["DALLETransformer"],
@@ -124,3 +126,10 @@ def test_no_address_of_a_registry_and_no_private_path_is_committed() -> None:
             content = file.read_text()
             assert "/work/" not in content, file
             assert "--index-url" not in content, file
+
+
+def test_every_bad_input_and_fault_has_a_test_by_its_number() -> None:
+    """The rows of the table of answers; a name like `test_rows_15_and_16_...` stands for several."""
+    sources = "".join(file.read_text() for file in TESTS)
+    names = re.findall(r"def test_rows?((?:_[0-9]+)+(?:_and_[0-9]+)?)", sources)
+    assert {int(number) for name in names for number in re.findall(r"[0-9]+", name)} == set(range(1, 45))

@@ -239,7 +239,7 @@ def _empty_json(file: Path) -> None:
     [(suffix, damage) for suffix in (".faiss", ".npy") for damage in (_flip, _cut, _forget)]
     + [(".json", damage) for damage in (_cut, _newer, _empty_json)],
 )
-def test_a_damaged_snapshot_is_noticed_dropped_and_made_again(
+def test_row_37_a_damaged_snapshot_is_noticed_dropped_and_made_again(
     tmp_path: Path, building: list[str], caplog: pytest.LogCaptureFixture, suffix: str, damage: Callable[[Path], None]
 ) -> None:
     """Row 37."""

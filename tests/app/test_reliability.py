@@ -1,10 +1,11 @@
 """Bad inputs and faults by their row in the reliability table, as far as they belong to the API. Rows 1 to 9 by pixel
-are in test_images.py, 34 to 37 in test_store.py."""
+are in test_images.py; test_rules.py looks that each has a test."""
 
 from __future__ import annotations
 
 import asyncio
 import base64
+import re
 import shutil
 import signal
 import socket
@@ -12,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import httpx
 import numpy as np
 import pytest
 from starlette.testclient import TestClient
-from support import png_header, problem, running
+from support import Server, png_header, problem, running
 
 from app.collections import Collections
 from app.engine import Engine, ModelEngine
@@ -319,31 +320,43 @@ def _raw(port: int, content: bytes, chunks: list[bytes] | None = None) -> bytes:
         return answer
 
 
-def test_a_real_server(checkpoints: Path, tmp_path: Path, encoded: Encoded) -> None:
+@pytest.fixture(scope="module")
+def server(checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with running(checkpoints, tmp_path_factory.mktemp("data")) as server:
+        yield server
+
+
+def test_row_24_bodies_over_the_limit_announced_chunked_or_a_lie(server: Server) -> None:
+    with httpx.Client(base_url=server.url, timeout=60) as client:
+        problem(client.post("/embed", content=b"x" * 30_000_000), 413, "20,000,000 bytes")
+        problem(client.post("/embed", content=(b"x" * 1_000_000 for _ in range(30))), 413, "20,000,000 bytes")
+        assert client.post("/embed", json={"input": "still here"}).status_code == 200
+    lie = b"POST /embed HTTP/1.1\r\nHost: localhost\r\nContent-Length: 999999999999\r\n\r\n"
+    answer = _raw(server.port, lie, [b"x" * 1000])
+    assert b" 413 " in answer.partition(b"\r\n")[0]
+
+
+def test_row_42_a_second_process_on_the_folder(server: Server, checkpoints: Path) -> None:
+    second = subprocess.run(
+        [sys.executable, "-m", "app", "serve", "--checkpoints", str(checkpoints), "--data", str(server.data)],
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert second.returncode == 1
+    assert f"in use by another process ({server.url})" in second.stderr
+
+
+def test_a_client_that_leaves_takes_its_work_with_it(server: Server) -> None:
+    with socket.create_connection(("127.0.0.1", server.port)) as connection:
+        body = b'{"input": ["a red star"]}'
+        connection.sendall(b"POST /embed HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n")
+        connection.sendall(b"Content-Length: %d\r\n\r\n" % len(body) + body)
+    assert httpx.get(f"{server.url}/healthz").status_code == 200
+
+
+def test_row_33_sigterm_under_load(checkpoints: Path, tmp_path: Path) -> None:
+    """What was accepted is answered, and the process ends with 0."""
+    codes: list[int] = []
     with running(checkpoints, tmp_path / "data") as server:
-        # Row 24: a body over the limit is told so, whether its length is announced, chunked or a lie.
-        with httpx.Client(base_url=server.url, timeout=60) as client:
-            problem(client.post("/embed", content=b"x" * 30_000_000), 413, "20,000,000 bytes")
-            problem(client.post("/embed", content=(b"x" * 1_000_000 for _ in range(30))), 413, "20,000,000 bytes")
-            assert client.post("/embed", json={"input": "still here"}).status_code == 200
-        lie = b"POST /embed HTTP/1.1\r\nHost: localhost\r\nContent-Length: 999999999999\r\n\r\n"
-        answer = _raw(server.port, lie, [b"x" * 1000])
-        assert b" 413 " in answer.partition(b"\r\n")[0]
-        # Row 42: a second process on the folder.
-        second = subprocess.run(
-            [sys.executable, "-m", "app", "serve", "--checkpoints", str(checkpoints), "--data", str(tmp_path / "data")],
-            capture_output=True, text=True, timeout=60, check=False,
-        )  # fmt: skip
-        assert second.returncode == 1
-        assert f"in use by another process ({server.url})" in second.stderr
-        # A client that leaves takes its work with it, and the next one is served.
-        with socket.create_connection(("127.0.0.1", server.port)) as connection:
-            body = b'{"input": ["a red star"]}'
-            connection.sendall(b"POST /embed HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n")
-            connection.sendall(b"Content-Length: %d\r\n\r\n" % len(body) + body)
-        assert httpx.get(f"{server.url}/healthz").status_code == 200
-        # Row 33: SIGTERM under load; what was accepted is answered, and the process ends with 0.
-        codes: list[int] = []
 
         async def load() -> None:
             async with httpx.AsyncClient(base_url=server.url, timeout=30) as client:
@@ -361,8 +374,38 @@ def test_a_real_server(checkpoints: Path, tmp_path: Path, encoded: Encoded) -> N
 
         asyncio.run(load())
         assert server.process.wait(30) == 0
-        assert 200 in codes
-        assert set(codes) <= {200, 503, 0}
+    assert 200 in codes
+    assert set(codes) <= {200, 503, 0}
+
+
+def test_row_33_what_cannot_be_finished_is_told_so(tmp_path: Path) -> None:
+    """A stream ends with an error event, a picture that is waited for with a 503, and a stalled client keeps nobody."""
+    demo = Path(__file__).parents[2] / "checkpoints" / "demo"
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "dalle").symlink_to(demo / "dalle")
+    slow = {"SEMBLANCE_GENERATE_LANES": "2", "SEMBLANCE_DRAIN_SECONDS": "1"}
+    draw = {"prompt": "a red star", "n": 10, "rerank": False}
+    with (
+        running(tmp_path / "checkpoints", tmp_path / "data", **slow) as server,
+        socket.create_connection(("127.0.0.1", server.port)) as stalled,
+        httpx.stream("POST", f"{server.url}/generate", json=draw | {"stream": True}, timeout=60) as stream,
+    ):
+        stalled.sendall(b"POST /embed HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{")
+        wait = _in_background(lambda: httpx.post(f"{server.url}/generate", json=draw, timeout=60))
+        for _ in range(200):  # until both are drawn for
+            metrics = httpx.get(f"{server.url}/metrics").text
+            if float(re.findall(r"semblance_queue_depth\{.*drawing.*\} (\S+)", metrics)[0]) > draw["n"]:
+                break
+            time.sleep(0.02)
+        began = time.monotonic()
+        server.process.send_signal(signal.SIGTERM)
+        lines = list(stream.iter_lines())
+        answer = wait()
+        assert server.process.wait(10) == 0
+        assert time.monotonic() - began < 6
+    assert "shutting down" in lines[lines.index("event: error") + 1]
+    problem(answer, 503, "shutting down")
+    assert int(answer.headers["Retry-After"]) > 0
 
 
 def test_rows_38_and_43_damaged_and_foreign_checkpoints_stop_the_start(tmp_path: Path, checkpoints: Path) -> None:

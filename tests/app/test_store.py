@@ -156,7 +156,7 @@ def test_a_second_process_is_told_who_holds_the_folder(store: Path) -> None:
     Collections(store).close()
 
 
-def test_damage_is_named_and_refused(store: Path) -> None:
+def test_row_38_damage_is_named_and_refused(store: Path) -> None:
     with Collections(store) as collections:
         _create(collections).add([_item(i) for i in range(50)])
     file = store / "store.db"
@@ -230,7 +230,7 @@ def test_thumbnails_are_made_once_and_go_with_their_picture(store: Path) -> None
         assert len(list(store.glob("pictures/*/*.64"))) == 1
 
 
-def test_add_delete_and_search_at_once(store: Path) -> None:
+def test_row_34_add_delete_and_search_at_once(store: Path) -> None:
     """Row 34: an id is never returned after its delete was acknowledged."""
     with Collections(store) as collections:
         made = _create(collections)
@@ -270,7 +270,7 @@ def test_add_delete_and_search_at_once(store: Path) -> None:
         assert made.info().count == 40
 
 
-def test_a_full_disk_refuses_the_write_keeps_searching_and_recovers(store: Path) -> None:
+def test_row_35_a_full_disk_refuses_the_write_keeps_searching_and_recovers(store: Path) -> None:
     """Row 35, by SQLite's own limit of pages."""
     with Collections(store) as collections:
         made = _create(collections)

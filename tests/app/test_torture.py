@@ -111,7 +111,7 @@ def check(store: Path, rng: random.Random, seen: Acknowledged) -> None:
     seen.next = max(steps | seen.added | seen.refused, default=seen.next) + 1
 
 
-def test_kill_9_loses_nothing_that_was_acknowledged(tmp_path: Path) -> None:
+def test_row_36_kill_9_loses_nothing_that_was_acknowledged(tmp_path: Path) -> None:
     rng, seen = random.Random(0), Acknowledged()
     for _ in range(KILLS):
         write_and_kill(tmp_path / "data", rng, seen)
@@ -157,7 +157,7 @@ def cut_power(image: Path, rng: random.Random, seen: Acknowledged, sync: str = "
         check(place / "data", rng, seen)
 
 
-def test_a_power_cut_loses_nothing_that_was_acknowledged(disk: Callable[..., Path]) -> None:
+def test_row_36_a_power_cut_loses_nothing_that_was_acknowledged(disk: Callable[..., Path]) -> None:
     image, rng, seen = disk(), random.Random(0), Acknowledged()
     for _ in range(CUTS):
         cut_power(image, rng, seen)
@@ -178,7 +178,7 @@ def test_a_store_that_does_not_sync_is_found_out(disk: Callable[..., Path]) -> N
     assert lost
 
 
-def test_a_disk_that_is_full_refuses_the_write_and_recovers(disk: Callable[..., Path], tmp_path: Path) -> None:
+def test_row_35_a_disk_that_is_full_refuses_the_write_and_recovers(disk: Callable[..., Path], tmp_path: Path) -> None:
     """Row 35, by a disk that is: no write is half there, searches go on, and what is freed can be written."""
     import numpy as np
 
