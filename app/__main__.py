@@ -128,7 +128,7 @@ def _serve(options: argparse.Namespace) -> int:
     # Imported here: `--help` and the other commands need none of it.
     import uvicorn
 
-    from app import logs
+    from app import logs, tracing
     from app.collections import Collections
     from app.demo import fill_demo
     from app.keys import Keyring
@@ -141,6 +141,7 @@ def _serve(options: argparse.Namespace) -> int:
     keys.names()  # a damaged one is told now, not to whoever brings it
     settings.check_exposure(keyed=keys.required)
     logs.configure(settings.log)
+    tracing.configure()
     log = logging.getLogger("semblance")
     started = time.monotonic()
     address = f"http://{settings.host}:{settings.port}"

@@ -8,6 +8,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from app import tracing
 from app.backends import Array, Encode, Tower, choose_device, default_tower, example, towers_of, unit
 from app.batching import Batcher, late
 from app.metrics import Metrics
@@ -180,7 +182,7 @@ class ServedEngine:
             InputError: whatever an opener raises.
         """
 
-        with self._images.admit(len(openers), deadline) as submit:
+        with self._span("embed images", len(openers)), self._images.admit(len(openers), deadline) as submit:
 
             async def embed(opener: Opener) -> Array:
                 row = await self._loop.run_in_executor(self._pool, self._prepare, opener)
@@ -236,11 +238,14 @@ class ServedEngine:
         return found
 
     async def _encode_texts(self, answers: Mapping[str, asyncio.Future[tuple[Array, int]]], deadline: float) -> None:
-        with self._texts.admit(len(answers), deadline) as submit:
+        with self._span("embed texts", len(answers)), self._texts.admit(len(answers), deadline) as submit:
             rows = await self._loop.run_in_executor(self._pool, self.engine.prepare_texts, list(answers))
             vectors = await _all_before(deadline, [submit(row) for row in rows])
         for answer, row, vector in zip(answers.values(), rows, vectors, strict=True):
             answer.set_result((vector, int(torch.count_nonzero(row))))
+
+    def _span(self, name: str, inputs: int) -> AbstractContextManager[Any]:
+        return tracing.span(name, model=self.engine.name, inputs=inputs)
 
     async def close(self) -> None:
         """Stop both batchers."""

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from app import tracing
 from app.batching import late, shutting_down
 from app.metrics import Metrics
 from app.settings import Settings
@@ -194,6 +195,7 @@ class ServedGenerator:
             Drawing(prompt, seed, sampling, torch.zeros(length, dtype=torch.int64), given, style)
             for seed, given in zip(seeds, known or [None] * len(seeds), strict=True)
         ]
+        span = tracing.begin("draw", model=self.name, pictures=len(seeds))
         self._waiting += drawings
         self._wake.set()
         try:
@@ -209,6 +211,7 @@ class ServedGenerator:
                     raise error
                 yield drawings
         finally:
+            span.end()
             for drawing in drawings:
                 drawing.cancelled = not drawing.whole
 

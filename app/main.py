@@ -53,6 +53,7 @@ def create_app(
         lifespan=lifespan,
         static_url=f"{page.DOCS}/static",
         favicon_url=f"{page.MOUNT}/icon.svg",
+        telemetry=dict.fromkeys(("tracing", "metrics", "logs", "auto_configure"), False),  # app/tracing.py has ours
         docs_url=page.DOCS,
         redoc_url=None,
     )

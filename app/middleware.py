@@ -7,14 +7,15 @@ import logging
 import re
 import time
 import uuid
-from contextlib import nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import TYPE_CHECKING
 
+from opentelemetry.trace import INVALID_SPAN, Span, SpanKind, StatusCode, format_trace_id
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from structlog.contextvars import bound_contextvars
 
-from app import page
+from app import page, tracing
 from app.errors import problem, reason
 from app.fairness import CALLER
 from models.errors import BusyError, ForbiddenError, MalformedError, TooLargeError, UnauthorizedError
@@ -30,7 +31,6 @@ _HEALTH = frozenset({"/healthz", "/readyz"})  # asked for by whatever address a 
 OPEN_PATHS = page.OPEN_PATHS | _HEALTH
 _SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
 _METHODS = _SAFE | {"POST", "PUT", "PATCH", "DELETE"}
-_TRACE = re.compile(r"00-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")  # W3C Trace Context
 _LEFT = 499  # nginx's status for a client that left before it was answered
 # Of every answer: what it is, and that no other site may show it in a frame, load it or learn where it led from.
 _HEADERS = {
@@ -60,9 +60,6 @@ class Envelope:
         told = Headers(scope=scope)
         sent = told.get("x-request-id", "")
         request_id = sent if _SANE_ID.fullmatch(sent) else uuid.uuid4().hex
-        names = {"request_id": request_id}
-        if trace := _TRACE.fullmatch(told.get("traceparent", "")):
-            names["trace_id"] = trace[1]
         scope.setdefault("state", {})["request_id"] = request_id
         status = 0
 
@@ -75,7 +72,12 @@ class Envelope:
                 headers.update(_HEADERS)
             await send(message)
 
-        with self.metrics.in_flight.track_inprogress(), bound_contextvars(**names):
+        method = scope["method"] if scope["method"] in _METHODS else "other"
+        with (
+            self.metrics.in_flight.track_inprogress(),
+            _span(scope, method) as span,
+            bound_contextvars(request_id=request_id, **_trace_id(span)),
+        ):
             try:
                 await self.app(scope, receive, labelled)
             except Exception as error:
@@ -84,13 +86,18 @@ class Envelope:
                 scope["state"]["reason"] = reason(error)
                 await problem(error, request_id)(scope, receive, labelled)
             finally:
-                self._record(scope, status or _LEFT, time.perf_counter() - began)
+                self._record(scope, method, status or _LEFT, time.perf_counter() - began, span)
 
-    def _record(self, scope: Scope, status: int, seconds: float) -> None:
+    def _record(self, scope: Scope, method: str, status: int, seconds: float, span: Span) -> None:
         """No path and no query, for they are what was asked; a method of the client's own making is none either."""
-        method = scope["method"] if scope["method"] in _METHODS else "other"
         route = getattr(scope.get("route"), "path", "") or "none"
         self.metrics.requests.labels(method, route, str(status)).observe(seconds)
+        span.update_name(f"{method} {route}")
+        span.set_attributes(  # OpenTelemetry's semantic conventions for HTTP servers
+            {"http.request.method": method, "http.route": route, "http.response.status_code": status}
+        )
+        if status >= 500:
+            span.set_status(StatusCode.ERROR)
         state = scope["state"]
         if kind := state.get("reason"):
             self.metrics.rejections.labels(kind).inc()
@@ -251,6 +258,17 @@ class Presence:
         finally:
             work.cancel()
             watch.cancel()
+
+
+def _span(scope: Scope, method: str) -> AbstractContextManager[Span]:
+    if scope["path"] in _HEALTH:
+        return nullcontext(INVALID_SPAN)
+    return tracing.span(method, tracing.sent_by(Headers(scope=scope).get("traceparent", "")), SpanKind.SERVER)
+
+
+def _trace_id(span: Span) -> dict[str, str]:
+    context = span.get_span_context()
+    return {"trace_id": format_trace_id(context.trace_id)} if context.is_valid else {}
 
 
 def _is_open(path: str) -> bool:

@@ -17,7 +17,7 @@ from fastapi import Depends, Request
 from PIL import Image
 from starlette.responses import Response
 
-from app import images
+from app import images, tracing
 from app.backends import Array
 from app.collection import Collection, Item
 from app.collections import Collections
@@ -260,7 +260,8 @@ class Service:
 
     async def store(self, call: Callable[..., T], *args: Any) -> T:
         """A blocking call of the store, in one of its threads."""
-        return await asyncio.get_running_loop().run_in_executor(self._storers, call, *args)
+        with tracing.span("store"):
+            return await asyncio.get_running_loop().run_in_executor(self._storers, call, *args)
 
     async def in_collection(self, name: str, call: Callable[[Collection], T]) -> T:
         """A blocking call of a collection; again, if it found nothing because another model's had just taken its place.
