@@ -115,7 +115,8 @@ def filtered(logits: Tensor, sampling: Sampling) -> Tensor:
     scores = logits.double()
     if sampling.temperature == 0:
         return F.one_hot(scores.argmax(-1), scores.shape[-1]).double()
-    scores = scores / sampling.temperature
+    # From the likeliest down, so that a temperature near 0 gives 0 and -inf, and not inf, which has no softmax.
+    scores = (scores - scores.amax(-1, keepdim=True)) / sampling.temperature
     if 0 < sampling.top_k < scores.shape[-1]:
         least = scores.topk(sampling.top_k, dim=-1).values[..., -1:]
         scores = scores.masked_fill(scores < least, -torch.inf)

@@ -28,6 +28,8 @@ class TextTokenizer:
 
     def __init__(self, tokenizer: Tokenizer, context_length: int = 64) -> None:
         self._tokenizer = tokenizer
+        # "<eos>" in a caption is five characters, and no end of it.
+        tokenizer.encode_special_tokens = True
         self.context_length = context_length
 
     @classmethod
