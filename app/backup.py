@@ -16,8 +16,7 @@ from typing import IO, NamedTuple
 
 import apsw
 
-from app.database import FORMAT as STORE_FORMAT
-from app.database import rows
+from app.database import check, rows
 from app.pictures import file_of, place_of
 from models.errors import ConflictError, NotFoundError, StorageError
 
@@ -125,13 +124,7 @@ def _contents(copy: Path) -> tuple[int, list[str]]:
     """Of a database: how many items, and the names of their pictures. Raises StorageError if it is damaged."""
     try:
         with closing(apsw.Connection(str(copy), flags=apsw.SQLITE_OPEN_READWRITE)) as connection:
-            found, version = rows(connection, "PRAGMA integrity_check(1)")[0][0], connection.pragma("user_version")
-            if found != "ok":
-                raise StorageError(f"{copy.name} is damaged: {' '.join(found.split())}")
-            if version > STORE_FORMAT:
-                raise StorageError(
-                    f"{copy.name} is of format {version}, this version reads up to {STORE_FORMAT}: upgrade"
-                )
+            check(connection, Path(copy.name), whole=True)
             items = rows(connection, "SELECT COUNT(*) FROM items")[0][0]
             names = rows(connection, "SELECT DISTINCT picture FROM items WHERE picture NOTNULL ORDER BY picture")
     except apsw.Error as error:

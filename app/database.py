@@ -132,16 +132,7 @@ class Database:
         return connection
 
     def _prepare(self) -> None:
-        version = self._connection.pragma("user_version")
-        if version > FORMAT:
-            raise StorageError(
-                f"{self.file} is of format {version}, this version reads up to {FORMAT}: upgrade, or use another folder"
-            )
-        found = rows(self._connection, "PRAGMA quick_check(1)")[0][0]
-        if found != "ok":
-            found = " ".join(found.split())
-            raise StorageError(f"{self.file} is damaged ({found}); restore it from a backup, or move it away")
-        if version == 0:
+        if check(self._connection, self.file) == 0:
             with self._connection:
                 self._connection.execute(_SCHEMA)
                 self._connection.pragma("user_version", FORMAT)
@@ -205,6 +196,25 @@ class Database:
             except BaseException as error:
                 job.done.set_exception(error)
         self._take_reserve()
+
+
+def check(connection: apsw.Connection, file: Path, *, whole: bool = False) -> int:
+    """The format of a database, 0 if it is new. whole: indexes are looked at beside their tables too, which is slow.
+
+    Raises StorageError, naming `file` and the way out, if it is damaged or of a newer format.
+    """
+    try:
+        version: int = connection.pragma("user_version")
+        if version > FORMAT:
+            raise StorageError(
+                f"{file} is of format {version}, this version reads up to {FORMAT}: upgrade, or use another"
+            )
+        found = rows(connection, "PRAGMA integrity_check(1)" if whole else "PRAGMA quick_check(1)")[0][0]
+    except (apsw.NotADBError, apsw.CorruptError) as error:
+        found = str(error)
+    if found != "ok":
+        raise StorageError(f"{file} is damaged ({' '.join(found.split())}); restore it from a backup, or move it away")
+    return version
 
 
 def rows(connection: apsw.Connection, statement: str, *values: Any) -> list[Any]:

@@ -87,6 +87,7 @@ def _checkpoints(settings: Settings) -> Iterator[Finding]:
 
 def _data_folder(settings: Settings) -> Iterator[Finding]:
     from app.collections import Collections
+    from app.database import check
     from app.keys import Keyring
     from app.locking import lock_note
     from models.errors import StorageError
@@ -107,11 +108,9 @@ def _data_folder(settings: Settings) -> Iterator[Finding]:
         return
     try:
         with closing(apsw.Connection(str(store / "store.db"), flags=apsw.SQLITE_OPEN_READWRITE)) as connection:
-            found = str(connection.pragma("quick_check"))
-    except apsw.Error as error:
-        found = str(error)
-    if found != "ok":
-        yield Finding("bad", "data folder", f"{store / 'store.db'} is damaged ({found}): restore it from a backup")
+            check(connection, store / "store.db")
+    except (StorageError, apsw.Error) as error:
+        yield Finding("bad", "data folder", str(error))
         return
     try:
         with Collections(store) as collections:
