@@ -6,7 +6,7 @@ DATA ?= data
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: serve test format train-demo screenshots fuzz fuzz-decoding sbom torture bench-training bench-generation bench-decoding bench-search bench-serving \
+.PHONY: serve test format train-demo screenshots fuzz fuzz-decoding sbom torture bench-training bench-generation bench-decoding bench-search bench-sizes bench-serving \
 	bench-device clean
 
 serve: .venv/.serve
@@ -69,6 +69,10 @@ bench-decoding: .venv/.test
 
 bench-search: .venv/.test
 	$(BIN)/python tests/benchmarks/bench_search.py
+
+# What collections take: disk, memory, and seconds until a killed server is ready again.
+bench-sizes: .venv/.test
+	$(BIN)/python tests/benchmarks/bench_sizes.py
 
 # Each peer in an environment of its own.
 bench-serving: .venv/.test .venv-infinity/.done .venv-clip-as-service/.done
