@@ -6,7 +6,7 @@ DATA ?= data
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: serve test format train-demo screenshots fuzz fuzz-decoding sbom torture bench-training bench-generation bench-decoding bench-search bench-sizes bench-serving \
+.PHONY: serve test format train-demo screenshots fuzz fuzz-decoding sbom stalls torture bench-training bench-generation bench-decoding bench-search bench-sizes bench-serving \
 	bench-device clean
 
 serve: .venv/.serve
@@ -56,6 +56,10 @@ sbom: .venv/.serve .venv-sbom/.done
 	$(PYTHON) -m venv .venv-sbom
 	.venv-sbom/bin/pip install --quiet cyclonedx-bom
 	touch $@
+
+# Four hundred connections that send nothing, half a head, half a body or drops of one, and a client beside them.
+stalls: .venv/.test
+	STALLS=1 $(BIN)/pytest -s tests/app/test_stalls.py -k row_31
 
 torture: .venv/.test
 	KILL_ROUNDS=500 POWER_ROUNDS=100 $(BIN)/pytest -s tests/app/test_torture.py
