@@ -6,8 +6,8 @@ DATA ?= data
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: serve test format train-demo screenshots fuzz fuzz-decoding sbom stalls torture bench-training bench-generation bench-decoding bench-search bench-sizes bench-serving \
-	bench-device clean
+.PHONY: serve test format train-demo screenshots fuzz fuzz-decoding sbom stalls torture bench-training \
+	bench-generation bench-decoding bench-search bench-sizes bench-serving bench-device clean
 
 serve: .venv/.serve
 	$(BIN)/semblance serve --demo --host $(HOST) --port $(PORT) --data $(DATA)

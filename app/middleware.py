@@ -75,7 +75,7 @@ class Envelope:
         method = scope["method"] if scope["method"] in _METHODS else "other"
         with (
             self.metrics.in_flight.track_inprogress(),
-            _span(scope, method) as span,
+            _span(scope["path"], method, told.get("traceparent", "")) as span,
             bound_contextvars(request_id=request_id, **_trace_id(span)),
         ):
             try:
@@ -260,10 +260,10 @@ class Presence:
             watch.cancel()
 
 
-def _span(scope: Scope, method: str) -> AbstractContextManager[Span]:
-    if scope["path"] in _HEALTH:
+def _span(path: str, method: str, traceparent: str) -> AbstractContextManager[Span]:
+    if path in _HEALTH:
         return nullcontext(INVALID_SPAN)
-    return tracing.span(method, tracing.sent_by(Headers(scope=scope).get("traceparent", "")), SpanKind.SERVER)
+    return tracing.span(method, tracing.sent_by(traceparent), SpanKind.SERVER)
 
 
 def _trace_id(span: Span) -> dict[str, str]:

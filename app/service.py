@@ -104,6 +104,7 @@ class Service:
         self._loop.call_soon_threadsafe(self._loop.call_later, late, self._begin_stopping)
 
     def _begin_stopping(self) -> None:
+        # Kept, for a task that nobody holds may be collected before it is done.
         self._stopping = self._loop.create_task(self._stop_models())
 
     async def _stop_models(self) -> None:

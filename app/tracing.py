@@ -18,6 +18,7 @@ from models.errors import SemblanceError
 # OpenTelemetry's own names; its SDK reads the rest of them (headers, sampler, service name) by itself.
 _ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
 _TRACER = trace.get_tracer("semblance")
+_PROPAGATOR = TraceContextTextMapPropagator()
 
 
 def configure() -> None:
@@ -46,7 +47,7 @@ def configure() -> None:
 
 def sent_by(traceparent: str) -> Context:
     """The context that a request's header names (W3C Trace Context); an empty one, if it names none."""
-    return TraceContextTextMapPropagator().extract({"traceparent": traceparent}, Context())
+    return _PROPAGATOR.extract({"traceparent": traceparent}, Context())
 
 
 def span(

@@ -242,7 +242,6 @@ def _empty_json(file: Path) -> None:
 def test_row_37_a_damaged_snapshot_is_noticed_dropped_and_made_again(
     tmp_path: Path, building: list[str], caplog: pytest.LogCaptureFixture, suffix: str, damage: Callable[[Path], None]
 ) -> None:
-    """Row 37."""
     vectors, place = unit_rows(300, 0, SIZE), tmp_path / "1"
     _built("hnsw", vectors, place).close()
     damage(place.with_suffix(suffix))
