@@ -31,6 +31,7 @@ from models.dalle import DALLETransformer
 from models.preprocess import Preprocess
 from models.tokenizers import TextTokenizer
 from models.torchvision import load_torchvision
+from training.state import find_state, load_tensors, tensors_in
 from training.trainer import Trainer
 
 CORPUS = ["a red star", "a blue circle", "a photo of a green square", "two hearts on a gray background"] * 4
@@ -172,6 +173,15 @@ def resumed(train: Callable[[Any], Path], options: Callable[[Path], Any], folder
     weights = model.state_dict()
     assert all(torch.equal(value, weights[key]) for key, value in whole.state_dict().items())
     return model
+
+
+def saved_tensors(run: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a run's newest state, by their names."""
+    state = find_state(run)
+    assert state is not None
+    into = {name: torch.empty(kept.size, dtype=kept.properties.dtype) for name, kept in tensors_in(state).items()}
+    load_tensors(state, into)
+    return into
 
 
 @contextmanager

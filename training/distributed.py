@@ -6,6 +6,7 @@ import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -28,12 +29,16 @@ def rank() -> int:
 
 
 @contextmanager
-def process_group(device: torch.device) -> Iterator[None]:
-    """Join the group that torchrun describes (nccl on CUDA, gloo otherwise) and leave it at the end."""
+def process_group(device: torch.device, patience: float = 600.0) -> Iterator[None]:
+    """Join the group that torchrun describes (nccl for what is on CUDA, gloo for the rest) and leave it at the end.
+
+    patience: seconds after which a process that waits for others ends with an error.
+    """
     if world_size() == 1 or dist.is_initialized():
         yield
         return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=patience))
     try:
         yield
     finally:

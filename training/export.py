@@ -11,6 +11,7 @@ from models.checkpoint import load_checkpoint, save_checkpoint
 from models.errors import CheckpointError
 from training.progress import history
 from training.provenance import command
+from training.state import facts_of, find_state, load_tensors, tensors_in
 
 SKELETON = "model"  # in the run's folder: the model as it began, which tells its architecture, preprocess and tokenizer
 
@@ -21,17 +22,16 @@ def export_run(run: str | Path, out: str | Path, dtype: torch.dtype = torch.floa
     Raises CheckpointError if the folder holds no run, or one that has saved nothing yet.
     """
     run = Path(run)
-    state_file = next((file for file in (run / "state.pt", run / "state-0.pt") if file.is_file()), None)
-    if state_file is None or not (run / SKELETON).is_dir():
+    state = find_state(run)
+    if state is None or not (run / SKELETON).is_dir():
         raise CheckpointError(
             f"{run} holds no saved run: give the folder that --run-dir named (default runs/<name of out>)"
         )
     model = load_checkpoint(run / SKELETON)
-    state = torch.load(state_file, map_location="cpu", weights_only=True)
-    weights = state["ema"] if state["ema"] is not None else state["method"]
-    prefix = f"{state['exported']}."
-    model.load_state_dict({k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)})
-    record = {**model.provenance, "steps": state["step"], "training_seconds": round(state["spent"])}
+    facts, kept = facts_of(state), tensors_in(state)
+    part = "ema" if any(name.startswith("ema/") for name in kept) else "method"
+    load_tensors(state, {f"{part}/{facts['exported']}.{name}": t for name, t in model.state_dict().items()})
+    record = {**model.provenance, "steps": facts["step"], "training_seconds": round(facts["spent"])}
     record["history"] = history(run)
     return save_checkpoint(model, out, provenance=record, dtype=dtype)
 

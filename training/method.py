@@ -20,6 +20,7 @@ class Method(nn.Module, ABC):
 
     exported = "model"  # the attribute that is kept, by its dotted name: an object of a class from `models`
     sync_batch_norm = True  # statistics of the whole batch where several GPUs share it
+    kept_whole: tuple[str, ...] = ()  # submodules that are used outside of `forward`, which no process has a share of
 
     def prepare(self, batch: Batch) -> Batch:
         """What is drawn at random on the device, such as views; before `forward` and never compiled with it."""

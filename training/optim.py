@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from training.sharding import by_kind
 
 OPTIMIZERS = ("adamw", "lars", "sgd")
 
@@ -29,7 +32,7 @@ def build_optimizer(module: nn.Module, name: str, lr: float, weight_decay: float
         {"params": [p for p in trainable if p.ndim > 1], "weight_decay": weight_decay},
         {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0, "adapt": False},
     ]
-    groups = [group for group in groups if group["params"]]
+    groups = [{**group, "params": kind} for group in groups for kind in by_kind(group["params"])]
     if name == "lars":
         return LARS(groups, lr)
     for group in groups:
@@ -77,3 +80,43 @@ class LARS(torch.optim.Optimizer):
             state["momentum"] = torch.zeros_like(parameter)
         state["momentum"].mul_(group["momentum"]).add_(update)
         parameter.sub_(state["momentum"], alpha=group["lr"])
+
+
+class Moments:
+    """What an optimizer keeps of the parameters of `module`, under their names: "<parameter>/<what>" -> tensor."""
+
+    def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        self._optimizer = optimizer
+        names = {parameter: name for name, parameter in module.named_parameters()}
+        self._parameters = {names[p]: p for group in optimizer.param_groups for p in group["params"]}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """As they are."""
+        states = {name: self._optimizer.state[p] for name, p in self._parameters.items() if p in self._optimizer.state}
+        return {
+            f"{name}/{key}": value
+            for name, state in states.items()
+            for key, value in state.items()
+            if isinstance(value, Tensor)
+        }
+
+    def places(self, kept: Mapping[str, TensorStorageMetadata]) -> dict[str, Tensor]:
+        """Room for those of `kept` that belong to a parameter, in shares where the parameter is in shares."""
+        made: dict[str, Tensor] = {}
+        for key, stored in kept.items():
+            parameter = self._parameters.get(key.rpartition("/")[0])
+            if parameter is not None:
+                like = stored.size == parameter.shape
+                dtype = stored.properties.dtype
+                made[key] = torch.zeros_like(parameter, dtype=dtype) if like else torch.zeros(stored.size, dtype=dtype)
+        return made
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take what was read into `places`."""
+        states: dict[int, dict[str, Tensor]] = {}
+        numbers = {name: number for number, name in enumerate(self._parameters)}
+        for key, tensor in tensors.items():
+            name, _, what = key.rpartition("/")
+            states.setdefault(numbers[name], {})[what] = tensor.detach()
+        groups = self._optimizer.state_dict()["param_groups"]
+        self._optimizer.load_state_dict({"state": states, "param_groups": groups})

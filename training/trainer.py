@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import signal
@@ -18,6 +19,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 
@@ -27,8 +29,10 @@ from training.distributed import process_group, rank, world_size
 from training.ema import update_ema
 from training.memory import memory_kept
 from training.method import Batch, Method, option
-from training.optim import build_optimizer, warmup_cosine
+from training.optim import Moments, build_optimizer, warmup_cosine
 from training.progress import Journal, health
+from training.sharding import average_whole, clip_gradients, gathered, shard
+from training.state import facts_of, find_state, load_tensors, save_state, tensors_in
 
 Evaluate = Callable[[nn.Module], dict[str, float]]
 
@@ -49,6 +53,10 @@ class TrainerConfig:
     clip_norm: float = option(1.0, "largest norm of the gradient, 0 for any")
     ema_decay: float = option(0.0, "decay of the averaged weights that are evaluated and exported, 0 for none")
     compile: bool = option(False, "compile the method with torch.compile")
+    shard: bool = option(
+        False, "of several processes, each keeps a share of weights, gradients and optimizer state (FSDP2)"
+    )
+    patience: float = option(600.0, "seconds after which a process that waits for others gives up")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
     seed: int = option(0, "of everything that is drawn")
     workers: int = option(0, "processes that prepare batches")
@@ -65,8 +73,9 @@ class TrainerConfig:
 class Trainer:
     """Trains a Method on `data`, whose item `step` is that step's batch on this rank.
 
-    run: folder of this run's logs (log.jsonl, tensorboard/) and resume state (state.pt). A run that finds its state
-    goes on from there to weights bit-identical to those of a run that was never stopped.
+    run: folder of this run's logs (log.jsonl, tensorboard/) and resume state (state/), on a disk that all processes
+    see. A run that finds its state goes on from there: with as many processes to weights bit-identical to those of a
+    run that was never stopped, with more or fewer on other random numbers.
     """
 
     method: Method
@@ -86,7 +95,7 @@ class Trainer:
             torch.set_num_threads(config.threads)
         self.device = choose_device(config.device)
         torch.backends.cudnn.benchmark = self.device.type == "cuda"  # every step has the same shapes
-        with process_group(self.device), memory_kept(self.device):
+        with process_group(self.device, config.patience), memory_kept(self.device):
             self._prepare()
             journal = Journal(self.run, config.steps, enabled=rank() == 0)
             try:
@@ -98,7 +107,12 @@ class Trainer:
             self.save()
             if self._interrupted:
                 raise KeyboardInterrupt
-        return self.averaged().export().eval()
+            return self._exported().eval()
+
+    def _exported(self) -> nn.Module:
+        """What is kept of the averaged method; put together on every process, if each has a share."""
+        kept = self.averaged().export()
+        return kept if self._skeleton is None else gathered(self._skeleton, kept)
 
     @contextmanager
     def _finishing_steps(self) -> Iterator[None]:
@@ -144,16 +158,23 @@ class Trainer:
         self.method.to(self.device)
         # Channels last is the layout that convolutions are fastest in, on CPUs and on tensor cores alike.
         self.method.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        sharded = config.shard and world_size() > 1
+        if sharded and (config.compile or config.precision == "fp16"):
+            raise ValueError("--shard goes with neither --compile nor --precision fp16: leave one of them out")
+        self._skeleton = deepcopy(self.method.export()).cpu() if sharded else None
         self.ema = deepcopy(self.method).requires_grad_(False) if config.ema_decay else None
+        if sharded:
+            for method in filter(None, (self.method, self.ema)):
+                shard(method, self.device)
         self.optimizer = build_optimizer(self.method, config.optimizer, config.lr, config.weight_decay)
         self.precision = choose_precision(config.precision, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == torch.float16)
         self.step, self.spent, self._interrupted = 0, 0.0, False
         self._outputs: dict[str, Tensor] = {}  # of the last step
-        if self._state_file.exists():
-            self.load()
+        self._saved = -1  # the step of the last saved state
+        self.load()
         self.model: nn.Module = torch.compile(self.method) if config.compile else self.method  # type: ignore[assignment]
-        if world_size() > 1:
+        if world_size() > 1 and not sharded:
             self.model = DistributedDataParallel(self.model)
 
     def _loop(self, journal: Journal) -> None:
@@ -185,14 +206,15 @@ class Trainer:
             batch = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
             self._rows = len(next(iter(batch.values()))) * len(batches) * world_size()
             # Gradients cross between ranks once a step, after the last of the accumulated batches.
-            waiting = world_size() > 1 and index < len(batches) - 1
-            with self.model.no_sync() if waiting else nullcontext():  # type: ignore[operator]
+            with self._gradients_apart() if index < len(batches) - 1 else nullcontext():
                 batch = self.method.prepare(batch)  # pixels keep their precision
                 with self.autocast():
                     outputs = self.model(batch)
                 self.scaler.scale(outputs["loss"] / len(batches)).backward()
         self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self.method.parameters(), config.clip_norm or math.inf)
+        if self._skeleton is not None:
+            average_whole(self.method.parameters())
+        norm = clip_gradients(self.method.parameters(), config.clip_norm or math.inf)
         self._outputs = {name: value.detach() for name, value in outputs.items()} | {"grad_norm": norm.detach()}
         if self.device.type == "cpu":
             self._check()
@@ -202,6 +224,19 @@ class Trainer:
         self.method.after_step(min(1.0, self._schedule_step() / max(1, config.steps)))
         if self.ema is not None:
             update_ema(self.ema, self.method, min(config.ema_decay, (1 + self.step) / (10 + self.step)))
+
+    @contextmanager
+    def _gradients_apart(self) -> Iterator[None]:
+        """What is done here leaves each process its own gradients, to be added to."""
+        if isinstance(self.model, DistributedDataParallel):
+            with self.model.no_sync():
+                yield
+        elif isinstance(self.model, FSDPModule):
+            self.model.set_requires_gradient_sync(False)
+            yield
+            self.model.set_requires_gradient_sync(True)
+        else:
+            yield
 
     def _schedule_step(self) -> int:
         if not self.config.time_limit:
@@ -229,7 +264,7 @@ class Trainer:
         if not (math.isfinite(loss) and gradient_ok):
             raise DivergedError(
                 f"step {self.step}: the loss is {loss} and its gradient is not finite; the last good state is in "
-                f"{self._state_file}. Lower --lr, lengthen --warmup or use --precision fp32."
+                f"{self.run / 'state'}. Lower --lr, lengthen --warmup or use --precision fp32."
             )
 
     def _log(self, journal: Journal) -> None:
@@ -247,17 +282,14 @@ class Trainer:
         return None
 
     def _evaluate(self, journal: Journal) -> None:
+        self.averaged().eval()
+        model = self._exported().eval()
         if rank() == 0 and self.evaluate is not None:
-            model = self.averaged().eval().export().eval()
             with torch.inference_mode():
                 journal.evaluation(self.step, self.evaluate(model))
-            self.method.train()
+        self.method.train()
         if world_size() > 1:
             dist.barrier()
-
-    @property
-    def _state_file(self) -> Path:
-        return self.run / (f"state-{rank()}.pt" if world_size() > 1 else "state.pt")
 
     def save(self) -> None:
         """Write all that the rest of the run depends on, atomically. Every rank keeps its own random state.
@@ -266,47 +298,69 @@ class Trainer:
         """
         if self._outputs:
             self._check()
-        state = {
-            "method": self.method.state_dict(),
-            "ema": None if self.ema is None else self.ema.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
+        if self.step == self._saved:
+            return
+        facts = {
             "exported": self.method.exported,
-            "step": self.step,
             "spent": self.spent,
-            "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+            "scaler": self.scaler.state_dict(),
             "config": self._identity(),
         }
-        self.run.mkdir(parents=True, exist_ok=True)
-        temporary = self._state_file.with_suffix(".tmp")
-        with temporary.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self._state_file)
+        save_state(self.run, self.step, self._tensors() | self._random_states(), facts)
+        self._saved = self.step
 
     def load(self) -> None:
-        """Go on from the saved state; refuses one of a run with other settings, by their names."""
-        state = torch.load(self._state_file, map_location=self.device, weights_only=True)
-        mine, theirs = self._identity(), state["config"]
+        """Go on from the saved state, if there is one; refuses one of a run with other settings, by their names."""
+        state = find_state(self.run)
+        if state is None:
+            return
+        facts, kept = facts_of(state), tensors_in(state)
+        mine, theirs = json.loads(json.dumps(self._identity())), facts["config"]
         if changed := sorted(key for key in mine if mine[key] != theirs.get(key)):
             raise CheckpointError(
-                f"{self._state_file} is of a run with other {', '.join(changed)}: give the same options to go on, "
+                f"{self.run} is of a run with other {', '.join(changed)}: give the same options to go on, "
                 "or another --run-dir to begin anew"
             )
-        self.method.load_state_dict(state["method"])
+        prefix, moments = "optimizer/", Moments(self.method, self.optimizer)
+        places = moments.places({k.removeprefix(prefix): v for k, v in kept.items() if k.startswith(prefix)})
+        random = {name: tensor for name, tensor in self._random_states().items() if name in kept}
+        weights = {name: t for name, t in self._tensors().items() if not name.startswith(prefix)}
+        load_tensors(state, weights | {prefix + name: t for name, t in places.items()} | random)
+        moments.load(places)
+        self.scaler.load_state_dict(facts["scaler"])
+        self.step, self.spent = facts["step"], facts["spent"]
+        for name, tensor in random.items():
+            if name.startswith("cuda_rng"):
+                torch.cuda.set_rng_state(tensor, self.device)
+            else:
+                torch.set_rng_state(tensor)
+        self._saved = self.step
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Weights and buffers of the method and its average, and the optimizer's state, by names in the saved state."""
+        parts = {"method": self.method.state_dict(), "optimizer": Moments(self.method, self.optimizer).tensors()}
         if self.ema is not None:
-            self.ema.load_state_dict(state["ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-        self.step, self.spent = state["step"], state["spent"]
-        torch.set_rng_state(state["rng"].cpu())
-        if state["cuda_rng"] is not None:
-            torch.cuda.set_rng_state(state["cuda_rng"].cpu(), self.device)
+            parts["ema"] = self.ema.state_dict()
+        return {f"{part}/{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
+
+    def _random_states(self) -> dict[str, Tensor]:
+        states = {f"rng/{rank()}": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            states[f"cuda_rng/{rank()}"] = torch.cuda.get_rng_state(self.device)
+        return states
 
     def _identity(self) -> dict[str, Any]:
-        free = ("log_every", "save_every", "evaluate_every", "workers", "threads", "device", "compile")
+        free = (
+            "log_every",
+            "save_every",
+            "evaluate_every",
+            "workers",
+            "threads",
+            "device",
+            "compile",
+            "shard",
+            "patience",
+        )
         return {k: v for k, v in (asdict(self.config) | self.extra).items() if k not in free}
 
 

@@ -1,4 +1,4 @@
-"""Two gloo ranks against one process with the whole batch, in float64."""
+"""Ranks against one process with the whole batch, in float64; data parallel and in shares."""
 
 from __future__ import annotations
 
@@ -10,74 +10,96 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from support import tiny_clip
+from tiny import EVERY, part_of, whole_batch, whole_statistics
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from training.distributed import leave_group
+from training.method import Method
 from training.methods.clip import CLIPMethod
+from training.sharding import average_whole, clip_gradients, shard, whole
+
+WAYS = ("data parallel", "in shares")
 
 
-def _method(loss: str, chunk: int | None, micro_batch: int = 0) -> CLIPMethod:
-    model = tiny_clip(logit_bias=-10.0 if loss == "siglip" else None)
-    method = CLIPMethod(model, loss=loss, chunk_size=chunk, micro_batch=micro_batch).double().train()
-    for module in method.modules():  # statistics of a part are not those of the whole; everything else must agree
-        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
-            module.eval()
-    return method
-
-
-def _batch() -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    tokens = torch.randint(3, 200, (8, 6), generator=generator)
-    tokens[:, -1] = 2
-    captions = torch.arange(8)[:, None].repeat(1, 2)
-    tokens[5], captions[5] = tokens[0], captions[0]  # the same caption on both ranks
-    captions[6, 1] = 1  # an image that also goes by a caption of the other rank
-    images = torch.randn(8, 3, 32, 32, generator=generator, dtype=torch.float64)
-    return {"images": images, "tokens": tokens, "captions": captions}
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def _gradients(method: nn.Module) -> dict[str, Tensor]:
-    return {name.removeprefix("module."): p.grad for name, p in method.named_parameters() if p.grad is not None}
+    return {name: whole(p.grad).clone() for name, p in method.named_parameters() if p.grad is not None}
 
 
-def _worker(rank: int, port: int, out: str, loss: str, chunk: int | None) -> None:
+def _state(method: Method) -> dict[str, Tensor]:
+    return {name: whole(tensor).detach().clone() for name, tensor in method.state_dict().items()}
+
+
+def _worker(rank: int, world_size: int, port: int, out: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    method: Any = DistributedDataParallel(_method(loss, chunk))
-    batch = {name: tensor[rank * 4 : rank * 4 + 4] for name, tensor in _batch().items()}
-    result = method(batch)["loss"]
-    result.backward()
-    mean = result.detach().clone()
-    dist.all_reduce(mean)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
+    found: dict[str, Any] = {}
+    for name in EVERY:
+        batch = part_of(whole_batch(name), rank, world_size)
+        for way in WAYS:
+            method = whole_statistics(name)
+            runs: Any = method
+            if way == "in shares":
+                shard(method, torch.device("cpu"))
+            else:
+                runs = DistributedDataParallel(method)
+            loss = runs(batch)["loss"]
+            loss.backward()
+            if way == "in shares":
+                average_whole(method.parameters())
+            mean = loss.detach().clone()
+            dist.all_reduce(mean)
+            gradients = _gradients(method)
+            norm = clip_gradients(method.parameters(), 0.01)
+            method.after_step(0.0)
+            found[f"{name}, {way}"] = {
+                "loss": mean / world_size,
+                "gradients": gradients,
+                "norm": norm,
+                "clipped": _gradients(method),
+                "state": _state(method),
+            }
+            del runs, loss
     if rank == 0:
-        torch.save({"gradients": _gradients(method), "loss": mean / 2}, out)
+        torch.save(found, out)
     dist.barrier()
-    del method, result
+    del method
     leave_group()
 
 
-@pytest.mark.parametrize(("loss", "chunk"), [("infonce", None), ("infonce", 3), ("siglip", None)])
-def test_two_ranks_have_the_gradient_of_the_whole_batch(tmp_path: Path, loss: str, chunk: int | None) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(_worker, (port, str(tmp_path / "out.pt"), loss, chunk), nprocs=2)
-    got = torch.load(tmp_path / "out.pt", weights_only=True)
-    method = _method(loss, chunk)
-    whole = method(_batch())["loss"]
-    whole.backward()
-    assert abs(float(whole.detach() - got["loss"])) < 1e-10
-    expected = _gradients(method)
-    assert got["gradients"].keys() == expected.keys()
-    assert max(float((got["gradients"][name] - expected[name]).abs().max()) for name in expected) < 1e-10
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_have_the_gradient_and_the_state_of_the_whole_batch(tmp_path: Path, world_size: int) -> None:
+    mp.spawn(_worker, (world_size, _free_port(), str(tmp_path / "out.pt")), nprocs=world_size)
+    found = torch.load(tmp_path / "out.pt", weights_only=True)
+    for name in EVERY:
+        method = whole_statistics(name)
+        loss = method(whole_batch(name))["loss"]
+        loss.backward()
+        expected = _gradients(method)
+        norm = nn.utils.clip_grad_norm_(method.parameters(), 0.01)
+        clipped = _gradients(method)
+        method.after_step(0.0)
+        for way in WAYS:
+            got = found[f"{name}, {way}"]
+            assert abs(float(loss.detach() - got["loss"])) < 1e-10, (name, way)
+            assert abs(float(norm - got["norm"])) < 1e-10, (name, way)
+            for part, wanted in (("gradients", expected), ("clipped", clipped), ("state", _state(method))):
+                assert got[part].keys() == wanted.keys(), (name, way, part)
+                for key, tensor in wanted.items():
+                    assert torch.allclose(got[part][key], tensor, rtol=0, atol=1e-10), (name, way, part, key)
 
 
 @pytest.mark.parametrize("micro_batch", [1, 3, 4])
 def test_cached_gradients_equal_those_of_the_whole_batch(micro_batch: int) -> None:
-    whole, parts = _method("infonce", None), _method("infonce", 3, micro_batch)
+    whole, parts = whole_statistics("clip infonce"), whole_statistics("clip chunked", micro_batch)
+    assert isinstance(parts, CLIPMethod)
     for method in (whole, parts):
-        method(_batch())["loss"].backward()
+        method(whole_batch("clip"))["loss"].backward()
     expected, got = _gradients(whole), _gradients(parts)
     assert max(float((got[name] - expected[name]).abs().max()) for name in expected) < 1e-12

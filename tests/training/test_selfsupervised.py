@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import socket
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,11 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
-from support import tiny_clip
+from support import saved_tensors, tiny_clip
+from tiny import SMALL, encoder, view_method, views
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from models.checkpoint import load_checkpoint, save_checkpoint
 from models.errors import DataError
@@ -24,46 +21,20 @@ from models.preprocess import Preprocess
 from models.vision import EncoderModel
 from training.__main__ import main
 from training.baselines import RawPixels, baseline_figures
-from training.distributed import leave_group
 from training.ema import cosine_decay
 from training.export import export_run
 from training.figures import evaluate_model
-from training.heads import ProjectedEncoder, SplitBatchNorm2d, split_batch_norm
+from training.heads import SplitBatchNorm2d, split_batch_norm
 from training.method import discover
-from training.methods.byol import BYOLMethod, BYOLModel, BYOLTransform
+from training.methods.byol import BYOLModel, BYOLTransform
 from training.methods.moco import MoCoMethod, MoCoModel, MoCoTransform
-from training.methods.simclr import SimCLRLoss, SimCLRMethod, SimCLRModel, SimCLRTransform
-from training.methods.vicreg import VICRegLoss, VICRegMethod
-from training.pretraining import ViewMethod
+from training.methods.simclr import SimCLRModel, SimCLRTransform
 from training.trainer import TrainerConfig
 
-SMALL = {"channels": 8, "blocks": [1], "depth": 0}
 METHODS = ("simclr", "moco", "byol", "vicreg")
 TRAINER = TrainerConfig(
     steps=4, warmup=1, precision="fp32", ema_decay=0.9, log_every=1, save_every=0, device="cpu", threads=1
 )
-
-
-def _encoder() -> EncoderModel:
-    torch.manual_seed(0)
-    return EncoderModel(image={"name": "conv", "image_size": 16, **SMALL})
-
-
-def _method(name: str, **options: Any) -> ViewMethod:
-    model = _encoder()
-    match name:
-        case "simclr":
-            return SimCLRMethod(SimCLRModel(model, projection_dim=8), SimCLRTransform(16), SimCLRLoss(), **options)
-        case "byol":
-            return BYOLMethod(model, BYOLTransform(16), hidden_dim=16, projection_dim=8, **options)
-        case "vicreg":
-            return VICRegMethod(ProjectedEncoder(model, 16, (16, 8)), SimCLRTransform(16), VICRegLoss())
-    options = {"keys_per_step": 8, "queue_size": 16, "splits": 4, "projection_dim": 8} | options
-    return MoCoMethod(model, MoCoTransform(16, options.get("version", "v2")), **options)
-
-
-def _views(batch: int = 8, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    return {"views": torch.randn(2, batch, 3, 16, 16, generator=torch.Generator().manual_seed(2), dtype=dtype)}
 
 
 def _options(name: str, folder: Path, **changes: Any) -> Any:
@@ -91,7 +62,7 @@ def test_models_give_features_and_projections() -> None:
         features, projections = model(images)
         assert features.shape == (4, 512)
         assert projections.shape == (4, 256 if isinstance(model, BYOLModel) else 128)
-    assert len(MoCoModel(_encoder(), version="v1").projector) == 1
+    assert len(MoCoModel(encoder(), version="v1").projector) == 1
     with pytest.raises(ValueError, match="choose v1, v2 or v3"):
         MoCoModel("resnet18", version="v4")  # type: ignore[arg-type]
 
@@ -107,7 +78,7 @@ def test_transforms_give_two_views_of_their_own() -> None:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_ten_pictures_are_told_apart_by_overfitting(name: str) -> None:
-    method, batch = _method(name), _views()
+    method, batch = view_method(name), views()
     optimizer = torch.optim.Adam([p for p in method.parameters() if p.requires_grad], 0.01)
     losses = []
     for step in range(60):
@@ -132,9 +103,8 @@ def test_training_resumes_to_the_same_bits_and_exports(tmp_path: Path, name: str
     assert stopped == 2
     weights = resumed.state_dict()
     assert all(torch.equal(value, weights[key]) for key, value in whole.state_dict().items())
-    states = [torch.load(tmp_path / run / "run" / "state.pt", weights_only=True) for run in "ab"]
-    for part in ("method", "ema"):
-        assert all(torch.equal(value, states[1][part][key]) for key, value in states[0][part].items())
+    whole_state, resumed_state = (saved_tensors(tmp_path / run / "run") for run in "ab")
+    assert all(torch.equal(value, resumed_state[name]) for name, value in whole_state.items())
     exported = load_checkpoint(export_run(tmp_path / "b" / "run", tmp_path / "exported"))
     images = torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8)
     assert torch.equal(exported.encode_image(images), resumed.encode_image(images))
@@ -185,16 +155,16 @@ def test_moco_v3_leaves_the_patch_projection_of_a_vit_as_it_was(tmp_path: Path) 
     method = MoCoMethod(model, MoCoTransform(16, "v3"), version="v3", batch_norm="sync", projection_dim=8)
     assert not model.encoder.trunk.patch.weight.requires_grad
     assert model.encoder.trunk.position.requires_grad
-    method(_views())["loss"].backward()
+    method(views())["loss"].backward()
 
 
 def test_a_queue_that_the_batch_does_not_divide_is_refused_with_one_that_it_does() -> None:
     with pytest.raises(ValueError, match="choose 24"):
-        _method("moco", queue_size=22)
+        view_method("moco", queue_size=22)
 
 
 def test_the_queue_is_a_ring_of_the_latest_keys() -> None:
-    method = _method("moco", batch_norm="sync")
+    method = view_method("moco", batch_norm="sync")
     assert isinstance(method, MoCoMethod)
     seen: list[Tensor] = []
     for step in range(3):
@@ -211,7 +181,7 @@ def test_the_queue_is_a_ring_of_the_latest_keys() -> None:
 
 @pytest.mark.parametrize(("name", "base"), [("moco", 0.999), ("byol", 0.996)])
 def test_the_target_is_the_average_of_the_online_network(name: str, base: float) -> None:
-    method: Any = _method(name)
+    method: Any = view_method(name)
     before = [p.clone() for p in method.target.parameters()]
     with torch.no_grad():
         for p in method.online.parameters():
@@ -235,8 +205,8 @@ def test_the_schedule_of_the_average_is_the_papers() -> None:
 
 def test_shuffled_keys_have_other_company_and_come_back_in_order() -> None:
     """In evaluation mode company does not matter, so that only the order could differ."""
-    shuffled, plain = _method("moco", batch_norm="shuffle"), _method("moco", batch_norm="split")
-    images = _views()["views"][1]
+    shuffled, plain = view_method("moco", batch_norm="shuffle"), view_method("moco", batch_norm="split")
+    images = views()["views"][1]
     assert not torch.allclose(shuffled._key(images), plain._key(images))  # type: ignore[operator]
     for method in (shuffled, plain):
         method.eval()
@@ -259,53 +229,6 @@ def test_split_batch_norm_is_batch_norm_of_each_part() -> None:
     assert torch.allclose(split.eval()(images), whole.eval()(images), atol=0.2)  # the variances of parts are smaller
     with pytest.raises(ValueError, match="does not split"):
         split.train()(images[:10])
-
-
-def _worker(rank: int, port: int, out: str, name: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    method: Any = DistributedDataParallel(_frozen_statistics(name))
-    views = _views(dtype=torch.float64)["views"][:, rank * 4 : rank * 4 + 4]
-    loss = method({"views": views})["loss"]
-    loss.backward()
-    mean = loss.detach().clone()
-    dist.all_reduce(mean)
-    method.module.after_step(0.0)
-    if rank == 0:
-        gradients = {name: p.grad for name, p in method.module.named_parameters() if p.grad is not None}
-        torch.save({"gradients": gradients, "loss": mean / 2, "queue": getattr(method.module, "queue", None)}, out)
-    dist.barrier()
-    del method, loss
-    leave_group()
-
-
-def _frozen_statistics(name: str) -> ViewMethod:
-    name, _, version = name.partition(" ")
-    options = {"version": version, "batch_norm": "sync"} if version else {}
-    method = _method(name, **options).double().train()
-    for module in method.modules():  # statistics of a part are not those of the whole; everything else must agree
-        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
-            module.eval()
-    return method
-
-
-@pytest.mark.parametrize("name", ["simclr", "moco v2", "moco v3", "byol", "vicreg"])
-def test_two_ranks_have_the_gradient_and_the_queue_of_the_whole_batch(tmp_path: Path, name: str) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(_worker, (port, str(tmp_path / "out.pt"), name), nprocs=2)
-    got = torch.load(tmp_path / "out.pt", weights_only=True)
-    method = _frozen_statistics(name)
-    whole = method(_views(dtype=torch.float64))["loss"]
-    whole.backward()
-    method.after_step(0.0)
-    assert abs(float(whole.detach() - got["loss"])) < 1e-10
-    expected = {name: p.grad for name, p in method.named_parameters() if p.grad is not None}
-    assert got["gradients"].keys() == expected.keys()
-    assert max(float((got["gradients"][key] - expected[key]).abs().max()) for key in expected) < 1e-10
-    if isinstance(method, MoCoMethod) and len(method.queue):
-        assert torch.allclose(got["queue"], method.queue, atol=1e-12)
 
 
 def test_own_folder_from_the_command_line(
@@ -396,7 +319,7 @@ class _Flat(nn.Module):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the compiler's own
 def test_shuffled_keys_compile_and_come_back_in_order() -> None:
     """The permutation has ended torch's compiler with an error once, in a pass that only the real backend has."""
-    method = _method("moco")
+    method = view_method("moco")
     method.target = _Flat()  # the network takes half a minute to compile and has no part in it
     method.requires_grad_(False)
     images = torch.randn(16, 3, 4, 4)

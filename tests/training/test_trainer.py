@@ -8,6 +8,7 @@ import math
 import os
 import platform
 import resource
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from support import saved_tensors
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -22,6 +24,7 @@ from models.errors import CheckpointError, DivergedError
 from training.memory import memory_kept
 from training.method import Batch, Losses, Method
 from training.progress import history
+from training.state import facts_of, find_state
 from training.trainer import Trainer, TrainerConfig, choose_device, choose_precision
 
 CONFIG = TrainerConfig(
@@ -155,20 +158,41 @@ def test_ema_is_the_running_mean_and_is_what_is_exported(tmp_path: Path) -> None
 def test_nan_stops_with_the_way_out_and_keeps_the_last_good_state(tmp_path: Path) -> None:
     with pytest.raises(DivergedError, match="Lower --lr"):
         _train(tmp_path, replace(CONFIG, save_every=2), Noisy(fail_at=6))
-    state = torch.load(tmp_path / "state.pt", weights_only=True)
-    assert state["step"] == 4
-    assert all(torch.isfinite(tensor).all() for tensor in state["method"].values())
+    state = find_state(tmp_path)
+    assert state is not None
+    assert facts_of(state)["step"] == 4
+    assert all(torch.isfinite(tensor).all() for name, tensor in saved_tensors(tmp_path).items() if name[:3] != "rng")
 
 
 def test_a_state_that_is_not_finite_is_not_saved(tmp_path: Path) -> None:
     """Where the host does not look at every step, it looks before it writes."""
     trainer = Trainer(Noisy(), Rows(), CONFIG, tmp_path)
     trainer.fit()
-    saved = (tmp_path / "state.pt").read_bytes()
+    saved = saved_tensors(tmp_path)
+    trainer.step += 1
     trainer._outputs["loss"] = torch.tensor(float("nan"))
     with pytest.raises(DivergedError, match="last good state"):
         trainer.save()
-    assert (tmp_path / "state.pt").read_bytes() == saved
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in saved_tensors(tmp_path).items())
+    assert [folder.name for folder in (tmp_path / "state").iterdir()] == ["00000012"]
+
+
+def test_a_state_is_the_last_one_that_was_written_whole(tmp_path: Path) -> None:
+    """A kill may come at any moment of the writing: what has no name yet does not count, and goes with the next."""
+    whole = _train(tmp_path / "whole")
+    with pytest.raises(DivergedError):
+        _train(tmp_path / "parts", replace(CONFIG, save_every=5), Noisy(fail_at=8))
+    shutil.copytree(tmp_path / "parts" / "state" / "00000005", tmp_path / "parts" / "state" / "next")
+    (tmp_path / "parts" / "state" / "00000007").mkdir()  # whoever made it, it has no run.json
+    resumed = _train(tmp_path / "parts", replace(CONFIG, save_every=5))
+    assert _same(resumed.method, whole.method)
+    assert resumed.step == 12
+
+
+def test_a_state_of_an_earlier_version_is_not_begun_over(tmp_path: Path) -> None:
+    (tmp_path / "state.pt").touch()
+    with pytest.raises(CheckpointError, match="earlier version"):
+        _train(tmp_path)
 
 
 def test_log_lines_carry_what_a_run_is_judged_by(tmp_path: Path) -> None:

@@ -78,6 +78,8 @@ class DALLEMethod(Method):
     Rows whose ids are -1 have their picture among "images", in order: those are encoded here, on the device.
     """
 
+    kept_whole = ("model.dvae",)
+
     def __init__(self, model: DALLETransformer, loss: DALLELoss | None = None) -> None:
         super().__init__()
         self.model = model

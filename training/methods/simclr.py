@@ -154,7 +154,7 @@ class SimCLRMethod(ViewMethod):
             "loss": loss,
             "temperature": torch.as_tensor(self.loss.temperature),
             "chance_loss": loss.new_full((), math.log(negatives)),
-            "embeddings": features[: views.shape[1]],
+            "embeddings": features[: views.shape[1]].clone(),  # FSDP2 warns of views
         }
 
 

@@ -66,7 +66,7 @@ class VICRegMethod(ViewMethod):
         views = batch["views"].flatten(0, 1).contiguous(memory_format=torch.channels_last)
         features, expanded = self.online(views)
         first, second = wide(expanded).chunk(2)
-        return {"loss": self.loss(first, second), "embeddings": features[: len(first)]}
+        return {"loss": self.loss(first, second), "embeddings": features[: len(first)].clone()}
 
 
 @dataclass(frozen=True)
