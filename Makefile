@@ -64,6 +64,9 @@ stalls: .venv/.test
 torture: .venv/.test
 	KILL_ROUNDS=500 POWER_ROUNDS=100 $(BIN)/pytest -s tests/app/test_torture.py
 
+faults-training: .venv/.test
+	FAULTS=1 $(BIN)/pytest -s tests/training/test_elastic.py
+
 # In an environment of its own, so that what is compared with is never among what is served or trained with.
 bench-training: .venv-bench/.done
 	.venv-bench/bin/python tests/benchmarks/bench_training.py

@@ -156,9 +156,10 @@ class Trainer:
         if world_size() > 1 and self.device.type == "cuda" and self.method.sync_batch_norm:
             self.method = nn.SyncBatchNorm.convert_sync_batchnorm(self.method)
         self.method.to(self.device)
-        # Channels last is the layout that convolutions are fastest in, on CPUs and on tensor cores alike.
-        self.method.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         sharded = config.shard and world_size() > 1
+        if not sharded:  # shares have to lie in the order of their dimensions
+            # Channels last is the layout that convolutions are fastest in, on CPUs and on tensor cores alike.
+            self.method.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if sharded and (config.compile or config.precision == "fp16"):
             raise ValueError("--shard goes with neither --compile nor --precision fp16: leave one of them out")
         self._skeleton = deepcopy(self.method.export()).cpu() if sharded else None
