@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import IO
 
 ALLOWED = shutil.which("ip") is not None and os.geteuid() == 0
 
@@ -24,6 +23,7 @@ class Hosts:
     def __init__(self, count: int) -> None:
         self.count = count
         self._name = f"semblance{os.getpid()}"
+        self._started: list[subprocess.Popen[str]] = []
 
     def __enter__(self) -> Hosts:
         switch = f"{self._name}-switch"
@@ -47,19 +47,24 @@ class Hosts:
             self.kill(host)
             _ip("netns", "delete", self._namespace(host))
         _ip("netns", "delete", f"{self._name}-switch")
+        for process in self._started:
+            process.wait()
 
     def address(self, host: int) -> str:
         """Of a host."""
         return f"10.77.0.{host + 1}"
 
     def start(
-        self, host: int, command: Sequence[str], output: IO[str], environment: Mapping[str, str], folder: Path
+        self, host: int, command: Sequence[str], output: Path, environment: Mapping[str, str], folder: Path
     ) -> subprocess.Popen[str]:
-        """A process on a host."""
+        """A process on a host, in a folder; what it says is added to a file."""
         inside = ["ip", "netns", "exec", self._namespace(host), *command]
-        return subprocess.Popen(
-            inside, stdout=output, stderr=subprocess.STDOUT, env=dict(environment), cwd=folder, text=True
-        )
+        with output.open("a") as said:
+            process = subprocess.Popen(
+                inside, stdout=said, stderr=subprocess.STDOUT, env=dict(environment), cwd=folder, text=True
+            )
+        self._started.append(process)
+        return process
 
     def kill(self, host: int) -> None:
         """Every process on it, at once and without a word."""

