@@ -85,6 +85,32 @@ def test_ranks_share_a_step_without_overlap() -> None:
         assert sorted(map(tuple, parts.tolist())) == sorted(map(tuple, whole[step]["tokens"].tolist()))
 
 
+def test_shards_are_split_by_rank_and_worker_and_gone_on_with_in_the_midst_of_an_epoch(tmp_path: Path) -> None:
+    """Two shards of 24 pictures, each a grey of its own: ranks and workers together have each once an epoch."""
+    for shard in range(2):
+        with tarfile.open(tmp_path / f"{shard}.tar", "w") as tar:
+            for number in range(24 * shard, 24 * shard + 24):
+                file = io.BytesIO()
+                Image.new("L", (8, 8), 5 * number).save(file, "PNG")
+                info = tarfile.TarInfo(f"{number}.png")
+                info.size = file.tell()
+                file.seek(0)
+                tar.addfile(info, file)
+    source, weight = open_source(str(tmp_path), 8, BadRows(), hold=0, captioned=False)
+    assert isinstance(source, StreamSource)
+
+    def seen(rank: int, ranks: int, start: int, end: int) -> list[int]:
+        options = {"size": 8, "batch_size": 16, "chunk": 4, "rank": rank, "world_size": ranks, "steps": end}
+        batches = batches_from(PictureBatches([source], [weight], **options), start, workers=2)
+        return [int(pixel) // 5 for batch in batches for pixel in batch["images"][:, 0, 0, 0]]
+
+    begun = sorted(row for rank in range(4) for row in seen(rank, 4, 0, 2))
+    # Two ranks come back of four: what is left of the epoch, the next one, and nothing of what was seen.
+    rest = sorted(row for rank in range(2) for row in seen(rank, 2, 2, 3))
+    following = sorted(row for rank in range(2) for row in seen(rank, 2, 3, 6))
+    assert sorted(begun + rest) == following == list(range(48))
+
+
 def test_batches_tell_all_captions_of_a_picture() -> None:
     """The first id is that of the caption which is trained on, whatever its case; then the picture's other captions."""
 
