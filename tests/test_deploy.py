@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shlex
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,7 @@ from app.collections import Collections
 from app.main import create_app
 from app.metrics import Metrics
 from app.settings import Settings
+from training.__main__ import build_parser
 
 DEPLOY = Path(__file__).parent.parent / "deploy"
 _FROM_PROMETHEUS = {"up"}
@@ -118,6 +122,41 @@ def test_manifests_are_what_kubernetes_takes(file: Path) -> None:
             assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
             selected = manifest["spec"]["selector"]["matchLabels"]
             assert selected == manifest["spec"]["template"]["metadata"]["labels"]
+
+
+def test_the_commands_of_trainings_are_the_command_lines() -> None:
+    job = list(yaml.safe_load_all((DEPLOY / "kubernetes" / "train.yaml").read_text()))[1]
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    launched, _, training = container["args"][0].partition(" -m training ")
+    assert launched.startswith("exec torchrun --nnodes 8 ")
+    options = build_parser().parse_args(shlex.split(training))
+    assert options.batch_size % (8 * 8 * options.chunk) == 0
+
+
+def test_slurm_starts_torchrun_on_each_node_and_again_when_it_fails(tmp_path: Path) -> None:
+    """With commands that say what they were asked in the places of Slurm's and torch's; the first try fails."""
+    commands = {
+        "scontrol": 'echo "node-a"; echo "node-b"',
+        "srun": 'while [ "${1#--}" != "$1" ]; do shift; done; SLURM_NODEID=1 exec "$@"',
+        "torchrun": f'echo "$@" >> {tmp_path}/asked; [ "$(wc -l < {tmp_path}/asked)" = 2 ]',
+        "sleep": "true",
+    }
+    for name, does in commands.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{does}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {
+        **os.environ,
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        **{"SLURM_JOB_NODELIST": "node-[a-b]", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "8", "SLURM_JOB_ID": "7"},
+    }
+    script = DEPLOY / "slurm" / "train.sbatch"
+    subprocess.run(["bash", script, "simclr", "--data", "my photos"], env=environment, check=True, timeout=60)
+    asked = (tmp_path / "asked").read_text().splitlines()
+    assert len(asked) == 2
+    assert asked[0] == (
+        "--nnodes 2 --nproc-per-node 8 --max-restarts 10 --rdzv-backend c10d --rdzv-id 7 --rdzv-endpoint node-a:29400 "
+        "--rdzv-conf is_host=0 -m training simclr --data my photos"
+    )
 
 
 def test_the_compose_file_confines_what_it_serves() -> None:

@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 from support import tiny_clip, tiny_dalle
 from test_readme_commands import ROOT, blocks
+from torch.distributed.run import get_args_parser
 
 from models.checkpoint import save_checkpoint
 from models.vision import EncoderModel
-from training.__main__ import main
+from training.__main__ import build_parser, main
+from training.method import discover
 
 SHORT = ["--steps", "2", "--batch-size", "8", "--no-evaluate", "--threads", "1"]
 SMALL = ["--encoder-options", '{"channels": 8, "blocks": [1], "depth": 0}']
@@ -78,6 +80,20 @@ def test_every_command_of_trainings_readme_runs(folder: Path, capsys: pytest.Cap
         assert (folder / made / "model.safetensors").is_file(), made
     for made in ("samples.png", "views.png", "scenes.tar.gz", "analysis"):
         assert (folder / made).exists(), made
+
+
+def test_every_command_for_many_gpus_is_one_that_torchrun_and_the_methods_take() -> None:
+    commands = blocks(ROOT / "training" / "SCALING.md")
+    assert len(commands) == 5
+    for command in commands:
+        launch, _, training = command.replace("semblance-train", "-m training").partition("-m training ")
+        options = build_parser().parse_args(shlex.split(training))
+        gpus = 1
+        if launch:
+            launched, left = get_args_parser().parse_known_args([*shlex.split(launch)[1:], "script"])
+            gpus = int(launched.nnodes) * int(launched.nproc_per_node)
+            assert left == []
+        assert options.batch_size % (discover()[options.method].Options().chunk * gpus) == 0, command
 
 
 def test_every_training_of_the_first_readme_runs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
