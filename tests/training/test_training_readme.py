@@ -91,7 +91,7 @@ def test_every_command_for_many_gpus_is_one_that_torchrun_and_the_methods_take()
         gpus = 1
         if launch:
             launched, left = get_args_parser().parse_known_args([*shlex.split(launch)[1:], "script"])
-            gpus = int(launched.nnodes) * int(launched.nproc_per_node)
+            gpus = int(launched.nnodes.partition(":")[0]) * int(launched.nproc_per_node)
             assert left == []
         assert options.batch_size % (discover()[options.method].Options().chunk * gpus) == 0, command
 
