@@ -6,7 +6,7 @@ DATA ?= data
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: serve test format train-demo screenshots fuzz fuzz-decoding sbom stalls torture bench-training \
+.PHONY: serve test format train-demo screenshots fuzz fuzz-decoding sbom stalls torture faults-training bulk-ray bench-training \
 	bench-generation bench-decoding bench-search bench-sizes bench-serving bench-device clean
 
 serve: .venv/.serve
@@ -66,6 +66,15 @@ torture: .venv/.test
 
 faults-training: .venv/.test
 	FAULTS=1 $(BIN)/pytest -s tests/training/test_elastic.py
+
+# Ray in an environment of its own: the suite's would be half as large again with it.
+bulk-ray: .venv-ray/.done
+	.venv-ray/bin/pytest tests/app/test_bulk.py
+
+.venv-ray/.done: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-ray
+	.venv-ray/bin/pip install --quiet --constraint constraints.txt --editable .[cpu,ray] pytest
+	touch $@
 
 # In an environment of its own, so that what is compared with is never among what is served or trained with.
 bench-training: .venv-bench/.done

@@ -102,6 +102,9 @@ def _collection_commands(commands: Any) -> list[argparse.ArgumentParser]:
     index.add_argument(
         "--in-place", action="store_true", help="refer to the files where they are (below SEMBLANCE_PICTURE_ROOT)"
     )
+    index.add_argument("--to", metavar="FOLDER", help="embed into Parquet and safetensors there, not into a collection")
+    index.add_argument("--engine", choices=["processes", "ray"], default="processes", help="what embeds, with --to")
+    index.add_argument("--workers", type=int, default=0, help="processes, with --to (default: one a GPU, or one)")
     index.add_argument("--max-bad", type=int, default=-1, help="exit with 1 if more files are unreadable")
 
     search = add_command(commands, "search", _search, "Search a collection by a text or a picture")
@@ -190,31 +193,38 @@ def _index(options: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from app.ingest import count, ingest
+    from app.bulk import embed_source
+    from app.ingest import Report, count, ingest
     from app.vectors import holds_vectors, load_vectors
 
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _rate(), TimeRemainingColumn())
-
     vectors = holds_vectors(options.source)
-    fill = load_vectors if vectors else partial(ingest, in_place=options.in_place)
 
-    async def work(client: Any) -> int:
-        with Progress(*columns, console=console) as progress:
-            task = progress.add_task(options.collection, total=None if vectors else count(options.source))
-            report = await fill(
-                client,
-                options.collection,
-                options.source,
-                model=options.embedder,
-                progress=lambda done: progress.advance(task, done),
-            )
+    def ended(report: Report) -> int:
         for line in report.bad:
             console.print(f"not read: {line}", style="yellow", highlight=False, soft_wrap=True)
         print(f"{report.added} added, {report.present} there already, {len(report.bad)} not read")  # noqa: T201
         return 1 if 0 <= options.max_bad < len(report.bad) else 0
 
-    return _with_client(options, work)
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task(options.to or options.collection, total=None if vectors else count(options.source))
+
+        def advance(done: int) -> None:
+            progress.advance(task, done)
+
+        async def work(client: Any) -> int:
+            fill = load_vectors if vectors else partial(ingest, in_place=options.in_place)
+            to = options.collection
+            return ended(await fill(client, to, options.source, model=options.embedder, progress=advance))
+
+        if not options.to:
+            return _with_client(options, work)
+        made = embed_source(
+            options.source, options.to, settings_of(options),
+            embedder=options.embedder, engine=options.engine, workers=options.workers, progress=advance,
+        )  # fmt: skip
+        return ended(made)
 
 
 def _rate() -> Any:

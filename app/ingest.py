@@ -28,18 +28,21 @@ class Report:
 
 
 @dataclass
-class _Picture:
+class Picture:
+    """A record on its way into a collection."""
+
     id: str
     where: str
     record: Record
     metadata: dict[str, Any]
 
     def content(self) -> bytes:
+        """Its file."""
         return file_bytes(self.record.image)  # type: ignore[arg-type]
 
 
 # A picture with its bytes, or without where it is to stay in its place; a batch has one kind.
-_Content = tuple[_Picture, bytes | None]
+_Content = tuple[Picture, bytes | None]
 
 
 async def ingest(
@@ -65,7 +68,7 @@ async def ingest(
     there = items_of(client, collection, patience=patience)
     known = {item["id"]: item["metadata"].get("modified") async for item in there}
     rows, report = BadRows(limit=1_000_000_000), Report()
-    pictures = (_picture(record, Path(source)) for record in read(source, rows))
+    pictures = (picture_of(record, Path(source)) for record in read(source, rows))
     batches = _batches(pictures, known, report, progress, in_place)
 
     async def send(batch: list[_Content]) -> None:
@@ -96,7 +99,7 @@ async def items_of(
 
 
 def _batches(
-    pictures: Iterator[_Picture],
+    pictures: Iterator[Picture],
     known: dict[str, Any],
     report: Report,
     progress: Callable[[int], None],
@@ -162,7 +165,8 @@ def _request(batch: list[_Content]) -> dict[str, Any]:
     return {"data": form, "files": [("file", (f"{index}", content)) for index, (_, content) in enumerate(batch)]}
 
 
-def _picture(record: Record, source: Path) -> _Picture:
+def picture_of(record: Record, source: Path) -> Picture:
+    """What a record is to a collection: its id, and what is known of it."""
     metadata = {
         key: value
         for key, value in record.meta.items()
@@ -180,7 +184,7 @@ def _picture(record: Record, source: Path) -> _Picture:
         metadata["path"] = name
         if record.image.is_file():
             metadata["modified"] = record.image.stat().st_mtime_ns
-    return _Picture(item_id(name), record.where, record, metadata)
+    return Picture(item_id(name), record.where, record, metadata)
 
 
 def item_id(name: str) -> str:

@@ -1,7 +1,8 @@
 """Embeddings in and out of a collection as files: Parquet, and the folders of clip-retrieval and autofaiss.
 
 Read are a Parquet file (or a folder of them) with a column `embedding`, as `semblance dump` and autofaiss write it; a
-folder with `img_emb/`, `text_emb/` (.npy) and `metadata/` (.parquet), as clip-retrieval's; and a folder of .npy files.
+folder with `img_emb/`, `text_emb/` (.npy) and `metadata/` (.parquet), as clip-retrieval's; a folder of .npy files; and
+the parts that `semblance index --to` leaves.
 Nothing is embedded again, so they must be the collection's own model's.
 """
 
@@ -18,6 +19,8 @@ from typing import Any
 import httpx
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
 
 from app.calls import BATCH, call
 from app.ingest import Report, item_id, items_of
@@ -46,9 +49,8 @@ def holds_vectors(source: str | Path) -> bool:
     """Whether a source is of embeddings, not of pictures."""
     path = Path(source)
     if path.is_dir():
-        return (
-            (path / "img_emb").is_dir() or any(path.glob("*.npy")) or any(map(_has_embedding, path.glob("*.parquet")))
-        )
+        arrays = any(any(path.glob(pattern)) for pattern in ("img_emb", "*.npy", "part-*.safetensors"))
+        return arrays or any(map(_has_embedding, path.glob("*.parquet")))
     return path.suffix == ".npy" or (path.suffix == ".parquet" and _has_embedding(path))
 
 
@@ -143,7 +145,8 @@ def _rows(source: Path) -> Iterator[Row]:
         yield from _clip_retrieval_rows(source)
     else:
         for file in sorted(source.glob("*.parquet")) or sorted(source.glob("*.npy")):
-            yield from _rows(file)
+            beside = file.with_suffix(".safetensors")
+            yield from _part_rows(file, beside) if beside.is_file() else _rows(file)
 
 
 def _clip_retrieval_rows(source: Path) -> Iterator[Row]:
@@ -151,6 +154,16 @@ def _clip_retrieval_rows(source: Path) -> Iterator[Row]:
         for file in sorted((source / folder).glob("*.npy")):
             table = source / "metadata" / f"metadata_{file.stem.rpartition('_')[2]}.parquet"
             yield from _array_rows(file, kind, table if table.is_file() else None)
+
+
+def _part_rows(table: Path, vectors: Path) -> Iterator[Row]:
+    """Of a part that app/bulk.py made."""
+    try:
+        embeddings = load_file(vectors)["embedding"]
+    except (SafetensorError, KeyError) as error:
+        raise DataError(f"{vectors} holds no embeddings ({error})") from error
+    for content, vector in zip(_table_rows(table), embeddings, strict=True):
+        yield _row(content, vector, content["kind"], content["id"])
 
 
 def _array_rows(file: Path, kind: str, table: Path | None) -> Iterator[Row]:
@@ -209,6 +222,8 @@ def _has_embedding(file: Path) -> bool:
 
 def _check_model(source: Path, collection: dict[str, Any]) -> None:
     """A dump says whose embeddings it holds."""
+    if source.is_dir():
+        source = next(source.glob("part-*.parquet"), source)
     if source.suffix != ".parquet":
         return
     own = (pyarrow_for(source).parquet.read_schema(source).metadata or {}).get(_OWN)

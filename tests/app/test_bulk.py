@@ -1,0 +1,235 @@
+"""Embedding into files: what is in the parts, and that every input is in exactly one, whoever is killed."""
+
+from __future__ import annotations
+
+import io
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+from PIL import Image
+from safetensors.numpy import load_file
+from support import tiny_clip
+
+from app import bulk
+from app.__main__ import main
+from app.bulk import embed_source
+from app.loading import load_engine
+from app.settings import Settings
+from app.vectors import holds_vectors
+from models.checkpoint import save_checkpoint
+from models.errors import ConflictError, DataError, ModelError
+from models.readers import Record
+
+COUNT, BROKEN = 200, 77
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two models, and pictures in two folders of which one is none."""
+    folder = tmp_path_factory.mktemp("bulk")
+    for seed in range(2):
+        save_checkpoint(tiny_clip(seed), folder / "checkpoints" / f"clip{seed}")
+    rng = np.random.default_rng(0)
+    for number in range(COUNT):
+        file = folder / "photos" / ("cats", "dogs")[number % 2] / f"{number:03d}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(file)
+    (folder / "photos" / ("cats", "dogs")[BROKEN % 2] / f"{BROKEN:03d}.png").write_bytes(b"no picture")
+    return folder
+
+
+@pytest.fixture
+def settings(place: Path) -> Settings:
+    return Settings(checkpoints=str(place / "checkpoints"), threads=1, device="cpu", backend="torch-fp32")
+
+
+@pytest.fixture(autouse=True)
+def _short_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bulk, "PART", 32)
+
+
+def found_in(folder: Path) -> tuple[dict[str, np.ndarray], list[dict[str, Any]], list[str]]:
+    """Embeddings by id, the rows, and the bad inputs of all parts; nothing is there twice or unfinished."""
+    embeddings: dict[str, np.ndarray] = {}
+    listed: list[dict[str, Any]] = []
+    bad: list[str] = []
+    for file in sorted(folder.glob("part-*.parquet")):
+        table = pyarrow.parquet.read_table(file)
+        vectors = load_file(file.with_suffix(".safetensors"))["embedding"]
+        rows = table.to_pylist()
+        assert len(rows) == len(vectors)
+        listed += rows
+        embeddings |= {row["id"]: vector for row, vector in zip(rows, vectors, strict=True)}
+        bad += json.loads(table.schema.metadata[bulk.OWN])["bad"]
+    assert len(embeddings) == len(listed)
+    return embeddings, listed, bad
+
+
+def check_whole(folder: Path) -> None:
+    """Every input is in exactly one place."""
+    embeddings, listed, bad = found_in(folder)
+    assert Counter(Path(row["where"]).stem for row in listed) == Counter(
+        f"{number:03d}" for number in range(COUNT) if number != BROKEN
+    )
+    assert [f"{BROKEN:03d}.png" in line for line in bad] == [True]
+    assert all(np.linalg.norm(vector) == pytest.approx(1, abs=1e-5) for vector in embeddings.values())
+
+
+def test_parts_hold_what_the_model_gives_and_what_is_known_of_each_picture(
+    place: Path, tmp_path: Path, settings: Settings
+) -> None:
+    told: list[int] = []
+    report = embed_source(str(place / "photos"), tmp_path / "out", settings, progress=told.append)
+    assert (report.added, report.present, len(report.bad), sum(told)) == (COUNT - 1, 0, 1, COUNT)
+    check_whole(tmp_path / "out")
+    embeddings, listed, _ = found_in(tmp_path / "out")
+    assert listed[5]["metadata"]
+    assert json.loads(listed[5]["metadata"])["label"] == "cats"
+    engine = load_engine("clip0", str(place / "checkpoints" / "clip0"), settings)
+    with Image.open(listed[5]["where"]) as image:
+        assert embeddings[listed[5]["id"]] @ engine.embed_images([image.convert("RGB")])[0] > 0.9999
+    again = embed_source(str(place / "photos"), tmp_path / "out", settings)
+    assert (again.added, again.present, again.bad) == (0, COUNT - 1, report.bad)
+
+
+def test_folders_of_another_model_or_source_are_refused(place: Path, tmp_path: Path, settings: Settings) -> None:
+    source = tmp_path / "photos"
+    shutil.copytree(place / "photos", source)
+    out = tmp_path / "out"
+    embed_source(str(source), out, settings)
+    (out / "part-000003.parquet").unlink()
+    with pytest.raises(ConflictError, match="model 'clip0'"):
+        embed_source(str(source), out, settings, embedder="clip1")
+    with pytest.raises(DataError, match="there are: clip0, clip1"):
+        embed_source(str(source), out, settings, embedder="vit")
+    next(source.rglob("*.png")).rename(source / "aaa.png")
+    with pytest.raises(ConflictError, match="the source has changed"):
+        embed_source(str(source), out, settings)
+
+
+def test_a_killed_worker_is_followed_by_another(place: Path, tmp_path: Path, settings: Settings) -> None:
+    killed: list[int] = []
+
+    def kill(done: int) -> None:
+        if len(killed) < 3:
+            victim = multiprocessing.active_children()[len(killed) % 2]
+            assert victim.pid is not None
+            os.kill(victim.pid, signal.SIGKILL)
+            killed.append(victim.pid)
+
+    report = embed_source(str(place / "photos"), tmp_path, settings, workers=2, progress=kill)
+    assert len(set(killed)) == 3
+    # A worker that had written its part and was killed before it said so: the part is made again, as it was.
+    assert report.added == COUNT - 1
+    check_whole(tmp_path)
+
+
+class _Deadly(bytes):
+    """Ends the process that gets it."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os._exit, (9,)
+
+
+def test_a_part_that_ends_every_process_is_named(
+    place: Path, tmp_path: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = io.BytesIO()
+    Image.new("RGB", (32, 32)).save(file, "PNG")
+    records = [Record(f"row {row}", file.getvalue() if row < 40 else _Deadly()) for row in range(50)]
+    monkeypatch.setattr(bulk, "read", lambda source, rows: iter(records))
+    with pytest.raises(ModelError, match=r"part-000001, from row 32 on, ended 3 processes"):
+        embed_source("anywhere", tmp_path, settings)
+    assert (tmp_path / "part-000000.parquet").is_file()
+    assert not multiprocessing.active_children()
+
+
+def test_a_killed_command_goes_on_where_it_was(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["index", "photos", "--to", str(tmp_path / "out"), "--checkpoints", "checkpoints", "--workers", "2"]
+    environment = {**os.environ, "SEMBLANCE_BACKEND": "torch-fp32"}
+    short = (
+        f"import sys; from app import bulk; from app.__main__ import main; bulk.PART = 32; sys.exit(main({command}))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", short], cwd=place, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    end = time.monotonic() + 120
+    while not list((tmp_path / "out").glob("part-*.parquet")):
+        assert time.monotonic() < end
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    before = len(list((tmp_path / "out").glob("part-*.parquet")))
+    done = subprocess.run(
+        [sys.executable, "-c", short], cwd=place, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    added, present, _ = (int(word) for word in done.stdout.split() if word.isdigit())
+    assert added + present == COUNT - 1
+    assert present >= 31 * min(before, COUNT // 32)
+    check_whole(tmp_path / "out")
+
+
+def test_parts_are_read_into_a_collection_of_their_model(
+    place: Path, tmp_path: Path, settings: Settings, capsys: pytest.CaptureFixture[str]
+) -> None:
+    embed_source(str(place / "photos"), tmp_path / "out", settings)
+    assert holds_vectors(tmp_path / "out")
+    shared = ["--checkpoints", str(place / "checkpoints"), "--data", str(tmp_path / "data")]
+    index = ["index", str(tmp_path / "out"), *shared]
+    assert main([*index, "--embedder", "clip0", "--collection", "photos"]) == 0
+    assert capsys.readouterr().out.startswith(f"{COUNT - 1} added, 0 there already")
+    _, listed, _ = found_in(tmp_path / "out")
+    assert main(["search", listed[8]["where"], "--image", "--json", "--collection", "photos", *shared]) == 0
+    hit = json.loads(capsys.readouterr().out)["hits"][0]
+    assert (hit["id"], hit["metadata"]["label"]) == (listed[8]["id"], "cats")
+    assert main([*index, "--embedder", "clip1", "--collection", "others"]) == 1
+    assert "embeddings of model 'clip0'" in capsys.readouterr().err
+
+
+def test_the_command_says_what_it_needs(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["index", str(place / "photos"), "--to", str(tmp_path), "--checkpoints", str(place / "checkpoints")]
+    try:
+        import ray  # noqa: F401
+    except ImportError:
+        assert main([*arguments, "--engine", "ray"]) == 1
+        assert "pip install 'semblance[ray]'" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore")  # they are Ray's own
+def test_ray_makes_the_same_parts(place: Path, tmp_path: Path, settings: Settings) -> None:
+    """`make bulk-ray`, in an environment of its own; an actor is killed under way."""
+    ray = pytest.importorskip("ray", reason="needs Ray: make bulk-ray")
+    killed: list[int] = []
+
+    def kill(done: int) -> None:
+        actors = [
+            int(pid)
+            for pid in subprocess.run(
+                ["pgrep", "-f", "ray::.*_RayWriter"], capture_output=True, text=True
+            ).stdout.split()
+        ]
+        if not killed and actors:
+            os.kill(actors[0], signal.SIGKILL)
+            killed.append(actors[0])
+
+    try:
+        report = embed_source(str(place / "photos"), tmp_path, settings, engine="ray", workers=2, progress=kill)
+    finally:
+        ray.shutdown()
+    assert killed
+    assert report.added == COUNT - 1
+    check_whole(tmp_path)
