@@ -275,14 +275,16 @@ def test_an_image_encoder_is_judged_by_what_has_classes(tmp_path: Path) -> None:
 
 def test_baselines_are_the_untrained_network_and_the_pixels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.manual_seed(3)
-    model = EncoderModel(image={"name": "conv", "image_size": 32, **SMALL}).eval()
-    own = evaluate_model(model, ["scenes"], seed=3)
-    figures = baseline_figures(model, ["scenes"], seed=3)
+    model = EncoderModel(image={"name": "conv", "image_size": 16, **SMALL}).eval()
+    folder = save_checkpoint(model, tmp_path / "model")
+    assert main(["evaluate", str(folder), "--baselines", "--seed", "3", "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    own = {name: value for name, value in figures.items() if name.startswith("scenes_")}
     # The model here is itself untrained, so that its baseline of the same seed is its equal.
+    assert own
     assert {name.removeprefix("untrained_"): value for name, value in figures.items() if "untrained" in name} == own
+    assert figures.keys() == {f"{whose}{name}" for whose in ("", "untrained_", "pixels_") for name in own}
     assert figures["pixels_scenes_colour_linear"] > 0.2  # guessing is 0.1
-    assert main(["evaluate", str(save_checkpoint(model, tmp_path / "model")), "--baselines", "--json"]) == 0
-    assert set(json.loads(capsys.readouterr().out)) == {*own, *figures}
     with pytest.raises(DataError, match="leave --baselines out"):
         baseline_figures(tiny_clip(), ["scenes"])
 
