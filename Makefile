@@ -7,7 +7,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .PHONY: serve test format train-demo screenshots fuzz fuzz-decoding sbom stalls torture faults-training bulk-ray bench-training \
-	bench-generation bench-decoding bench-search bench-sizes bench-serving bench-device clean
+	bench-generation bench-decoding bench-search bench-bulk bench-sizes bench-serving bench-device clean
 
 serve: .venv/.serve
 	$(BIN)/semblance serve --demo --host $(HOST) --port $(PORT) --data $(DATA)
@@ -87,6 +87,9 @@ bench-search: .venv/.test
 	$(BIN)/python tests/benchmarks/bench_search.py
 
 # What collections take: disk, memory, and seconds until a killed server is ready again.
+bench-bulk: .venv/.test
+	$(BIN)/python tests/benchmarks/bench_bulk.py
+
 bench-sizes: .venv/.test
 	$(BIN)/python tests/benchmarks/bench_sizes.py
 

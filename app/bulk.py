@@ -6,10 +6,12 @@ rename; so whoever is killed, the next run makes the parts that are missing, and
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import multiprocessing
 import os
+import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,14 +28,16 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from app import images
+from app.fetching import Fetcher
 from app.ingest import Report, picture_of
 from app.loading import find_models, load_engine
 from app.settings import Settings
 from models.errors import ConflictError, DataError, ModelError, SemblanceError
-from models.readers import BadRows, Record, file_bytes, pyarrow_for, read
+from models.readers import BadRows, Member, Record, Remote, file_bytes, pyarrow_for, read
 
 PART = 1024  # records
 OWN = b"semblance"  # what the schema of a part says of it
+_FETCHERS = 32  # threads that wait for pictures at URLs
 _DEATHS = 3  # of processes over one part, before the part is what kills them
 EngineName = Literal["processes", "ray"]
 
@@ -72,7 +76,12 @@ class PartWriter:
         self._engine = load_engine(name, reference, settings)
         self._source, self._folder, self._settings = Path(source), Path(folder), settings
         self._limits = images.Limits(settings.max_body, max_pixels=settings.max_pixels, max_side=settings.max_side)
-        self._threads = max(2, settings.thread_count)
+        self._threads = _FETCHERS if settings.fetch_hosts else max(2, settings.thread_count)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        if settings.fetch_hosts:
+            self._loop = asyncio.new_event_loop()
+            threading.Thread(target=self._loop.run_forever, name="fetching", daemon=True).start()
+            self._fetcher = asyncio.run_coroutine_threadsafe(self._made_fetcher(), self._loop).result()
         self._agree()
 
     def __call__(self, part: Part) -> Done:
@@ -116,8 +125,17 @@ class PartWriter:
         if isinstance(record.image, Image.Image):
             return self._engine.prepare_image(record.image.convert("RGB"))
         return self._engine.prepare_image(
-            images.decode(file_bytes(record.image), self._limits, self._engine.image_size)
+            images.decode(self._content(record.image), self._limits, self._engine.image_size)
         )
+
+    def _content(self, source: bytes | Path | Member | Remote) -> bytes:
+        if self._loop is None or not isinstance(source, Remote):
+            return file_bytes(source)
+        return asyncio.run_coroutine_threadsafe(self._fetcher.fetch(source.url), self._loop).result()
+
+    async def _made_fetcher(self) -> Fetcher:
+        settings = self._settings
+        return Fetcher(settings.fetch_hosts, settings.max_body, settings.fetch_seconds)
 
     def _write(self, part: Part, records: Sequence[Record], vectors: np.ndarray, bad: list[str]) -> None:
         arrow = pyarrow_for(self._folder)

@@ -7,6 +7,7 @@ skipped, up to a limit.
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
 import tarfile
@@ -49,7 +50,18 @@ class Member:
             return file.read(self.size)
 
 
-Picture = bytes | Path | Member | Image.Image
+@dataclass(frozen=True)
+class Remote:
+    """A picture at a URL. Nothing here fetches it; `app.bulk` does, from the hosts that it may."""
+
+    url: str
+
+    def read(self) -> bytes:
+        """Raises OSError."""
+        raise OSError(errno.ENOTSUP, "the picture is at a URL, which only `semblance index --to` fetches")
+
+
+Picture = bytes | Path | Member | Remote | Image.Image
 
 
 @dataclass
@@ -82,9 +94,9 @@ class BadRows:
 def read(spec: str, bad: BadRows, split: str | None = None) -> Iterator[Record]:
     """Records of a data set by what it is called on the command line.
 
-    A folder of pictures (subfolders are labels), a .csv / .tsv / .jsonl / .parquet table with columns of paths and
-    captions, a .tar / .tar.gz shard or a folder of them, "torchvision:<name>[:<root>]", or "hf:<name>". split: keep the
-    records whose metadata or data set says so. Raises DataError for a spec that names nothing.
+    A folder of pictures (subfolders are labels), a .csv / .tsv / .jsonl / .parquet table with columns of paths (or
+    URLs) and captions, a .tar / .tar.gz shard or a folder of them, "torchvision:<name>[:<root>]", or "hf:<name>".
+    split: keep the records whose metadata or data set says so. Raises DataError for a spec that names nothing.
     """
     if spec.startswith("torchvision:"):
         return _read_torchvision(spec.removeprefix("torchvision:"), split)
@@ -146,11 +158,11 @@ def open_picture(source: Picture) -> Image.Image:
     return upright(image.convert("RGBA" if has_alpha else "RGB"), image)
 
 
-def file_bytes(source: bytes | Path | Member) -> bytes:
+def file_bytes(source: bytes | Path | Member | Remote) -> bytes:
     """The file behind a picture that is not decoded."""
     if isinstance(source, Path):
         return source.read_bytes()
-    return source.read() if isinstance(source, Member) else source
+    return source.read() if isinstance(source, Member | Remote) else source
 
 
 def fit_rgba(image: Image.Image, size: int) -> np.ndarray:
@@ -268,15 +280,18 @@ def _read_table(path: Path, bad: BadRows) -> Iterator[Record]:
         name = next((row[column] for column in PATH_COLUMNS if row.get(column)), None)
         caption = next((row[column] for column in CAPTION_COLUMNS if row.get(column)), None)
         label = next((str(row[column]) for column in LABEL_COLUMNS if row.get(column)), None)
-        if not isinstance(name, str) or (caption is None and label is None):
+        url = row.get("url")
+        place = path.parent / name if isinstance(name, str) else Remote(url) if url and isinstance(url, str) else None
+        if place is None or (caption is None and label is None):
             bad.add(
-                where, f"needs one of the columns {', '.join(PATH_COLUMNS)} and one of {', '.join(CAPTION_COLUMNS)}"
+                where,
+                f"needs one of the columns {', '.join(PATH_COLUMNS)}, url and one of {', '.join(CAPTION_COLUMNS)}",
             )
             continue
         captions = (
             [str(c) for c in caption] if isinstance(caption, list) else [str(caption if caption is not None else label)]
         )
-        yield Record(where, path.parent / name, captions, label, row)
+        yield Record(where, place, captions, label, row)
 
 
 def _read_torchvision(name: str, split: str | None) -> Iterator[Record]:

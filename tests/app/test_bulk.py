@@ -25,12 +25,13 @@ from support import tiny_clip
 from app import bulk
 from app.__main__ import main
 from app.bulk import embed_source
+from app.fetching import Fetcher
 from app.loading import load_engine
 from app.settings import Settings
 from app.vectors import holds_vectors
 from models.checkpoint import save_checkpoint
-from models.errors import ConflictError, DataError, ModelError
-from models.readers import Record
+from models.errors import ConflictError, DataError, InputError, ModelError
+from models.readers import BadRows, Record, read
 
 COUNT, BROKEN = 200, 77
 
@@ -198,6 +199,39 @@ def test_parts_are_read_into_a_collection_of_their_model(
     assert (hit["id"], hit["metadata"]["label"]) == (listed[8]["id"], "cats")
     assert main([*index, "--embedder", "clip1", "--collection", "others"]) == 1
     assert "embeddings of model 'clip0'" in capsys.readouterr().err
+
+
+def test_pictures_at_urls_come_from_the_hosts_that_are_allowed(
+    place: Path, tmp_path: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """How they are fetched is test_fetching's matter; here it is by a table of what is there."""
+    picture = (place / "photos" / "cats" / "000.png").read_bytes()
+
+    async def fetch(self: Fetcher, url: str) -> bytes:
+        self._check(url)
+        if "gone" in url:
+            raise InputError("the picture's URL answers with status 404")
+        return picture
+
+    monkeypatch.setattr(Fetcher, "fetch", fetch)
+    urls = ["https://pictures.example/a.png", "https://elsewhere.example/b.png", "https://pictures.example/gone.png"]
+    table = pyarrow.table({"url": urls, "caption": ["a", "b", "c"]})
+    pyarrow.parquet.write_table(table, tmp_path / "urls.parquet")
+    source = str(tmp_path / "urls.parquet")
+    part = bulk.Part(0, list(read(source, BadRows())))
+    told = {}
+    for hosts in ((), ("pictures.example",)):
+        out = tmp_path / f"out{len(hosts)}"
+        out.mkdir()
+        fetching = settings.model_copy(update={"fetch_hosts": hosts})
+        writer = bulk.PartWriter("clip0", str(place / "checkpoints" / "clip0"), fetching, source, str(out))
+        told[hosts] = writer(part)
+    assert [line.partition(": ")[2][:40] for line in told[()].bad] == ["[Errno 95] the picture is at a URL, whic"] * 3
+    assert told[("pictures.example",)].added == 1
+    assert "fetches nothing from 'elsewhere.example'" in told[("pictures.example",)].bad[0]
+    assert "status 404" in told[("pictures.example",)].bad[1]
+    _, listed, _ = found_in(tmp_path / "out1")
+    assert (listed[0]["caption"], json.loads(listed[0]["metadata"])["url"]) == ("a", urls[0])
 
 
 def test_the_command_says_what_it_needs(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
