@@ -15,7 +15,7 @@ import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from multiprocessing.connection import Connection, wait
@@ -31,6 +31,7 @@ from app import images
 from app.fetching import Fetcher
 from app.ingest import Report, picture_of
 from app.loading import find_models, load_engine
+from app.locking import lock
 from app.settings import Settings
 from models.errors import ConflictError, DataError, ModelError, SemblanceError
 from models.readers import BadRows, Member, Record, Remote, file_bytes, pyarrow_for, read
@@ -191,8 +192,8 @@ def embed_source(
 
     embedder: a model's name, the first by default. workers: processes, 0: one a GPU, one where there is none; they
     share the threads. progress: told how many records were dealt with.
-    Raises ConflictError for a folder of another source or model, DataError where there is nothing to read, ModelError
-    if a part ends every process that tries it.
+    Raises ConflictError for a folder of another source or model, StorageError for one that another command fills,
+    DataError where there is nothing to read, ModelError if a part ends every process that tries it.
     """
     models = find_models(settings)
     name = embedder or next(iter(models), "")
@@ -222,7 +223,10 @@ def embed_source(
         progress(result.added + len(result.bad))
 
     run = {"processes": run_processes, "ray": run_ray}[engine]
-    run(missing(), arguments, settings, workers or max(1, torch.cuda.device_count()), done)
+    with closing(lock(place, f"process {os.getpid()}")):
+        for unfinished in place.glob(".part-*"):  # of a process that was killed
+            unfinished.unlink()
+        run(missing(), arguments, settings, workers or max(1, torch.cuda.device_count()), done)
     report.bad += rows.rows
     return report
 

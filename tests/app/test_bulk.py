@@ -27,10 +27,11 @@ from app.__main__ import main
 from app.bulk import embed_source
 from app.fetching import Fetcher
 from app.loading import load_engine
+from app.locking import lock
 from app.settings import Settings
 from app.vectors import holds_vectors
 from models.checkpoint import save_checkpoint
-from models.errors import ConflictError, DataError, InputError, ModelError
+from models.errors import ConflictError, DataError, InputError, ModelError, StorageError
 from models.readers import BadRows, Record, read
 
 COUNT, BROKEN = 200, 77
@@ -92,11 +93,15 @@ def test_parts_hold_what_the_model_gives_and_what_is_known_of_each_picture(
     place: Path, tmp_path: Path, settings: Settings
 ) -> None:
     told: list[int] = []
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".part-000003.1234").write_bytes(b"what a killed process left")
     report = embed_source(str(place / "photos"), tmp_path / "out", settings, progress=told.append)
     assert (report.added, report.present, len(report.bad), sum(told)) == (COUNT - 1, 0, 1, COUNT)
     check_whole(tmp_path / "out")
+    assert not list((tmp_path / "out").glob(".*"))
+    with lock(tmp_path / "out", "process 7"), pytest.raises(StorageError, match="process 7"):
+        embed_source(str(place / "photos"), tmp_path / "out", settings)
     embeddings, listed, _ = found_in(tmp_path / "out")
-    assert listed[5]["metadata"]
     assert json.loads(listed[5]["metadata"])["label"] == "cats"
     engine = load_engine("clip0", str(place / "checkpoints" / "clip0"), settings)
     with Image.open(listed[5]["where"]) as image:
