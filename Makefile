@@ -6,8 +6,9 @@ DATA ?= data
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: serve test format train-demo screenshots fuzz fuzz-decoding sbom stalls torture faults-training bulk-ray bench-training \
-	bench-generation bench-decoding bench-search bench-bulk bench-sizes bench-serving bench-device clean
+.PHONY: serve test test-app test-training format train-demo screenshots fuzz fuzz-decoding sbom stalls torture \
+	faults-training bulk-ray bench-training bench-generation bench-decoding bench-search bench-bulk bench-sizes \
+	bench-serving bench-device clean
 
 serve: .venv/.serve
 	$(BIN)/semblance serve --demo --host $(HOST) --port $(PORT) --data $(DATA)
@@ -15,10 +16,16 @@ serve: .venv/.serve
 test: .venv/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/pytest --ignore tests/training
-	$(BIN)/pytest tests/training
+	OMP_NUM_THREADS=1 $(MAKE) --jobs 2 --output-sync=target test-app test-training
+
+# Beside each other, each on a thread of its own: two that wait for one another are slower than one.
+test-app:
+	$(BIN)/pytest --durations 15 --ignore tests/training
+
+test-training:
+	$(BIN)/mypy
+	$(BIN)/pytest --durations 15 tests/training
 
 format: .venv/.test
 	$(BIN)/ruff check --fix .

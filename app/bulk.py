@@ -263,6 +263,7 @@ def run_processes(
                     done(process.answer())
                 except (EOFError, ConnectionResetError):
                     slots[slots.index(process)] = None
+                    process.end()
                     deaths[part.number] += 1
                     if deaths[part.number] == _DEATHS:
                         raise ModelError(
