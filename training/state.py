@@ -59,7 +59,8 @@ def find_state(run: Path) -> Path | None:
 
     Raises CheckpointError if it is not on a disk that all processes see, or of an earlier version.
     """
-    found = [str(_complete(run / "state")[-1]) if _complete(run / "state") else None]
+    complete = _complete(run / "state")
+    found = [str(complete[-1]) if complete else None]
     if world_size() > 1:
         dist.broadcast_object_list(found)
         seen = torch.tensor(int(found[0] is None or (Path(found[0]) / _FACTS).is_file()))
