@@ -7,7 +7,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .PHONY: serve test test-app test-training format train-demo screenshots fuzz fuzz-decoding sbom stalls torture \
-	faults-training bulk-ray bench-training bench-generation bench-decoding bench-search bench-bulk bench-sizes \
+	faults-training faults-serving bulk-ray bench-training bench-generation bench-decoding bench-search bench-bulk bench-sizes \
 	bench-serving bench-device clean
 
 serve: .venv/.serve
@@ -73,6 +73,9 @@ torture: .venv/.test
 
 faults-training: .venv/.test
 	FAULTS=1 $(BIN)/pytest -s tests/training/test_elastic.py
+
+faults-serving: .venv/.test
+	FAULTS=1 $(BIN)/pytest -s tests/app/test_replicas.py
 
 # Ray in an environment of its own: the suite's would be half as large again with it.
 bulk-ray: .venv-ray/.done

@@ -16,6 +16,9 @@ T = TypeVar("T")
 BATCH, BATCH_BYTES = 16, 6_000_000  # inputs and bytes of one request, at most
 PATIENCE = 60  # times that a busy server is asked again
 IN_FLIGHT = 4  # requests at once: some decode while others are embedded
+# Requests that change nothing, which therefore may be sent again.
+_PURE = {"/embed", "/zero-shot", "/search", "/similarity", "/rank", "/generate"}
+_LOST = 3  # connections in a row that end without an answer, until there is no server
 
 
 class AnswerError(SemblanceError):
@@ -46,7 +49,8 @@ async def events(
 
 
 async def call(client: httpx.AsyncClient, method: str, url: str, *, patience: int = PATIENCE, **options: Any) -> Any:
-    """One request and its JSON; waits and tries again while the server is busy, `patience` times at most.
+    """One request and its JSON; waits and tries again while the server is busy, `patience` times at most, and where the
+    connection ended without an answer to what may be asked twice: a server behind a proxy has gone, another is there.
 
     Raises AnswerError with what the server said, or that it could not be reached.
     """
@@ -79,6 +83,7 @@ async def send_all(batches: Iterator[T], send: Callable[[T], Coroutine[Any, Any,
 
 async def _answer(client: httpx.AsyncClient, method: str, url: str, patience: int, **options: Any) -> httpx.Response:
     """A good answer whose body is yet to be read."""
+    lost = 0
     for attempt in range(patience + 1):
         try:
             answer = await client.send(client.build_request(method, url, **options), stream=True)
@@ -86,7 +91,13 @@ async def _answer(client: httpx.AsyncClient, method: str, url: str, patience: in
                 return answer
             await answer.aread()
         except httpx.TransportError as error:
-            raise _unreachable(client, error) from error
+            lost += 1
+            ended = isinstance(error, httpx.RemoteProtocolError | httpx.ReadError)
+            if lost > min(_LOST, patience) or not ended or not (method != "POST" or url in _PURE):
+                raise _unreachable(client, error) from error
+            await asyncio.sleep(0.1 * lost)
+            continue
+        lost = 0
         if answer.status_code not in (429, 503) or attempt == patience:
             break
         await asyncio.sleep(_pause(answer))

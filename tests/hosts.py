@@ -66,6 +66,11 @@ class Hosts:
         self._started.append(process)
         return process
 
+    def run(self, host: int, command: Sequence[str]) -> str:
+        """What a short command on a host prints."""
+        inside = ["ip", "netns", "exec", self._namespace(host), *command]
+        return subprocess.run(inside, capture_output=True, text=True, timeout=30).stdout
+
     def kill(self, host: int) -> None:
         """Every process on it, at once and without a word."""
         found = subprocess.run(

@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 from support import running
 
-from app.calls import BATCH, IN_FLIGHT, AnswerError
+from app.calls import BATCH, IN_FLIGHT, AnswerError, call
 from app.client import AsyncClient, Client
 
 DEMO = Path(__file__).parents[2] / "checkpoints" / "demo"
@@ -196,3 +196,37 @@ def test_errors_say_what_the_server_said(demo: Client) -> None:
     with Client("http://127.0.0.1:1") as nobody, pytest.raises(AnswerError, match="cannot be reached") as refused:
         nobody.search("a")
     assert refused.value.status == 0
+
+
+@pytest.mark.parametrize(
+    ("method", "url", "losses", "answered"),
+    [
+        ("POST", "/embed", 3, True),
+        ("POST", "/embed", 4, False),
+        ("GET", "/models", 2, True),
+        ("PUT", "/collections/a", 1, True),
+        ("POST", "/collections/a/items", 1, False),  # an item without an id would be there twice
+    ],
+)
+def test_what_changes_nothing_is_asked_again_when_the_connection_was_lost(
+    method: str, url: str, losses: int, answered: bool
+) -> None:
+    asked: list[str] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        asked.append(request.url.path)
+        if len(asked) <= losses:
+            raise httpx.RemoteProtocolError("Server disconnected without sending a response.")
+        return httpx.Response(200, json={"ok": True})
+
+    async def ask() -> Any:
+        async with httpx.AsyncClient(transport=httpx.MockTransport(answer), base_url="http://a") as client:
+            return await call(client, method, url)
+
+    if answered:
+        assert asyncio.run(ask()) == {"ok": True}
+        assert asked == [url] * (losses + 1)
+    else:
+        with pytest.raises(AnswerError, match="cannot be reached"):
+            asyncio.run(ask())
+        assert len(asked) == (4 if url == "/embed" else 1)
