@@ -6,7 +6,7 @@ DATA ?= data
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: serve test test-app test-training format train-demo screenshots fuzz fuzz-decoding sbom stalls torture \
+.PHONY: serve test test-app test-others format train-demo screenshots fuzz fuzz-decoding sbom stalls torture \
 	faults-training faults-serving bulk-ray bench-training bench-generation bench-decoding bench-search bench-bulk bench-sizes \
 	bench-serving bench-device clean
 
@@ -17,15 +17,16 @@ test: .venv/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
-	OMP_NUM_THREADS=1 $(MAKE) --jobs 2 --output-sync=target test-app test-training
+	OMP_NUM_THREADS=1 $(MAKE) --jobs 2 --output-sync=target test-app test-others
 
 # Beside each other, each on a thread of its own: two that wait for one another are slower than one.
 test-app:
-	$(BIN)/pytest --durations 15 --ignore tests/training
+	$(BIN)/pytest --durations 15 tests/app
 
-test-training:
+test-others:
 	$(BIN)/mypy
 	$(BIN)/pytest --durations 15 tests/training
+	$(BIN)/pytest --durations 15 --ignore tests/app --ignore tests/training
 
 format: .venv/.test
 	$(BIN)/ruff check --fix .

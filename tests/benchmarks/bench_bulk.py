@@ -40,10 +40,10 @@ def main() -> None:
     """Print the rates and their ratios."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", help="a reference (default: a random ViT-B/32)")
-    parser.add_argument("--pictures", type=int, default=2048)
+    parser.add_argument("--pictures", type=int, default=640)
     parser.add_argument("--engine", choices=["processes", "ray"], default="processes")
     arguments = parser.parse_args()
-    bulk.PART = 128  # several for each process of so few pictures
+    bulk.PART = 64  # several for each process of so few pictures
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         if arguments.model is None:
@@ -62,6 +62,11 @@ def main() -> None:
 
         cores = settings(0).thread_count
         rates: dict[str, float] = {}
+
+        def say(name: str, rate: float) -> None:
+            rates[name] = rate
+            print(f"{name}: {rate:.1f} pictures/s", flush=True)
+
         for threads in sorted({1, cores}):
             torch.set_num_threads(threads)
             engine = load_engine("vit", reference, settings(threads))
@@ -71,14 +76,12 @@ def main() -> None:
                 began = time.perf_counter()
                 engine.encode_images(batch)
                 spent.append(time.perf_counter() - began)
-            rates[f"the model alone, {threads} threads"] = 32 / statistics.median(spent)
+            say(f"the model alone, {threads} threads", 32 / statistics.median(spent))
             del engine
         ways = {"1 process of 1 thread": (1, 1), f"1 process of {cores} threads": (1, cores)}
         ways[f"{cores} processes of 1 thread"] = (cores, cores)
         for name, (workers, threads) in ways.items():
-            rates[name] = rate_of_bulk(folder / "photos", settings(threads), workers, arguments.engine)
-    for name, rate in rates.items():
-        print(f"{name}: {rate:.1f} pictures/s")
+            say(name, rate_of_bulk(folder / "photos", settings(threads), workers, arguments.engine))
     whole = rates[f"the model alone, {cores} threads"]
     best = max(rates[f"1 process of {cores} threads"], rates[f"{cores} processes of 1 thread"])
     print(f"into files, {arguments.engine}: {best / whole:.0%} of the model alone")

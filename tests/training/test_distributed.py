@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from support import saved_tensors
 from tiny import EVERY, part_of, whole_batch, whole_statistics
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -18,6 +19,7 @@ from training.distributed import leave_group
 from training.method import Method
 from training.methods.clip import CLIPMethod
 from training.sharding import average_whole, clip_gradients, shard, whole
+from training.state import find_state, load_tensors, save_state
 
 WAYS = ("data parallel", "in shares")
 
@@ -34,6 +36,15 @@ def _gradients(method: nn.Module) -> dict[str, Tensor]:
 
 def _state(method: Method) -> dict[str, Tensor]:
     return {name: whole(tensor).detach().clone() for name, tensor in method.state_dict().items()}
+
+
+def _given() -> Method:
+    """A method that is not as `whole_statistics` makes it."""
+    method = whole_statistics("byol")
+    with torch.no_grad():
+        for tensor in method.state_dict().values():
+            tensor.add_(1)
+    return method
 
 
 def _worker(rank: int, world_size: int, port: int, out: str) -> None:
@@ -66,6 +77,14 @@ def _worker(rank: int, world_size: int, port: int, out: str) -> None:
                 "state": _state(method),
             }
             del runs, loss
+    # What one process saved is read in shares, and what these save of their shares by one process.
+    method = whole_statistics("byol")
+    shard(method, torch.device("cpu"))
+    given = find_state(Path(out).parent / "given")
+    assert given is not None
+    load_tensors(given, method.state_dict())
+    found["read in shares"] = _state(method)
+    save_state(Path(out).parent / "made", 7, method.state_dict(), {})
     if rank == 0:
         torch.save(found, out)
     dist.barrier()
@@ -75,8 +94,14 @@ def _worker(rank: int, world_size: int, port: int, out: str) -> None:
 
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_ranks_have_the_gradient_and_the_state_of_the_whole_batch(tmp_path: Path, world_size: int) -> None:
+    given = _given().state_dict()
+    save_state(tmp_path / "given", 3, given, {"spent": 1.5})
     mp.spawn(_worker, (world_size, _free_port(), str(tmp_path / "out.pt")), nprocs=world_size)
     found = torch.load(tmp_path / "out.pt", weights_only=True)
+    made = saved_tensors(tmp_path / "made")
+    assert made.keys() == given.keys()
+    assert all(torch.equal(tensor, found["read in shares"][name]) for name, tensor in given.items())
+    assert all(torch.equal(tensor, made[name]) for name, tensor in given.items())
     for name in EVERY:
         method = whole_statistics(name)
         loss = method(whole_batch(name))["loss"]
