@@ -129,14 +129,14 @@ def test_a_killed_worker_is_followed_by_another(place: Path, tmp_path: Path, set
     killed: list[int] = []
 
     def kill(done: int) -> None:
-        if len(killed) < 3:
-            victim = multiprocessing.active_children()[len(killed) % 2]
+        if len(killed) < 2:  # three, if it was the same part each time, would be the part's fault
+            victim = multiprocessing.active_children()[len(killed)]
             assert victim.pid is not None
             os.kill(victim.pid, signal.SIGKILL)
             killed.append(victim.pid)
 
     report = embed_source(str(place / "photos"), tmp_path, settings, workers=2, progress=kill)
-    assert len(set(killed)) == 3
+    assert len(set(killed)) == 2
     # A worker that had written its part and was killed before it said so: the part is made again, as it was.
     assert report.added == COUNT - 1
     check_whole(tmp_path)
