@@ -130,7 +130,7 @@ def test_a_killed_worker_is_followed_by_another(place: Path, tmp_path: Path, set
 
     def kill(done: int) -> None:
         if len(killed) < 2:  # three, if it was the same part each time, would be the part's fault
-            victim = multiprocessing.active_children()[len(killed)]
+            victim = multiprocessing.active_children()[0]
             assert victim.pid is not None
             os.kill(victim.pid, signal.SIGKILL)
             killed.append(victim.pid)
