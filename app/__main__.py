@@ -11,7 +11,8 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -193,13 +194,17 @@ def _index(options: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from app.bulk import embed_source
     from app.ingest import Report, count, ingest
     from app.vectors import holds_vectors, load_vectors
 
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _rate(), TimeRemainingColumn())
-    vectors = holds_vectors(options.source)
+    console, vectors = Console(stderr=True), holds_vectors(options.source)
+
+    @contextmanager
+    def shown(name: str) -> Iterator[Callable[[int], None]]:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _rate(), TimeRemainingColumn())
+        with Progress(*columns, console=console) as progress:
+            task = progress.add_task(name, total=None if vectors else count(options.source))
+            yield lambda done: progress.advance(task, done)
 
     def ended(report: Report) -> int:
         for line in report.bad:
@@ -207,24 +212,23 @@ def _index(options: argparse.Namespace) -> int:
         print(f"{report.added} added, {report.present} there already, {len(report.bad)} not read")  # noqa: T201
         return 1 if 0 <= options.max_bad < len(report.bad) else 0
 
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task(options.to or options.collection, total=None if vectors else count(options.source))
-
-        def advance(done: int) -> None:
-            progress.advance(task, done)
-
-        async def work(client: Any) -> int:
-            fill = load_vectors if vectors else partial(ingest, in_place=options.in_place)
+    async def work(client: Any) -> int:
+        fill = load_vectors if vectors else partial(ingest, in_place=options.in_place)
+        with shown(options.collection) as progress:
             to = options.collection
-            return ended(await fill(client, to, options.source, model=options.embedder, progress=advance))
+            report = await fill(client, to, options.source, model=options.embedder, progress=progress)
+        return ended(report)
 
-        if not options.to:
-            return _with_client(options, work)
-        made = embed_source(
+    if not options.to:
+        return _with_client(options, work)
+    from app.bulk import embed_source  # brings torch and the models with it, which no other indexing needs
+
+    with shown(options.to) as progress:
+        report = embed_source(
             options.source, options.to, settings_of(options),
-            embedder=options.embedder, engine=options.engine, workers=options.workers, progress=advance,
+            embedder=options.embedder, engine=options.engine, workers=options.workers, progress=progress,
         )  # fmt: skip
-        return ended(made)
+    return ended(report)
 
 
 def _rate() -> Any:

@@ -30,10 +30,12 @@ from safetensors.numpy import save_file
 from app import images
 from app.fetching import Fetcher
 from app.ingest import Report, picture_of
+from app.inputs import image_limits
 from app.loading import find_models, load_engine
 from app.locking import lock
 from app.settings import Settings
 from models.errors import ConflictError, DataError, ModelError, SemblanceError
+from models.files import sync
 from models.readers import BadRows, Member, Record, Remote, file_bytes, pyarrow_for, read
 
 PART = 1024  # records
@@ -65,7 +67,6 @@ class Part:
 class Done:
     """What became of a part's records."""
 
-    number: int
     added: int
     bad: list[str] = field(default_factory=list)
 
@@ -76,7 +77,7 @@ class PartWriter:
     def __init__(self, name: str, reference: str, settings: Settings, source: str, folder: str) -> None:
         self._engine = load_engine(name, reference, settings)
         self._source, self._folder, self._settings = Path(source), Path(folder), settings
-        self._limits = images.Limits(settings.max_body, max_pixels=settings.max_pixels, max_side=settings.max_side)
+        self._limits = image_limits(settings)
         self._threads = _FETCHERS if settings.fetch_hosts else max(2, settings.thread_count)
         self._loop: asyncio.AbstractEventLoop | None = None
         if settings.fetch_hosts:
@@ -120,7 +121,7 @@ class PartWriter:
         bad += [f"{kept[place].where}: the model gave no finite numbers" for place in np.flatnonzero(~finite)]
         good = np.flatnonzero(finite)
         self._write(part, [kept[place] for place in good], vectors[good], bad)
-        return Done(part.number, len(good), bad)
+        return Done(len(good), bad)
 
     def _prepared(self, record: Record) -> torch.Tensor:
         if isinstance(record.image, Image.Image):
@@ -333,7 +334,7 @@ def run_ray(
         num_gpus=1 if gpus else 0,
     )
     for row in made.iter_rows():
-        done(Done(row["number"], row["added"], list(row["bad"])))
+        done(Done(row["added"], list(row["bad"])))
 
 
 class _RayWriter:
@@ -344,7 +345,7 @@ class _RayWriter:
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         made = self._writer(row["part"])
-        return {"number": made.number, "added": made.added, "bad": made.bad}
+        return {"added": made.added, "bad": made.bad}
 
 
 def _make_parts(connection: Connection, arguments: dict[str, Any], settings: Settings) -> None:
@@ -385,6 +386,5 @@ def _written(file: Path, part: Part) -> list[str] | None:
 
 def _settle(unfinished: Path, file: Path) -> None:
     """Let a file have its name once all of it is on the disk."""
-    with unfinished.open("rb") as written:
-        os.fsync(written.fileno())
+    sync(unfinished)
     unfinished.replace(file)

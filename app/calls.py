@@ -93,7 +93,7 @@ async def _answer(client: httpx.AsyncClient, method: str, url: str, patience: in
         except httpx.TransportError as error:
             lost += 1
             ended = isinstance(error, httpx.RemoteProtocolError | httpx.ReadError)
-            if lost > min(_LOST, patience) or not ended or not (method != "POST" or url in _PURE):
+            if lost > min(_LOST, patience) or not ended or (method == "POST" and url not in _PURE):
                 raise _unreachable(client, error) from error
             await asyncio.sleep(0.1 * lost)
             continue

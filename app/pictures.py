@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from models.errors import NotFoundError, StorageError
+from models.files import sync
 
 _JPEG_END = b"\xff\xd9"
 _STEP, _LARGEST = 32, 512  # sizes of thumbnails that are kept: so many at most, whatever is asked for
@@ -63,8 +64,8 @@ class Pictures:
                 handle.flush()
                 os.fsync(handle.fileno())
             temporary.replace(file)
-            _sync_folder(file.parent)
-            _sync_folder(self._folder)
+            sync(file.parent)
+            sync(self._folder)
         except OSError as error:
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
@@ -133,11 +134,3 @@ class Pictures:
 
     def _file(self, digest: str) -> Path:
         return file_of(self._folder, digest)
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -24,6 +23,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from models.errors import CheckpointError
+from models.files import sync
 from models.preprocess import Preprocess
 from models.tokenizers import TextTokenizer
 
@@ -183,8 +183,7 @@ def _preprocess(model: nn.Module) -> Preprocess:
 def _publish(staging: Path, target: Path) -> None:
     """Put the finished folder in the target's place, with its content on disk first."""
     for file in staging.iterdir():
-        with file.open("rb") as handle:
-            os.fsync(handle.fileno())
+        sync(file)
     staging.chmod(0o755)
     if target.exists():
         retired = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent))

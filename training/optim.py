@@ -83,12 +83,12 @@ class LARS(torch.optim.Optimizer):
 
 
 class Moments:
-    """What an optimizer keeps of the parameters of `module`, under their names: "<parameter>/<what>" -> tensor."""
+    """What an optimizer keeps of the parameters of `module`, by names: "optimizer/<parameter>/<what>" -> tensor."""
 
     def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         self._optimizer = optimizer
         names = {parameter: name for name, parameter in module.named_parameters()}
-        self._parameters = {names[p]: p for group in optimizer.param_groups for p in group["params"]}
+        self._parameters = {f"optimizer/{names[p]}": p for group in optimizer.param_groups for p in group["params"]}
 
     def tensors(self) -> dict[str, Tensor]:
         """As they are."""

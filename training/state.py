@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from models.errors import CheckpointError
+from models.files import sync
 from training.distributed import rank, world_size
 
 _FACTS = "run.json"
@@ -49,7 +50,7 @@ def save_state(run: Path, step: int, tensors: Mapping[str, Tensor], facts: Mappi
             os.fsync(file.fileno())
         before = _complete(states)
         staged.rename(states / f"{step:08d}")
-        _sync(states)
+        sync(states)
         for folder in before:
             shutil.rmtree(folder)
 
@@ -105,11 +106,3 @@ def _unwarned() -> Iterator[None]:
 def _complete(states: Path) -> list[Path]:
     """Folders of whole states, the oldest first."""
     return sorted(folder for folder in states.glob("[0-9]*") if (folder / _FACTS).is_file())
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

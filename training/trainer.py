@@ -307,7 +307,8 @@ class Trainer:
             "scaler": self.scaler.state_dict(),
             "config": self._identity(),
         }
-        save_state(self.run, self.step, self._tensors() | self._random_states(), facts)
+        moments = Moments(self.method, self.optimizer).tensors()
+        save_state(self.run, self.step, self._weights() | moments | self._random_states(), facts)
         self._saved = self.step
 
     def load(self) -> None:
@@ -322,11 +323,10 @@ class Trainer:
                 f"{self.run} is of a run with other {', '.join(changed)}: give the same options to go on, "
                 "or another --run-dir to begin anew"
             )
-        prefix, moments = "optimizer/", Moments(self.method, self.optimizer)
-        places = moments.places({k.removeprefix(prefix): v for k, v in kept.items() if k.startswith(prefix)})
+        moments = Moments(self.method, self.optimizer)
+        places = moments.places(kept)
         random = {name: tensor for name, tensor in self._random_states().items() if name in kept}
-        weights = {name: t for name, t in self._tensors().items() if not name.startswith(prefix)}
-        load_tensors(state, weights | {prefix + name: t for name, t in places.items()} | random)
+        load_tensors(state, self._weights() | places | random)
         moments.load(places)
         self.scaler.load_state_dict(facts["scaler"])
         self.step, self.spent = facts["step"], facts["spent"]
@@ -337,9 +337,9 @@ class Trainer:
                 torch.set_rng_state(tensor)
         self._saved = self.step
 
-    def _tensors(self) -> dict[str, Tensor]:
-        """Weights and buffers of the method and its average, and the optimizer's state, by names in the saved state."""
-        parts = {"method": self.method.state_dict(), "optimizer": Moments(self.method, self.optimizer).tensors()}
+    def _weights(self) -> dict[str, Tensor]:
+        """Weights and buffers of the method and its average, by names in the saved state."""
+        parts = {"method": self.method.state_dict()}
         if self.ema is not None:
             parts["ema"] = self.ema.state_dict()
         return {f"{part}/{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
