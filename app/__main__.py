@@ -133,12 +133,12 @@ def _serve(options: argparse.Namespace) -> int:
     import uvicorn
 
     from app import logs, tracing
-    from app.collections import Collections
     from app.demo import fill_demo
     from app.keys import Keyring
     from app.loading import load_engines, load_generators
     from app.main import create_app
     from app.protocol import DrainingServer, punctual
+    from app.stores import open_collections
 
     settings = settings_of(options)
     keys = Keyring(settings.store, settings.plain_keys)
@@ -149,7 +149,7 @@ def _serve(options: argparse.Namespace) -> int:
     log = logging.getLogger("semblance")
     started = time.monotonic()
     address = f"http://{settings.host}:{settings.port}"
-    with Collections(settings.store, note=address, picture_root=settings.picture_root) as collections:
+    with open_collections(settings, note=address) as collections:
         engines, generators = load_engines(settings), load_generators(settings)
         if not engines and not generators:
             raise SemblanceError(

@@ -9,9 +9,9 @@ from contextlib import asynccontextmanager
 
 import httpx
 
-from app.collections import Collections
 from app.locking import lock_note
 from app.settings import Settings
+from app.stores import open_collections
 from models.errors import StorageError
 
 LOCAL = "http://127.0.0.1"
@@ -32,7 +32,7 @@ async def connect(settings: Settings, server: str | None = None) -> AsyncIterato
     collections = None
     if server is None:
         try:
-            collections = Collections(settings.store, picture_root=settings.picture_root)
+            collections = open_collections(settings)
         except StorageError:
             server = lock_note(settings.store)
             if not server.startswith("http"):

@@ -86,10 +86,10 @@ def _checkpoints(settings: Settings) -> Iterator[Finding]:
 
 
 def _data_folder(settings: Settings) -> Iterator[Finding]:
-    from app.collections import Collections
     from app.database import check
     from app.keys import Keyring
     from app.locking import lock_note
+    from app.sqlite_collections import SQLiteCollections
     from models.errors import StorageError
 
     store = settings.store
@@ -113,7 +113,7 @@ def _data_folder(settings: Settings) -> Iterator[Finding]:
         yield Finding("bad", "data folder", str(error))
         return
     try:
-        with Collections(store) as collections:
+        with SQLiteCollections(store) as collections:
             for name in collections.names():
                 info = collections.get(name).info()
                 yield Finding("ok", f"collection {name}", f"{info.count:,} items of model {info.model!r}, {info.index}")

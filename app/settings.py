@@ -55,6 +55,11 @@ class Settings(BaseSettings):
     )
     # Not `data`: SEMBLANCE_DATA names the pictures that training reads, and nothing shall be written there.
     store: Path = Field(Path("data"), description="the folder of the collections; one process at a time")
+    database: SecretStr | None = Field(
+        None,
+        description="postgresql://... that has the collections, which several servers may share; none: the folder has "
+        "them",
+    )
     picture_root: Path | None = Field(
         None, description="folder of pictures that items may refer to in place; none: all are kept in the store"
     )

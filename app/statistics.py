@@ -2,51 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import apsw
 import numpy as np
 
-from app.database import rows
 from app.index import VectorIndex
 
 KEYS, VALUES = 100, 10  # of the metadata, the most frequent
 _SAMPLE = 500  # items whose cosines are looked at
 _SHARES = (0.05, 0.5, 0.95, 0.99)
 
-# A row a key and type of value, for one pass over the items.
-_METADATA = """
-    SELECT key, type, COUNT(*), COUNT(DISTINCT value), MIN(value), MAX(value)
-    FROM items, json_each(items.metadata) WHERE collection = ? GROUP BY key, type
-"""
-_VALUES = """
-    SELECT value, COUNT(*) AS times FROM items, json_each(items.metadata)
-    WHERE collection = ? AND key = ? AND type = 'text' GROUP BY value ORDER BY times DESC, value LIMIT ?
-"""
 
+def counts(
+    of_kind: Mapping[str, int],
+    pictures: int,
+    of_metadata: Iterable[tuple[str, bool, int, int, Any, Any]],
+    frequent: Callable[[str], Iterable[tuple[str, int]]],
+) -> dict[str, Any]:
+    """`kinds` and `metadata` of what a store has counted.
 
-def kinds(connection: apsw.Connection, collection: int) -> dict[str, int]:
-    """Items of each kind, and pictures that are kept."""
-    found = dict(rows(connection, "SELECT kind, COUNT(*) FROM items WHERE collection = ? GROUP BY kind", collection))
-    pictures = rows(connection, "SELECT COUNT(DISTINCT picture) FROM items WHERE collection = ?", collection)[0][0]
-    return {"image": found.get("image", 0), "text": found.get("text", 0), "pictures": pictures}
-
-
-def metadata(connection: apsw.Connection, collection: int) -> list[dict[str, Any]]:
-    """Of each key, the most frequent first: how many items have it, its values, their range and the most frequent."""
+    of_metadata: of every key and type of value: key, whether they are numbers, items, different values, the least and
+    the greatest. frequent: a key's most frequent texts, VALUES at most, with their items.
+    """
     found: dict[str, dict[str, Any]] = {}
-    for key, kind, items, distinct, low, high in rows(connection, _METADATA, collection):
+    for key, numbers, items, distinct, low, high in of_metadata:
         entry = found.setdefault(key, {"key": key, "items": 0, "values": 0, "min": None, "max": None, "frequent": []})
         entry["items"] += items
         entry["values"] += distinct
-        if kind in ("integer", "real"):
+        if numbers:
             entry["min"] = low if entry["min"] is None else min(low, entry["min"])
             entry["max"] = high if entry["max"] is None else max(high, entry["max"])
     shown = sorted(found.values(), key=lambda entry: (-entry["items"], entry["key"]))[:KEYS]
     for entry in shown:
-        frequent = rows(connection, _VALUES, collection, entry["key"], VALUES)
-        entry["frequent"] = [{"value": value, "items": times} for value, times in frequent]
-    return shown
+        entry["frequent"] = [{"value": value, "items": times} for value, times in frequent(entry["key"])]
+    kinds = {"image": of_kind.get("image", 0), "text": of_kind.get("text", 0), "pictures": pictures}
+    return {"kinds": kinds, "metadata": shown}
 
 
 def cosines(index: VectorIndex) -> dict[str, dict[str, float]]:

@@ -17,10 +17,10 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-from app.collections import Collections
 from app.main import create_app
 from app.metrics import Metrics
 from app.settings import Settings
+from app.sqlite_collections import SQLiteCollections
 from training.__main__ import build_parser
 
 DEPLOY = Path(__file__).parent.parent / "deploy"
@@ -56,7 +56,7 @@ def selectors(expression: str) -> list[Any]:
 def labels_of(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
     """Each sample that a server can give, with its labels."""
     folder = tmp_path_factory.mktemp("data")
-    with Collections(folder) as collections:
+    with SQLiteCollections(folder) as collections:
         app = create_app(Settings(store=folder), {}, collections)
         metrics: Metrics = app.state.service.metrics
         metrics.requests.labels("GET", "/", "200").observe(1)

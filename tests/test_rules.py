@@ -76,8 +76,8 @@ real = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *a: None if name == "faiss" else real(name, *a)
 import numpy as np
 from app.collection import NewItem
-from app.collections import Collections
-with Collections({str(tmp_path)!r}) as collections:
+from app.sqlite_collections import SQLiteCollections
+with SQLiteCollections({str(tmp_path)!r}) as collections:
     made = collections.create("c", model="m", fingerprint="f", dimensions=3)
     made.add([NewItem("text", np.array([1, 2, 3], "f4"), "a"), NewItem("text", np.array([3, 2, 1], "f4"), "b")])
     assert [hit.item.id for hit in made.search(np.array([1, 2, 3], "f4"), 5)] == ["a", "b"]

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from app.collections import Collections
 from app.engine import Engine
 from app.keys import Keyring
 from app.loading import load_engines
 from app.main import create_app
 from app.settings import Settings
+from app.stores import open_collections
 
 Start = Callable[..., TestClient]
 
@@ -52,7 +52,7 @@ def start(tmp_path: Path, engines: dict[str, Engine]) -> Iterator[Start]:
             **options: Any,
         ) -> TestClient:
             settings = Settings(store=tmp_path / "data", threads=2, **options)
-            collections = stack.enter_context(Collections(settings.store))
+            collections = stack.enter_context(open_collections(settings))
             app = create_app(settings, engines if served is None else served, collections, generators, keys)
             return stack.enter_context(TestClient(app, base_url="http://127.0.0.1", raise_server_exceptions=False))
 

@@ -18,8 +18,8 @@ from app import backup
 from app.__main__ import main
 from app.backup import back_up, restore
 from app.collection import NewItem
-from app.collections import Collections
 from app.keys import Keyring
+from app.sqlite_collections import SQLiteCollections
 from models.errors import ConflictError, NotFoundError, StorageError
 
 Encoded = Callable[..., bytes]
@@ -35,7 +35,7 @@ def item(number: int, picture: bytes | Path | None = None) -> NewItem:
 
 
 def content(store: Path) -> dict[str, tuple[str | None, bytes | None]]:
-    with Collections(store) as collections:
+    with SQLiteCollections(store) as collections:
         mine = collections.get("mine")
         found = {}
         for each in mine.sample(10_000)[0]:
@@ -48,7 +48,7 @@ def content(store: Path) -> dict[str, tuple[str | None, bytes | None]]:
 def filled(tmp_path: Path, encoded: Encoded) -> Path:
     """A data folder with texts, pictures and a key."""
     store = tmp_path / "data"
-    with Collections(store) as collections:
+    with SQLiteCollections(store) as collections:
         mine = collections.create("mine", model="m", fingerprint="f", dimensions=4)
         mine.add([item(number, encoded(seed=number) if number % 2 else None) for number in range(10)])
     Keyring(store).create("site")
@@ -68,7 +68,7 @@ def test_there_and_back(filled: Path, tmp_path: Path) -> None:
 def test_while_it_changes(filled: Path, tmp_path: Path, encoded: Encoded) -> None:
     """Each backup is one moment: of the pairs that a writer adds and deletes together, none is torn."""
     stop = threading.Event()
-    with Collections(filled) as collections:
+    with SQLiteCollections(filled) as collections:
         mine = collections.get("mine")
 
         def change() -> None:
@@ -104,7 +104,7 @@ def test_a_picture_that_goes_in_between_is_looked_for_again(
         original(source, copy)
         copies.append(copy)
         if len(copies) < 3:
-            with Collections(filled) as collections:
+            with SQLiteCollections(filled) as collections:
                 collections.get("mine").delete(f"i{2 * len(copies) - 1}")
 
     monkeypatch.setattr(backup, "_copy_database", copy_and_delete)
@@ -210,7 +210,7 @@ def test_nothing_is_written_over(filled: Path, tmp_path: Path) -> None:
 
 
 def test_the_commands_beside_a_server(filled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with Collections(filled):  # what a server has open
+    with SQLiteCollections(filled):  # what a server has open
         assert main(["backup", str(tmp_path / "b.tar"), "--data", str(filled)]) == 0
     assert "10 items, 5 pictures" in capsys.readouterr().out
     assert main(["restore", str(tmp_path / "b.tar"), "--data", str(tmp_path / "again")]) == 0

@@ -14,7 +14,7 @@ import pytest
 from support import open_clip_folder, running
 
 from app.__main__ import main
-from app.collections import Collections
+from app.sqlite_collections import SQLiteCollections
 from training.scene_shard import write_shard
 
 Encoded = Callable[..., bytes]
@@ -56,7 +56,7 @@ def test_index_reports_resumes_and_updates(run: Run, photos: Path, encoded: Enco
     os.utime(changed, (1, 1))
     (photos / "cats" / "new.jpg").write_bytes(encoded(100))
     assert "2 added, 39 there already" in run("index", str(photos), "--collection", "pets")
-    with Collections(tmp_path / "data") as collections:
+    with SQLiteCollections(tmp_path / "data") as collections:
         items = collections.get("pets").page(100)
         assert len(items) == 41
         one = next(item for item in items if item.metadata["path"] == "old dogs/pic ture 0.jpg")
@@ -76,7 +76,7 @@ def test_index_of_a_table_and_of_shards(run: Run, photos: Path, encoded: Encoded
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
     assert "1 added" in run("index", str(tmp_path / "shard.tar"), "--collection", "shard")
-    with Collections(tmp_path / "data") as collections:
+    with SQLiteCollections(tmp_path / "data") as collections:
         (item,) = collections.get("shard").page(10)
         assert (item.caption, item.metadata["year"]) == ("from a shard", 1999)
     # Keys of several shards may be alike; each picture keeps its place.
@@ -84,7 +84,7 @@ def test_index_of_a_table_and_of_shards(run: Run, photos: Path, encoded: Encoded
     for name in ("0.tar", "1.tar"):
         (tmp_path / "shards" / name).write_bytes((tmp_path / "shard.tar").read_bytes())
     assert "2 added" in run("index", str(tmp_path / "shards"), "--collection", "shards")
-    with Collections(tmp_path / "data") as collections:
+    with SQLiteCollections(tmp_path / "data") as collections:
         assert [item.id for item in collections.get("shards").page(10)] == ["0.tar:x", "1.tar:x"]
 
 

@@ -28,10 +28,10 @@ from schemathesis.core.failures import FailureGroup
 from schemathesis.specs.openapi import checks
 from support import tiny_dalle
 
-from app.collections import Collections
 from app.engine import Engine
 from app.main import create_app
 from app.settings import Settings
+from app.sqlite_collections import SQLiteCollections
 
 CASES = int(os.environ.get("FUZZ_CASES", "500"))
 SEED = int(os.environ.get("FUZZ_SEED", "0"))
@@ -50,7 +50,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, engines: dict[str, Engine])
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    with Collections(store) as collections:
+    with SQLiteCollections(store) as collections:
         app = create_app(Settings(store=store, threads=2), engines, collections, {"dalle": tiny_dalle()})
         running = uvicorn.Server(uvicorn.Config(app, port=port, log_config=None, log_level="critical"))
         thread = threading.Thread(target=running.run)

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from app.__main__ import main
-from app.collections import Collections
 from app.doctor import Finding, examine
 from app.keys import Keyring
 from app.settings import Settings
+from app.sqlite_collections import SQLiteCollections
 
 
 def found(settings: Settings) -> dict[str, Finding]:
@@ -21,7 +21,7 @@ def found(settings: Settings) -> dict[str, Finding]:
 
 @pytest.fixture
 def settings(checkpoints: Path, tmp_path: Path) -> Settings:
-    with Collections(tmp_path / "data") as collections:
+    with SQLiteCollections(tmp_path / "data") as collections:
         collections.create("mine", model="m", fingerprint="f", dimensions=4)
     return Settings(checkpoints=checkpoints, store=tmp_path / "data", port=0, threads=1)
 
@@ -36,7 +36,7 @@ def test_all_is_well(settings: Settings) -> None:
 
 
 def test_a_server_that_runs_is_let_be(settings: Settings) -> None:
-    with Collections(settings.store, note="http://127.0.0.1:8000"):
+    with SQLiteCollections(settings.store, note="http://127.0.0.1:8000"):
         assert found(settings)["data folder"].text.endswith("is whole, and served by http://127.0.0.1:8000")
 
 

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from app.backup import restore
-from app.collections import Collections
 from app.database import FORMAT
 from app.keys import Keyring
+from app.sqlite_collections import SQLiteCollections
 
 FOLDER = Path(__file__).parent.parent / "formats"
 
@@ -24,7 +24,7 @@ def test_a_folder_of_each_format(version: int, tmp_path: Path) -> None:
     archive = tmp_path / "store.tar"
     archive.write_bytes(lzma.decompress((FOLDER / f"store-{version}.tar.xz").read_bytes()))
     assert restore(archive, tmp_path / "data").items == 2
-    with Collections(tmp_path / "data") as collections:
+    with SQLiteCollections(tmp_path / "data") as collections:
         mine = collections.get("mine")
         assert (mine.model, mine.fingerprint, mine.dimensions) == ("m", "f", 4)
         items, vectors = mine.sample(10)

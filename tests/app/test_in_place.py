@@ -13,8 +13,8 @@ from starlette.testclient import TestClient
 from support import problem
 
 from app.__main__ import main
-from app.collections import Collections
 from app.settings import Settings
+from app.sqlite_collections import SQLiteCollections
 
 Encoded = Callable[..., bytes]
 Start = Callable[..., TestClient]
@@ -38,7 +38,7 @@ def client(tmp_path: Path, photos: Path, engines: dict[str, object]) -> TestClie
     from app.main import create_app
 
     settings = Settings(store=tmp_path / "data", threads=1, picture_root=photos)
-    with Collections(settings.store, picture_root=photos) as collections:
+    with SQLiteCollections(settings.store, picture_root=photos) as collections:
         app = create_app(settings, engines, collections)  # type: ignore[arg-type]
         with TestClient(app, base_url="http://127.0.0.1", raise_server_exceptions=False) as running:
             running.put("/collections/c")
@@ -131,7 +131,7 @@ def test_the_command_leaves_files_where_they_are(
     assert "4 added, 0 there already, 0 not read" in capsys.readouterr().out
     assert main(["index", str(photos / "sub"), "--in-place", *place]) == 0
     assert "0 added, 4 there already" in capsys.readouterr().out
-    with Collections(tmp_path / "data", picture_root=photos) as collections:
+    with SQLiteCollections(tmp_path / "data", picture_root=photos) as collections:
         (first, *_) = collections.get("default").page(10)
         assert first.place == photos / "sub" / "0.png"
         assert collections.get("default").info().bytes == 4 * 24 * 4

@@ -15,8 +15,8 @@ from support import unit_rows
 from app import duplicates
 from app import index as indexes
 from app.collection import NewItem
-from app.collections import Collections
 from app.index import ExactIndex, GrowingIndex, SharedSearch, VectorIndex, make_index
+from app.sqlite_collections import SQLiteCollections
 from models.errors import DeadlineError, InputError
 
 SIZE = 32
@@ -351,7 +351,7 @@ def test_duplicates_are_grouped_as_by_a_loop_over_all_pairs(kind: str, monkeypat
 @pytest.mark.usefixtures("small")
 def test_a_collection_keeps_its_kind_and_its_snapshot_goes_with_it(tmp_path: Path, building: list[str]) -> None:
     vectors = unit_rows(260, 0, SIZE)
-    with Collections(tmp_path) as collections:
+    with SQLiteCollections(tmp_path) as collections:
         made = collections.create("c", model="m", fingerprint="f", dimensions=SIZE, index="hnsw")
         for start in range(0, 260, 52):
             made.add([NewItem("text", vectors[i], f"i{i}", f"c{i}") for i in range(start, start + 52)])
@@ -359,7 +359,7 @@ def test_a_collection_keeps_its_kind_and_its_snapshot_goes_with_it(tmp_path: Pat
         made.delete("i7")
         assert made.info().index == "hnsw"
     (tmp_path / "index" / "99.faiss").write_text("of a collection that is no more")
-    with Collections(tmp_path) as collections:
+    with SQLiteCollections(tmp_path) as collections:
         made = collections.get("c")
         assert (made.info().index, made.info().count, building) == ("hnsw", 259, ["hnsw"])
         assert [made.search(vectors[i], 1)[0].item.id for i in (0, 100, 259)] == ["i0", "i100", "i259"]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from app.collection import NewItem
-from app.collections import Collections
+from app.sqlite_collections import SQLiteCollections
 from models.errors import InputError, NotFoundError
 
 IDS = st.sampled_from([f"i{number}" for number in range(6)])
@@ -35,7 +35,7 @@ class Store(RuleBasedStateMachine):
 
     @initialize(kind=st.sampled_from(["auto", "flat", "hnsw"]))
     def begin(self, kind: str) -> None:
-        self.collections = Collections(Path(self.folder.name))
+        self.collections = SQLiteCollections(Path(self.folder.name))
         self.collections.create("mine", model="m", fingerprint="f", dimensions=4, index=kind)
 
     @property
@@ -65,7 +65,7 @@ class Store(RuleBasedStateMachine):
     @rule()
     def open_again(self) -> None:
         self.collections.close()
-        self.collections = Collections(Path(self.folder.name))
+        self.collections = SQLiteCollections(Path(self.folder.name))
 
     @rule(query=VECTORS, k=st.integers(1, 8))
     def search(self, query: list[int], k: int) -> None:

@@ -1,4 +1,4 @@
-"""Collections made again with another model while they serve."""
+"""SQLiteCollections made again with another model while they serve."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from starlette.testclient import TestClient
 from support import problem, tiny_clip
 
 from app.__main__ import main
-from app.collections import Collections
 from app.engine import Engine, ModelEngine
+from app.sqlite_collections import SQLiteCollections
 from models.checkpoint import save_checkpoint
 
 Encoded = Callable[..., bytes]
@@ -127,7 +127,7 @@ def test_searches_and_writes_go_on_and_nothing_of_them_is_lost(
 def test_what_was_interrupted_goes_on_where_it_was(
     start: Start, engines: dict[str, Engine], encoded: Encoded, tmp_path: Path
 ) -> None:
-    with Collections(tmp_path / "data") as _:
+    with SQLiteCollections(tmp_path / "data") as _:
         pass
     first, again = Slow(0.1), Slow()
     client = start({**engines, "other": first})
@@ -178,14 +178,14 @@ def test_it_can_be_given_up_and_says_what_is_wrong(start: Start, engines: dict[s
 
 
 def test_what_is_to_take_its_place_goes_with_a_collection(tmp_path: Path) -> None:
-    with Collections(tmp_path / "data") as collections:
+    with SQLiteCollections(tmp_path / "data") as collections:
         collections.create("c", model="m", fingerprint="f", dimensions=8)
         assert collections.stage("c", "n", "g", 4) is collections.staged("c")
         assert collections.names() == ["c"]
         collections.delete("c")
         assert collections.staged("c") is None
         collections.create("c", model="m", fingerprint="f", dimensions=8)
-    with Collections(tmp_path / "data") as collections:
+    with SQLiteCollections(tmp_path / "data") as collections:
         assert (collections.names(), collections.staged("c")) == (["c"], None)
 
 
@@ -214,6 +214,6 @@ def test_the_command_waits_for_the_other_model(
     assert "3 items of model 'new'" in capsys.readouterr().out
     assert main(["reindex", "new", *place]) == 0
     assert "3 items of model 'new'" in capsys.readouterr().out
-    with Collections(tmp_path / "data") as collections:
+    with SQLiteCollections(tmp_path / "data") as collections:
         assert collections.get("default").model == "new"
         assert collections.get("default").info().count == 3

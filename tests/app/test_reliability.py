@@ -23,11 +23,11 @@ import pytest
 from starlette.testclient import TestClient
 from support import Server, png_header, problem, running
 
-from app.collections import Collections
 from app.engine import Engine, ModelEngine
 from app.keys import Keyring
 from app.main import create_app
 from app.settings import Settings
+from app.sqlite_collections import SQLiteCollections
 from models.errors import ForbiddenError
 
 Encoded = Callable[..., bytes]
@@ -223,7 +223,7 @@ def test_row_28_a_full_queue_answers_at_once(start: Start, engines: dict[str, En
 
 
 def test_row_29_not_ready_is_503(tmp_path: Path, engines: dict[str, Engine]) -> None:
-    with Collections(tmp_path / "data") as collections:
+    with SQLiteCollections(tmp_path / "data") as collections:
         app = create_app(Settings(store=tmp_path / "data"), engines, collections)
         client = TestClient(app, base_url="http://127.0.0.1")  # without its lifespan, nothing has been started
         for path in ("/readyz", "/models"):

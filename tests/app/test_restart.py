@@ -9,7 +9,7 @@ import httpx
 from support import running, unit_rows
 
 from app.collection import NewItem
-from app.collections import Collections
+from app.sqlite_collections import SQLiteCollections
 from models.checkpoint import load_checkpoint
 
 ITEMS = 3000
@@ -19,7 +19,7 @@ def test_a_killed_server_has_its_items_and_their_graph_when_it_is_ready_again(
     checkpoints: Path, tmp_path: Path
 ) -> None:
     model = load_checkpoint(checkpoints / "clip")
-    with Collections(tmp_path / "data") as collections:
+    with SQLiteCollections(tmp_path / "data") as collections:
         made = collections.create("big", model="clip", fingerprint=model.fingerprint, dimensions=24, index="hnsw")
         made.add([NewItem("text", row, f"i{number}") for number, row in enumerate(unit_rows(ITEMS, size=24))])
         while made.info().indexed < ITEMS:

@@ -14,7 +14,7 @@ import pytest
 from support import unit_rows
 
 from app.collection import Collection, NewItem
-from app.collections import Collections
+from app.sqlite_collections import SQLiteCollections
 from models.errors import ConflictError, InputError, NotFoundError, StorageError
 
 
@@ -23,7 +23,7 @@ def store(tmp_path: Path) -> Path:
     return tmp_path / "data"
 
 
-def _create(collections: Collections, name: str = "c") -> Collection:
+def _create(collections: SQLiteCollections, name: str = "c") -> Collection:
     return collections.create(name, model="m", fingerprint="f", dimensions=8)
 
 
@@ -33,14 +33,14 @@ def _item(i: int, **changes: object) -> NewItem:
 
 
 def test_everything_is_there_after_a_restart(store: Path) -> None:
-    with Collections(store) as collections:
+    with SQLiteCollections(store) as collections:
         made = _create(collections)
         assert made.add([_item(i) for i in range(20)]) == [f"i{i}" for i in range(20)]
         made.add([_item(3, vector=unit_rows(1, 100)[0], caption="new")])
         made.delete("i7")
         before = made.search(unit_rows(1, 5)[0], 100)
         info = made.info()
-    with Collections(store) as collections:
+    with SQLiteCollections(store) as collections:
         again = collections.get("c")
         after = again.search(unit_rows(1, 5)[0], 100)
         assert [hit.item for hit in after] == [hit.item for hit in before]
@@ -55,7 +55,7 @@ def test_everything_is_there_after_a_restart(store: Path) -> None:
 
 
 def test_a_batch_is_stored_whole_or_not_at_all(store: Path) -> None:
-    with Collections(store) as collections:
+    with SQLiteCollections(store) as collections:
         made = _create(collections)
         for wrong, message in (
             ([_item(1), _item(2, vector=np.zeros(8, np.float32))], "zero"),
@@ -71,7 +71,7 @@ def test_a_batch_is_stored_whole_or_not_at_all(store: Path) -> None:
 
 
 def test_replacing_leaves_one_row_and_unused_pictures_go(store: Path) -> None:
-    with Collections(store) as collections:
+    with SQLiteCollections(store) as collections:
         made = _create(collections)
         made.add([_item(0), _item(1), _item(3)])  # 0 and 3 share their picture
         made.delete("i0")
@@ -86,7 +86,7 @@ def test_replacing_leaves_one_row_and_unused_pictures_go(store: Path) -> None:
 
 
 def test_what_is_written_to_a_deleted_collection_is_refused(store: Path) -> None:
-    with Collections(store) as collections:
+    with SQLiteCollections(store) as collections:
         made, other = _create(collections), _create(collections, "other")
         collections.delete("c")
         with pytest.raises(NotFoundError, match="has been deleted"):
@@ -96,7 +96,7 @@ def test_what_is_written_to_a_deleted_collection_is_refused(store: Path) -> None
 
 
 def test_a_replaced_item_is_never_missed(store: Path) -> None:
-    with Collections(store) as collections:
+    with SQLiteCollections(store) as collections:
         made = _create(collections)
         made.add([_item(1), _item(2)])
         done, missed = threading.Event(), []
@@ -120,7 +120,7 @@ def test_a_replaced_item_is_never_missed(store: Path) -> None:
 def test_an_item_that_is_replaced_between_index_and_database_is_found(
     store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with Collections(store) as collections:
+    with SQLiteCollections(store) as collections:
         made = _create(collections)
         made.add([_item(1), _item(2)])
         search, asked = made._searches.search, []
@@ -138,7 +138,7 @@ def test_an_item_that_is_replaced_between_index_and_database_is_found(
 
 
 def test_names_models_and_missing_collections(store: Path) -> None:
-    with Collections(store) as collections:
+    with SQLiteCollections(store) as collections:
         first = _create(collections, "a")
         assert _create(collections, "a") is first
         with pytest.raises(ConflictError, match="model 'm'"):
@@ -151,48 +151,48 @@ def test_names_models_and_missing_collections(store: Path) -> None:
 
 
 def test_a_second_process_is_told_who_holds_the_folder(store: Path) -> None:
-    with Collections(store, note="http://127.0.0.1:1"), pytest.raises(StorageError, match=r"127\.0\.0\.1:1"):
-        Collections(store)
-    Collections(store).close()
+    with SQLiteCollections(store, note="http://127.0.0.1:1"), pytest.raises(StorageError, match=r"127\.0\.0\.1:1"):
+        SQLiteCollections(store)
+    SQLiteCollections(store).close()
 
 
 def test_row_38_damage_is_named_and_refused(store: Path) -> None:
-    with Collections(store) as collections:
+    with SQLiteCollections(store) as collections:
         _create(collections).add([_item(i) for i in range(50)])
     file = store / "store.db"
     content = bytearray(file.read_bytes())
     content[16384 : 16384 * 2] = b"\xff" * 16384
     file.write_bytes(content)
     with pytest.raises(StorageError, match=r"store\.db .*restore it from a backup"):
-        Collections(store)
+        SQLiteCollections(store)
     file.write_bytes(b"no database, but long enough to have a header of a hundred bytes" * 10)
     with pytest.raises(StorageError, match=r"store\.db"):
-        Collections(store)
+        SQLiteCollections(store)
 
 
 def test_a_newer_format_is_refused(store: Path) -> None:
-    Collections(store).close()
+    SQLiteCollections(store).close()
     connection = sqlite3.connect(store / "store.db")
     connection.execute("PRAGMA user_version = 2")
     connection.close()
     with pytest.raises(StorageError, match="format 2, this version reads up to 1: upgrade"):
-        Collections(store)
+        SQLiteCollections(store)
 
 
 def test_the_database_is_as_durable_as_it_promises(store: Path) -> None:
-    with Collections(store) as collections, collections._database.read() as connection:
+    with SQLiteCollections(store) as collections, collections._database.read() as connection:
         assert connection.pragma("journal_mode") == "wal"
         assert connection.pragma("synchronous") == 2
         assert connection.pragma("page_size") == 16384
 
 
 def test_pictures_that_nothing_refers_to_are_swept_up(store: Path) -> None:
-    with Collections(store) as collections:
+    with SQLiteCollections(store) as collections:
         _create(collections).add([_item(1)])
     stray = store / "pictures" / "ab"
     stray.mkdir(exist_ok=True)
     (stray / "abandoned").write_bytes(b"x")
-    with Collections(store) as collections:
+    with SQLiteCollections(store) as collections:
         assert not (stray / "abandoned").exists()
         assert collections.get("c").picture("i1") == b"picture 1"
 
@@ -204,7 +204,7 @@ def test_thumbnails_are_made_once_and_go_with_their_picture(store: Path) -> None
         made.append(picture)
         return b"small " + picture + b"\xff\xd9"
 
-    with Collections(store) as collections:
+    with SQLiteCollections(store) as collections:
         collection = _create(collections)
         collection.add([_item(1), _item(2)])
         first, second = (item.id for item in collection.page(2))
@@ -225,14 +225,14 @@ def test_thumbnails_are_made_once_and_go_with_their_picture(store: Path) -> None
         assert len(list(store.glob("pictures/*/*.64"))) == 1
         stray = kept[0].parent / f"{'0' * 64}.64"
         stray.write_bytes(b"of nothing")
-    with Collections(store) as collections:
+    with SQLiteCollections(store) as collections:
         assert not stray.exists()
         assert len(list(store.glob("pictures/*/*.64"))) == 1
 
 
 def test_row_34_add_delete_and_search_at_once(store: Path) -> None:
     """Row 34: an id is never returned after its delete was acknowledged."""
-    with Collections(store) as collections:
+    with SQLiteCollections(store) as collections:
         made = _create(collections)
         made.add([_item(i) for i in range(40)])
         failures: list[BaseException] = []
@@ -272,7 +272,7 @@ def test_row_34_add_delete_and_search_at_once(store: Path) -> None:
 
 def test_row_35_a_full_disk_refuses_the_write_keeps_searching_and_recovers(store: Path) -> None:
     """Row 35, by SQLite's own limit of pages."""
-    with Collections(store) as collections:
+    with SQLiteCollections(store) as collections:
         made = _create(collections)
         made.add([_item(1)])
         connection = collections._database._connection
@@ -311,7 +311,7 @@ def test_a_write_that_could_not_be_synced_does_not_come_back(store: Path, failur
     """Its frames are in the log all the same; only what is written over them keeps a kill from making them a commit."""
     vfs = _Unsynced("unsynced", "unix", makedefault=True)
     try:
-        with Collections(store) as collections:
+        with SQLiteCollections(store) as collections:
             made = _create(collections)
             made.add([_item(1)])
             vfs.failures = failures
@@ -320,7 +320,7 @@ def test_a_write_that_could_not_be_synced_does_not_come_back(store: Path, failur
             vfs.failures = 0
             shutil.copytree(store, store.parent / "killed")
             assert made.info().count == 1
-        with Collections(store.parent / "killed") as collections:
+        with SQLiteCollections(store.parent / "killed") as collections:
             there = [item.id for item in collections.get("c").page(100)]
         assert there == ["i1"] or said == "the next start shows"
     finally:

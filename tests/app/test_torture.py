@@ -22,7 +22,7 @@ from pathlib import Path
 import pytest
 from support import unit_rows
 
-from app.collections import Collections
+from app.sqlite_collections import SQLiteCollections
 from models.errors import SemblanceError, StorageError
 
 KILLS = int(os.environ.get("KILL_ROUNDS", "25"))
@@ -33,9 +33,9 @@ CUTS = int(os.environ.get("POWER_ROUNDS", "10"))
 _WRITER = """
 import sys, numpy as np
 from app.collection import NewItem
-from app.collections import Collections
+from app.sqlite_collections import SQLiteCollections
 from models.errors import StorageError
-collections = Collections(sys.argv[1])
+collections = SQLiteCollections(sys.argv[1])
 collections._database._connection.pragma("synchronous", sys.argv[3])
 made = collections.create("c", model="m", fingerprint="f", dimensions=8)
 step = int(sys.argv[2])
@@ -92,7 +92,7 @@ def write_and_kill(
 
 def check(store: Path, rng: random.Random, seen: Acknowledged) -> None:
     """Every acknowledged item is there, no deleted one, and of what was not acknowledged all of a batch or nothing."""
-    with Collections(store) as collections:
+    with SQLiteCollections(store) as collections:
         made = collections.get("c")
         there = {item.id: item for item in made.page(1_000_000)}
         for step in seen.added:
@@ -187,7 +187,7 @@ def test_row_35_a_disk_that_is_full_refuses_the_write_and_recovers(disk: Callabl
 
     from app.collection import NewItem
 
-    with mounted(disk(8), tmp_path / "mounted") as place, Collections(place / "data") as collections:
+    with mounted(disk(8), tmp_path / "mounted") as place, SQLiteCollections(place / "data") as collections:
         made = collections.create("c", model="m", fingerprint="f", dimensions=8)
         stored: list[str] = []
         rng = np.random.default_rng(0)
@@ -209,7 +209,10 @@ def test_row_35_a_disk_that_is_full_refuses_the_write_and_recovers(disk: Callabl
             made.delete(each)
         assert made.add(items(5000)) == [f"5000-{i}" for i in range(4)]
         assert len(made.picture("5000-0")) == 20_000
-    with mounted(tmp_path / "disk.img", tmp_path / "mounted") as place, Collections(place / "data") as collections:
+    with (
+        mounted(tmp_path / "disk.img", tmp_path / "mounted") as place,
+        SQLiteCollections(place / "data") as collections,
+    ):
         assert collections.get("c").info().count == len(stored) - 12 + 4
 
 
@@ -222,7 +225,7 @@ def test_errors_of_the_disk_refuse_single_writes_and_lose_nothing(tmp_path: Path
     calls = ("sync/fsync", "sync/fdatasync", "rw/pwrite")
     faults = [f"enable_random name=posix/io/{each},probability=0.02,failinfo={error}" for each in calls]
     fiu = ["fiu-run", "-x", *(word for fault in faults for word in ("-c", fault))]
-    with Collections(tmp_path / "data") as collections:
+    with SQLiteCollections(tmp_path / "data") as collections:
         collections.create("c", model="m", fingerprint="f", dimensions=8)
     rng, seen = random.Random(0), Acknowledged()
     for _ in range(max(3, KILLS // 10)):

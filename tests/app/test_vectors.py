@@ -16,7 +16,7 @@ from starlette.testclient import TestClient
 from support import problem, tiny_clip, unit_rows
 
 from app.__main__ import main
-from app.collections import Collections
+from app.sqlite_collections import SQLiteCollections
 from models.checkpoint import save_checkpoint
 
 Encoded = Callable[..., bytes]
@@ -113,7 +113,7 @@ def test_a_dump_is_all_there_is_of_a_collection(run: Run, encoded: Encoded, tmp_
     assert json.loads(table.schema.metadata[b"semblance"])["dimensions"] == 24
     assert "5 added, 0 there already" in run("index", str(file), "--collection", "a", data="other")
     assert "0 added, 5 there already" in run("index", str(file), "--collection", "a", data="other")
-    with Collections(tmp_path / "data") as one, Collections(tmp_path / "other") as other:
+    with SQLiteCollections(tmp_path / "data") as one, SQLiteCollections(tmp_path / "other") as other:
         before, after = one.get("a"), other.get("a")
         items = before.page(10)
         assert [(i.id, i.kind, i.caption, i.metadata) for i in after.page(10)] == [
@@ -151,7 +151,7 @@ def test_folders_of_clip_retrieval_and_autofaiss_are_read(run: Run, encoded: Enc
         table = {"image_path": paths, "caption": [f"text {part} {row}" for row in range(3)], "width": [640, 480, 320]}
         pyarrow.parquet.write_table(pyarrow.table(table), folder / "metadata" / f"metadata_{part}.parquet")
     assert "12 added" in run("index", str(folder), "--collection", "laion")
-    with Collections(tmp_path / "data") as collections:
+    with SQLiteCollections(tmp_path / "data") as collections:
         collection = collections.get("laion")
         for row in range(6):
             (hit,) = collection.search(rows[row], 1, target="image")
@@ -170,7 +170,7 @@ def test_folders_of_clip_retrieval_and_autofaiss_are_read(run: Run, encoded: Enc
     (tmp_path / "tables").mkdir()
     pyarrow.parquet.write_table(named, tmp_path / "tables" / "0.parquet")
     assert "2 added" in run("index", str(tmp_path / "tables"), "--collection", "named")
-    with Collections(tmp_path / "data") as collections:
+    with SQLiteCollections(tmp_path / "data") as collections:
         assert [item.id for item in collections.get("plain").page(10)][:2] == ["0:0", "0:1"]
         assert {item.id: item.metadata for item in collections.get("named").page(10)} == {
             "x": {"lot": 1},

@@ -25,10 +25,10 @@ from bench_serving import Server, drive, serving
 from peer import write_weights
 
 from app.collection import NewItem
-from app.collections import Collections
 from app.engine import Engine
 from app.loading import load_engine
 from app.settings import Settings
+from app.sqlite_collections import SQLiteCollections
 
 _BATCH = 1000
 
@@ -46,7 +46,7 @@ def rows(count: int, dimensions: int) -> Iterator[np.ndarray]:
 
 def fill(store: Path, engine: Engine, count: int) -> tuple[float, float]:
     """A collection of so many items. -> seconds until all were on the disk, and until the graph covers them."""
-    with Collections(store) as collections:
+    with SQLiteCollections(store) as collections:
         made = collections.create("big", model=engine.name, fingerprint=engine.fingerprint, dimensions=engine.embed_dim)
         began, numbers = time.perf_counter(), itertools.count()
         for batch in rows(count, engine.embed_dim):

@@ -1,0 +1,215 @@
+"""A collection in SQLite, which is the truth, with an index in this process beside it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import apsw
+import numpy as np
+
+from app import statistics
+from app.collection import Collection, Item, NewItem, Target, item_of
+from app.database import Database, rows
+from app.filters import Condition
+from app.index import Ids, SharedSearch, VectorIndex, Vectors
+from app.pictures import Pictures
+from models.errors import NotFoundError, StorageError
+from models.retrieval import Hit
+
+_ITEM = "id, kind, caption, metadata, picture"
+_AMONG = "id IN (SELECT value FROM json_each(?))"
+_KINDS = "SELECT kind, COUNT(*) FROM items WHERE collection = ? GROUP BY kind"
+_PICTURES = "SELECT COUNT(DISTINCT picture) FROM items WHERE collection = ?"
+_METADATA = """
+    SELECT key, type IN ('integer', 'real'), COUNT(*), COUNT(DISTINCT value), MIN(value), MAX(value)
+    FROM items, json_each(items.metadata) WHERE collection = ? GROUP BY key, type
+"""
+_FREQUENT = """
+    SELECT value, COUNT(*) AS times FROM items, json_each(items.metadata)
+    WHERE collection = ? AND key = ? AND type = 'text' GROUP BY value ORDER BY times DESC, value LIMIT ?
+"""
+
+
+class SQLiteCollection(Collection):
+    """Rows of one SQLite file. Their vectors are in an index of this process before a search can miss them."""
+
+    def __init__(
+        self,
+        database: Database,
+        pictures: Pictures,
+        key: int,
+        name: str,
+        model: str,
+        fingerprint: str,
+        dimensions: int,
+        index: VectorIndex,
+    ) -> None:
+        super().__init__(key, name, model, fingerprint, dimensions, index, pictures)
+        self._database, self._pictures = database, pictures
+        self._searches = SharedSearch(index)
+
+    def _put(self, ids: Sequence[str], items: Sequence[NewItem], vectors: Vectors) -> None:
+        digests = [None if item.picture is None else self._pictures.put(item.picture) for item in items]
+
+        def change(connection: apsw.Connection) -> tuple[list[int], list[int], list[str]]:
+            if not rows(connection, "SELECT 1 FROM collections WHERE key = ?", self.key):
+                raise NotFoundError(f"collection {self.name!r} has been deleted")
+            old = self._rows_of(connection, ids)
+            for item, digest in zip(items, digests, strict=True):
+                if digest is not None and item.picture is not None:
+                    # A delete that came between may have removed the file; deletes and this run in one thread.
+                    self._pictures.ensure(digest, item.picture)
+            self._forget(connection, [row for row, _ in old])
+            new = []
+            for each, item, vector, digest in zip(ids, items, vectors, digests, strict=True):
+                connection.execute(
+                    f"INSERT INTO items (collection, {_ITEM}, size) VALUES (?, ?, ?, ?, ?, ?, ?)",
+                    (
+                        self.key,
+                        each,
+                        item.kind,
+                        item.caption,
+                        json.dumps(dict(item.metadata)),
+                        digest,
+                        len(item.picture) if isinstance(item.picture, bytes) else 0,
+                    ),
+                )
+                row = connection.last_insert_rowid()
+                connection.execute("INSERT INTO vectors (row, vector) VALUES (?, ?)", (row, vector.tobytes()))
+                new.append(row)
+            # Before the commit: a search that finds a row the database does not show (yet, or any more) leaves it out,
+            # so an item that is being replaced is found under its old row until the commit and its new one after it.
+            self._index.add(np.array(new, np.int64), vectors)
+            return [row for row, _ in old], new, unused(connection, [p for _, p in old if p is not None])
+
+        def after(changed: tuple[list[int], list[int], list[str]]) -> None:
+            old, _, unused = changed
+            self._index.remove(np.array(old, np.int64))
+            self._pictures.remove(unused)
+
+        def undo(changed: tuple[list[int], list[int], list[str]]) -> None:
+            self._index.remove(np.array(changed[1], np.int64))
+
+        self._database.write(change, after, undo)
+
+    def delete(self, id: str) -> None:
+        def change(connection: apsw.Connection) -> tuple[list[int], list[str]]:
+            old = self._rows_of(connection, [id])
+            if not old:
+                raise self._missing(id)
+            self._forget(connection, [row for row, _ in old])
+            return [row for row, _ in old], unused(connection, [p for _, p in old if p is not None])
+
+        def after(changed: tuple[list[int], list[str]]) -> None:
+            self._index.remove(np.array(changed[0], np.int64))
+            self._pictures.remove(changed[1])
+
+        self._database.write(change, after, frees=True)
+
+    def page(self, limit: int, after: str = "", ids: Sequence[str] | None = None) -> list[Item]:
+        among, given = ("", ()) if ids is None else (f" AND {_AMONG}", (json.dumps(ids),))
+        with self._database.read() as connection:
+            found = connection.execute(
+                f"SELECT {_ITEM} FROM items WHERE collection = ? AND id > ?{among} ORDER BY id LIMIT ?",
+                (self.key, after, *given, limit),
+            )
+            return [item_of(row) for row in found]
+
+    def sample(self, limit: int) -> tuple[list[Item], Vectors]:
+        with self._database.read() as connection:
+            known = rows(connection, "SELECT row FROM items WHERE collection = ? ORDER BY row", self.key)
+            chosen = [row for (row,) in known[:: max(1, -(-len(known) // limit))]]
+            found = rows(
+                connection,
+                f"SELECT vector, {_ITEM} FROM items JOIN vectors USING (row) WHERE row IN "
+                "(SELECT value FROM json_each(?))",
+                json.dumps(chosen),
+            )
+        vectors = vectors_of([vector for vector, *_ in found], self.dimensions, self._database.file)
+        return [item_of(rest) for _, *rest in found], vectors
+
+    def _found(self, query: Vectors, k: int, allowed: Ids | None) -> list[Hit]:
+        return self._searches.search(query, k, allowed)[0]
+
+    def _stored(self, ids: Sequence[str]) -> list[Vectors | None]:
+        with self._database.read() as connection:
+            found = dict(
+                connection.execute(
+                    f"SELECT id, vector FROM items JOIN vectors USING (row) WHERE collection = ? AND {_AMONG}",
+                    (self.key, json.dumps(ids)),
+                )
+            )
+        blobs = [found.get(id) for id in ids]
+        return [None if blob is None else vectors_of([blob], self.dimensions, self._database.file)[0] for blob in blobs]
+
+    def _items(self, keys: Sequence[int]) -> dict[int, Item]:
+        with self._database.read() as connection:
+            found = connection.execute(
+                f"SELECT row, {_ITEM} FROM items WHERE row IN (SELECT value FROM json_each(?))",
+                (json.dumps(list(keys)),),
+            )
+            return {row: item_of(rest) for row, *rest in found}
+
+    def _allowed(self, target: Target, filters: Iterable[Condition], ids: Sequence[str] | None = None) -> Ids | None:
+        with self._database.read() as connection:
+            conditions = ["collection = ?"]
+            values: list[Any] = [self.key]
+            if target != "any" and rows(
+                connection, "SELECT 1 FROM items WHERE collection = ? AND kind <> ? LIMIT 1", self.key, target
+            ):
+                conditions.append("kind = ?")
+                values.append(target)
+            if ids is not None:
+                conditions.append(_AMONG)
+                values.append(json.dumps(ids))
+            for condition, asked in (each.sql() for each in filters):
+                conditions.append(condition)
+                values += asked
+            if len(conditions) == 1:
+                return None
+            allowed = rows(connection, f"SELECT row FROM items WHERE {' AND '.join(conditions)}", *values)
+            return np.array([row[0] for row in allowed], np.int64)
+
+    def _picture_bytes(self) -> int:
+        of_each = "SELECT DISTINCT picture, size FROM items WHERE collection = ?"
+        with self._database.read() as connection:
+            return int(rows(connection, f"SELECT TOTAL(size) FROM ({of_each})", self.key)[0][0])
+
+    def _counts(self) -> dict[str, Any]:
+        with self._database.read() as connection:
+            return statistics.counts(
+                dict(rows(connection, _KINDS, self.key)),
+                rows(connection, _PICTURES, self.key)[0][0],
+                rows(connection, _METADATA, self.key),
+                lambda key: rows(connection, _FREQUENT, self.key, key, statistics.VALUES),
+            )
+
+    def _rows_of(self, connection: apsw.Connection, ids: Sequence[str]) -> list[tuple[int, str | None]]:
+        return rows(
+            connection,
+            f"SELECT row, picture FROM items WHERE collection = ? AND {_AMONG}",
+            self.key,
+            json.dumps(list(ids)),
+        )
+
+    def _forget(self, connection: apsw.Connection, keys: Sequence[int]) -> None:
+        connection.execute("DELETE FROM items WHERE row IN (SELECT value FROM json_each(?))", (json.dumps(list(keys)),))
+
+
+def unused(connection: apsw.Connection, pictures: Sequence[str]) -> list[str]:
+    """Those that no item has any more."""
+    used = connection.execute(
+        "SELECT DISTINCT picture FROM items WHERE picture IN (SELECT value FROM json_each(?))",
+        (json.dumps(list(pictures)),),
+    )
+    return sorted(set(pictures) - {row[0] for row in used})
+
+
+def vectors_of(blobs: Sequence[bytes], dimensions: int, file: Path) -> Vectors:
+    """Stored vectors as rows (N, D). Raises StorageError, naming the database's file, for one of another length."""
+    if any(len(blob) != 4 * dimensions for blob in blobs):
+        raise StorageError(f"{file} is damaged: a vector is not {dimensions} numbers long; restore it from a backup")
+    return np.frombuffer(b"".join(blobs), "<f4").reshape(-1, dimensions).astype(np.float32)
