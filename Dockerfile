@@ -15,7 +15,7 @@ COPY pyproject.toml constraints.txt README.md LICENSE ./
 # What it depends on first, which seldom changes, around empty packages.
 RUN mkdir app models training && touch app/__init__.py models/__init__.py training/__init__.py && \
     pip install --constraint constraints.txt $TORCH_FROM torch torchvision && \
-    pip install --constraint constraints.txt ".[$EXTRA,tracing]"
+    pip install --constraint constraints.txt ".[$EXTRA,postgres,tracing]"
 COPY app app
 COPY models models
 RUN rm -rf training build *.egg-info && pip install --no-deps --force-reinstall . && rm /opt/venv/bin/semblance-train

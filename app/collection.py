@@ -116,10 +116,13 @@ class Collection(ABC):
         """Stop what its index does in the background."""
         self._index.close()
 
+    def __len__(self) -> int:
+        return len(self._index)
+
     @property
     def coverage(self) -> tuple[int, int]:
         """Its items, and those that its graph or codes cover."""
-        return len(self._index), self._index.indexed
+        return len(self), self._index.indexed
 
     def info(self) -> CollectionInfo:
         """What it is and how much it holds."""
@@ -298,7 +301,7 @@ class Collection(ABC):
         return item.picture
 
     def _missing(self, id: str) -> NotFoundError:
-        return NotFoundError(f"no item {id!r} in collection {self.name!r}, which holds {len(self._index)}")
+        return NotFoundError(f"no item {id!r} in collection {self.name!r}, which holds {len(self)}")
 
 
 def _first_of_groups(hits: Sequence[SearchHit], key: str) -> list[SearchHit]:

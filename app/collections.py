@@ -29,6 +29,10 @@ class Collections(ABC):
             raise NotFoundError(f"no collection {name!r}; there are: {', '.join(self.names()[:20]) or 'none yet'}")
         return found
 
+    @abstractmethod
+    def refresh(self) -> None:
+        """Look again at what other processes may have made or deleted, where they can."""
+
     def create(self, name: str, *, model: str, fingerprint: str, dimensions: int, index: str = "auto") -> Collection:
         """Make a collection, or give the one there is if it was made the same way.
 

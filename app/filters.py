@@ -35,6 +35,25 @@ class Condition:
             values.append(bound)
         return f"EXISTS (SELECT 1 FROM json_each(items.metadata) WHERE {' AND '.join(conditions)})", values
 
+    def postgres(self) -> tuple[str, list[Any]]:
+        """The same on a row of PostgreSQL, for psycopg. Each comparison is reached only by what it is made for."""
+        conditions = ["facets ? %s"]
+        values: list[Any] = [self.key]
+        if self.texts or self.numbers:
+            conditions.append(
+                "(COALESCE(facets ->> %s, 'null') = ANY(%s) OR CASE jsonb_typeof(facets -> %s) WHEN 'number' "
+                "THEN (facets ->> %s)::numeric = ANY(%s::text[]::numeric[]) ELSE false END)"
+            )
+            values += [self.key, list(self.texts), self.key, self.key, [repr(number) for number in self.numbers]]
+        for sign, bound in self.bounds:
+            text = isinstance(bound, str)
+            compared = (
+                f'(facets ->> %s) COLLATE "C" {sign} %s' if text else f"(facets ->> %s)::numeric {sign} %s::numeric"
+            )
+            conditions.append(f"CASE jsonb_typeof(facets -> %s) WHEN %s THEN {compared} ELSE false END")
+            values += [self.key, "string" if text else "number", self.key, bound if text else repr(bound)]
+        return f"({' AND '.join(conditions)})", values
+
 
 _IS_NUMBER, _IS_TEXT = "type IN ('integer', 'real')", "type = 'text'"
 _ONE_OF = "(SELECT asked.value FROM json_each(?) AS asked)"

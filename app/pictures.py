@@ -17,9 +17,7 @@ from models.errors import NotFoundError, StorageError
 from models.files import sync
 
 _JPEG_END = b"\xff\xd9"
-_STEP, _LARGEST = 32, 512  # sizes of thumbnails that are kept: so many at most, whatever is asked for
-
-
+_STEP, _LARGEST = 32, 512
 _IN_PLACE = "at:"  # begins the name of a picture that stays where it is; no digest holds a colon
 
 
@@ -33,21 +31,54 @@ def file_of(folder: Path, digest: str) -> Path:
     return folder / digest[:2] / digest
 
 
+def name_of(content: bytes | Path) -> str:
+    """What an item calls its picture: the SHA-256 of what is kept, or the place where it stays."""
+    return f"{_IN_PLACE}{content}" if isinstance(content, Path) else hashlib.sha256(content).hexdigest()
+
+
+def kept_size(size: int) -> bool:
+    """Whether thumbnails of this size are kept: so many sizes at most, whatever is asked for."""
+    return size % _STEP == 0 and size <= _LARGEST
+
+
+class Places:
+    """Pictures that stay where they are, below `root`; None: none is read."""
+
+    def __init__(self, root: Path | None) -> None:
+        self._root = None if root is None else root.resolve()
+
+    def read(self, place: Path) -> bytes:
+        """A picture's bytes. Raises NotFoundError if it is gone or not below the root."""
+        self._check(place)
+        return _content(place)
+
+    def version(self, place: Path) -> str:
+        """A digest of what a look at the file tells. Raises NotFoundError."""
+        self._check(place)
+        try:
+            state = place.stat()
+        except OSError as error:
+            raise NotFoundError("the picture has been deleted") from error
+        return hashlib.sha256(f"{place} {state.st_mtime_ns} {state.st_size}".encode()).hexdigest()
+
+    def _check(self, place: Path) -> None:
+        if self._root is None or not place.resolve().is_relative_to(self._root):
+            raise NotFoundError("the picture is at a place that this server does not read")
+
+
 class Pictures:
     """Files under `folder`, by the first two digits of their names. Thread-safe. root: where others may be read."""
 
     def __init__(self, folder: Path, root: Path | None = None) -> None:
         self._folder = folder
-        self._root = None if root is None else root.resolve()
+        self._places = Places(root)
         folder.mkdir(parents=True, exist_ok=True)
 
     def put(self, content: bytes | Path) -> str:
         """Store a picture durably, or note its place, and give its name. Raises StorageError when the disk refuses."""
-        if isinstance(content, Path):
-            return f"{_IN_PLACE}{content}"
-        digest = hashlib.sha256(content).hexdigest()
-        self.ensure(digest, content)
-        return digest
+        name = name_of(content)
+        self.ensure(name, content)
+        return name
 
     def ensure(self, digest: str, content: bytes | Path) -> None:
         """Store it unless it is there."""
@@ -73,12 +104,8 @@ class Pictures:
 
     def get(self, digest: str) -> bytes:
         """A picture's bytes. Raises NotFoundError if it was deleted since, or may not be read in its place."""
-        try:
-            return self._source(digest).read_bytes()
-        except FileNotFoundError as error:
-            raise NotFoundError("the picture has been deleted") from error
-        except OSError as error:
-            raise StorageError(f"a picture cannot be read: {error.strerror}") from error
+        place = place_of(digest)
+        return _content(self._file(digest)) if place is None else self._places.read(place)
 
     def thumbnail(self, digest: str, size: int, make: Callable[[bytes], bytes]) -> bytes:
         """What `make` gives for a picture, made once for each size that is asked for often. Raises as `get` does."""
@@ -88,7 +115,7 @@ class Pictures:
             if (kept := file.read_bytes()).endswith(_JPEG_END):
                 return kept
         made = make(self.get(digest))
-        if size % _STEP == 0 and size <= _LARGEST and made.endswith(_JPEG_END):
+        if kept_size(size) and made.endswith(_JPEG_END):
             temporary = file.parent / f".{uuid.uuid4().hex}"
             with suppress(OSError):
                 file.parent.mkdir(exist_ok=True)
@@ -96,24 +123,10 @@ class Pictures:
                 temporary.replace(file)
         return made
 
-    def _source(self, digest: str) -> Path:
-        place = place_of(digest)
-        if place is None:
-            return self._file(digest)
-        if self._root is None or not place.resolve().is_relative_to(self._root):
-            raise NotFoundError("the picture is at a place that this server does not read")
-        return place
-
     def version(self, digest: str) -> str:
         """A picture's digest; for one in its place, one of what a look at the file tells. Raises NotFoundError."""
-        source = self._source(digest)
-        if place_of(digest) is None:
-            return digest
-        try:
-            state = source.stat()
-        except OSError as error:
-            raise NotFoundError("the picture has been deleted") from error
-        return hashlib.sha256(f"{source} {state.st_mtime_ns} {state.st_size}".encode()).hexdigest()
+        place = place_of(digest)
+        return digest if place is None else self._places.version(place)
 
     def remove(self, digests: Iterable[str]) -> None:
         """Delete these, but not in their places; what fails now is swept up by `keep_only` at the next start."""
@@ -134,3 +147,12 @@ class Pictures:
 
     def _file(self, digest: str) -> Path:
         return file_of(self._folder, digest)
+
+
+def _content(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except FileNotFoundError as error:
+        raise NotFoundError("the picture has been deleted") from error
+    except OSError as error:
+        raise StorageError(f"a picture cannot be read: {error.strerror}") from error

@@ -86,7 +86,7 @@ class Reindexing:
 
     async def _made(self, items: Sequence[Item]) -> list[NewItem]:
         """The same items with the other model's vectors; without those that were deleted or replaced since."""
-        old = self._service.collection(self._name)
+        old = await self._service.collection(self._name)
         pictures: dict[str, bytes] = {}
         for item in items:
             if item.picture is not None:

@@ -156,9 +156,14 @@ class Service:
             raise NotFoundError(f"no model {chosen!r} generates pictures; those that do: {', '.join(self._generators)}")
         return self._generators[chosen]
 
-    def collection(self, name: str | None) -> Collection:
+    async def collection(self, name: str | None) -> Collection:
         """The named or the default collection. Raises NotFoundError."""
-        return self.collections.get(self.settings.default_collection if name is None else name)
+        wanted = self.settings.default_collection if name is None else name
+        try:
+            return self.collections.get(wanted)
+        except NotFoundError:
+            await self.store(self.collections.refresh)  # another server may just have made it
+            return self.collections.get(wanted)
 
     def engine_of(self, collection: Collection) -> ServedEngine:
         """The engine whose vectors a collection holds. Raises ConflictError if it is not loaded."""
@@ -177,7 +182,7 @@ class Service:
     async def reindex(self, name: str, model: str) -> Progress:
         """Begin to make a collection again with another model; one that is that model's is done. Raises NotFoundError,
         or ConflictError if it is being made with yet another."""
-        collection, served = self.collection(name), self.engine(model)
+        collection, served = await self.collection(name), self.engine(model)
         count = (await self.store(collection.info)).count
         if collection.fingerprint == served.engine.fingerprint:
             return Progress(served.engine.name, "done", count, count)
@@ -194,7 +199,7 @@ class Service:
 
     async def reindexing(self, name: str) -> Progress | None:
         """How far that is, how it ended, or what an earlier process left; None if there is nothing of it."""
-        collection = self.collection(name)
+        collection = await self.collection(name)
         if name in self._reindexing:
             return self._reindexing[name].progress
         staged = self.collections.staged(name)
@@ -205,18 +210,18 @@ class Service:
 
     async def stop_reindexing(self, name: str) -> None:
         """End it and forget what was made. Raises NotFoundError."""
-        self.collection(name)
+        await self.collection(name)
         if (run := self._reindexing.pop(name, None)) is not None:
             await run.stop()
         await self.store(self.collections.unstage, name)
 
-    def unfolding(self, name: str) -> Unfolding | None:
+    async def unfolding(self, name: str) -> Unfolding | None:
         """The run of UMAP over a collection as it is now; one made again has none. Raises NotFoundError."""
-        return self._unfoldings.get(self.collection(name))
+        return self._unfoldings.get(await self.collection(name))
 
     async def unfold(self, name: str, limit: int) -> Unfolding:
         """Begin to lay out at most `limit` items of a collection by UMAP; a run that is under way goes on."""
-        collection = self.collection(name)
+        collection = await self.collection(name)
         running = self._unfoldings.get(collection)
         if running is not None and running.state == "running":
             return running
@@ -227,7 +232,7 @@ class Service:
 
     async def forget_unfolding(self, name: str) -> None:
         """End it and forget what was found. Raises NotFoundError for an unknown collection."""
-        if (run := self._unfoldings.pop(self.collection(name), None)) is not None:
+        if (run := self._unfoldings.pop(await self.collection(name), None)) is not None:
             await run.stop()
 
     async def embed(self, engine: ServedEngine, inputs: Sequence[Input]) -> Embedded:
@@ -270,11 +275,11 @@ class Service:
         Raises NotFoundError, and what the call does.
         """
         while True:
-            collection = self.collection(name)
+            collection = await self.collection(name)
             try:
                 return await self.store(call, collection)
             except NotFoundError:
-                if self.collection(name) is collection:
+                if await self.collection(name) is collection:
                     raise
 
     async def decode(self, call: Callable[..., T], *args: Any) -> T:

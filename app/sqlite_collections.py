@@ -58,6 +58,9 @@ class SQLiteCollections(Collections):
         with self._mutex:
             return sorted(name for name in self._open if not name.startswith(STAGED))
 
+    def refresh(self) -> None:
+        """Nobody else makes or deletes any: this process holds the folder."""
+
     def _find(self, name: str) -> Collection | None:
         with self._mutex:
             return self._open.get(name)

@@ -25,6 +25,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from app.collection import NewItem
 from models.checkpoint import load_checkpoint
 from models.clip import CLIPModel
 from models.dalle import DALLETransformer
@@ -203,3 +204,9 @@ def unit_rows(count: int, seed: int = 0, size: int = 8) -> np.ndarray:
     """Random directions, float32 (count, size)."""
     rows = np.random.default_rng(seed).standard_normal((count, size)).astype(np.float32)
     return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+def new_item(i: int, **changes: object) -> NewItem:
+    """An item whose id, vector, caption and metadata say its number; three pictures among all."""
+    values = {"kind": "image", "vector": unit_rows(1, i)[0], "id": f"i{i}", "picture": b"picture %d" % (i % 3)}
+    return NewItem(**(values | {"caption": f"c{i}", "metadata": {"i": i}} | changes))  # type: ignore[arg-type]

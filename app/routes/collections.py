@@ -213,7 +213,7 @@ async def create_collection(
 @router.get("/collections/{name}", response_model=CollectionResponse)
 async def get_collection(service: Served, name: Name) -> Response:
     """One collection."""
-    return json_response(await service.store(lambda: asdict(service.collection(name).info())))
+    return json_response(await service.in_collection(name, lambda collection: asdict(collection.info())))
 
 
 @router.delete("/collections/{name}", status_code=204, dependencies=[needs("admin")])
@@ -245,7 +245,7 @@ async def add_items(
     places = await service.store(lambda: [item.place(settings, index) for index, item in enumerate(body.items)])
     pictures: list[bytes | Path | None] = []
     while True:
-        collection = service.collection(name)
+        collection = await service.collection(name)
         served = service.engine_of(collection)
         if not served.engine.takes_text and any(_needs_text(item) for item in body.items):
             service.engine(served.engine.name, text=True)  # raises, naming the models that take text
@@ -260,7 +260,7 @@ async def add_items(
         try:
             return json_response({"ids": await service.store(collection.add, items)})
         except NotFoundError:
-            if service.collection(name) is collection:  # else another model's has taken its place
+            if await service.collection(name) is collection:  # else another model's has taken its place
                 raise
 
 
@@ -274,7 +274,7 @@ async def list_items(
     id: Annotated[tuple[ItemId, ...], Query(max_length=MAX_IDS, description="only these")] = (),
 ) -> Response:
     """Items by id, a page at a time."""
-    collection = service.collection(name)
+    collection = await service.collection(name)
     items: list[Item] = await service.store(collection.page, limit, after, id or None)
     following = items[-1].id if len(items) == limit else None
     shown = [describe_item(name, item) for item in items]
@@ -297,7 +297,7 @@ async def list_duplicates(
     limit: Annotated[int, Query(ge=1, le=1000, description="groups to return")] = 100,
 ) -> Response:
     """Groups of items that are nearly the same, directly or by way of others."""
-    collection, ends = service.collection(name), time.monotonic() + service.settings.deadline
+    collection, ends = await service.collection(name), time.monotonic() + service.settings.deadline
 
     def go_on() -> None:
         if time.monotonic() > ends:
@@ -311,7 +311,7 @@ async def list_duplicates(
 @router.get("/collections/{name}/statistics", response_model=StatisticsResponse)
 async def get_statistics(service: Served, name: Name) -> Response:
     """What a collection holds, in numbers; what a score is worth in it shows beside its own cosines."""
-    return json_response({"collection": name, **await service.store(service.collection(name).statistics)})
+    return json_response({"collection": name, **await service.in_collection(name, Collection.statistics)})
 
 
 @router.get("/collections/{name}/items/{id}", response_model=ItemResponse)

@@ -44,10 +44,10 @@ async def get_map(
     color: Annotated[str | None, Query(min_length=1, max_length=64, description="a key of the metadata")] = None,
 ) -> Response:
     """Each item as a point, near to what is like it. pca is computed at once; umap is begun by POST."""
-    collection = service.collection(name)
+    collection = await service.collection(name)
     total = (await service.store(collection.info)).count
     if method == "umap":
-        run = service.unfolding(name)
+        run = await service.unfolding(name)
         if run is None:
             return json_response(_map(name, method, "none", 0.0, total, [], None, None))
         return json_response(_map(name, method, run.state, run.share, total, run.items, run.points, color))

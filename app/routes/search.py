@@ -6,6 +6,7 @@ import json
 import math
 import re
 import time
+from contextlib import suppress
 from functools import partial
 from typing import Annotated, Any, Literal, cast
 
@@ -20,7 +21,7 @@ from app.engine import ServedEngine
 from app.filters import Condition, Sign
 from app.inputs import MAX_IDS, Body, ItemId, Number, Text, WeightedInput, as_list, body_of, check_inputs, request_body
 from app.service import Served, Service, describe_item, json_response
-from models.errors import InputError
+from models.errors import InputError, NotFoundError
 
 router = APIRouter(tags=["search"])
 Bound = Number | Text
@@ -134,7 +135,7 @@ async def _search(service: Served, query: list[WeightedInput], options: Options)
             raise InputError(f"{name} is {value}, at most {limit} is served")
     filters = [_condition(entry) for entry in options.filter]
     while True:
-        collection = service.collection(options.collection)
+        collection = await service.collection(options.collection)
         served = service.engine_of(collection)
         if not served.engine.takes_text and any(each.text is not None for each in query):
             service.engine(served.engine.name, text=True)  # raises, naming the models that take text
@@ -150,8 +151,11 @@ async def _search(service: Served, query: list[WeightedInput], options: Options)
             group_by=options.group_by,
             min_score=options.min_score,
         )
-        hits = await service.store(search)
-        if service.collection(options.collection) is collection:  # else another model's has taken its place
+        hits = None
+        with suppress(NotFoundError):
+            hits = await service.store(search)
+        # Else another model's has taken its place, or it is gone, which the next look says.
+        if hits is not None and await service.collection(options.collection) is collection:
             break
     return json_response(
         {

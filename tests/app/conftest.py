@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from databases import PostgresServer
 from starlette.testclient import TestClient
 
 from app.engine import Engine
@@ -40,8 +41,26 @@ def engines(checkpoints: Path) -> dict[str, Engine]:
     return load_engines(Settings(checkpoints=checkpoints, threads=1))
 
 
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[PostgresServer]:
+    server = PostgresServer()
+    yield server
+    server.stop()
+
+
 @pytest.fixture
-def start(tmp_path: Path, engines: dict[str, Engine]) -> Iterator[Start]:
+def database(request: pytest.FixtureRequest) -> str | None:
+    """Where the collections of `start` are; None: in a folder. `of_every_store` marks tests that are run with each."""
+    return request.getfixturevalue("postgres").database() if getattr(request, "param", "") == "postgres" else None
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "database" in metafunc.fixturenames and metafunc.definition.get_closest_marker("of_every_store"):
+        metafunc.parametrize("database", ["sqlite", "postgres"], indirect=True)
+
+
+@pytest.fixture
+def start(tmp_path: Path, engines: dict[str, Engine], database: str | None) -> Iterator[Start]:
     """Starts an application with the settings given, in this process."""
     with ExitStack() as stack:
 
@@ -51,7 +70,7 @@ def start(tmp_path: Path, engines: dict[str, Engine]) -> Iterator[Start]:
             keys: Keyring | None = None,
             **options: Any,
         ) -> TestClient:
-            settings = Settings(store=tmp_path / "data", threads=2, **options)
+            settings = Settings(store=tmp_path / "data", database=database, threads=2, **options)
             collections = stack.enter_context(open_collections(settings))
             app = create_app(settings, engines if served is None else served, collections, generators, keys)
             return stack.enter_context(TestClient(app, base_url="http://127.0.0.1", raise_server_exceptions=False))

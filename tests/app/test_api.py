@@ -157,6 +157,7 @@ def _ids(answer: Any) -> list[str]:
     return [hit["id"] for hit in answer.json()["hits"]]
 
 
+@pytest.mark.of_every_store
 def test_search_by_text_picture_and_mixture(filled: TestClient, encoded: Encoded) -> None:
     answer = filled.get("/search", params={"q": "a red star"}).json()
     assert answer["hits"][0]["id"] == "t"
@@ -175,6 +176,7 @@ def test_search_by_text_picture_and_mixture(filled: TestClient, encoded: Encoded
     problem(filled.post("/search", json={"query": cancelled}), 422, "cancel out")
 
 
+@pytest.mark.of_every_store
 def test_search_options(filled: TestClient) -> None:
     everything = _ids(filled.get("/search?q=a+red+star&k=100"))
     assert _ids(filled.get("/search?q=a+red+star&k=3&offset=2")) == everything[2:5]
@@ -188,6 +190,7 @@ def test_search_options(filled: TestClient) -> None:
     problem(filled.get("/search?q=a&filter=even"), 422, "key:value")
 
 
+@pytest.mark.of_every_store
 def test_hits_of_one_group_are_folded_and_others_take_their_places(filled: TestClient) -> None:
     everything = filled.get("/search?q=a+red+star&k=100").json()["hits"]
     first = {}
@@ -204,6 +207,7 @@ def test_hits_of_one_group_are_folded_and_others_take_their_places(filled: TestC
     problem(filled.get("/search?q=a&group_by="), 422, "group_by")
 
 
+@pytest.mark.of_every_store
 def test_statistics_say_what_a_collection_holds(filled: TestClient) -> None:
     stored = [{"id": f"n{i}", "text": f"text {i}", "metadata": {"tag": "ab"[i // 2], "i": 0.5}} for i in range(3)]
     filled.post("/collections/default/items", json={"items": stored})
@@ -222,6 +226,7 @@ def test_statistics_say_what_a_collection_holds(filled: TestClient) -> None:
     problem(filled.get("/collections/nowhere/statistics"), 404, "nowhere")
 
 
+@pytest.mark.of_every_store
 def test_filters_by_value_by_bounds_and_by_one_of_several(filled: TestClient) -> None:
     """What p0 to p5 have: even true or false, i 0 to 5."""
     stored = [
@@ -272,6 +277,7 @@ def test_filters_by_value_by_bounds_and_by_one_of_several(filled: TestClient) ->
     problem(filled.post("/search", json={"query": {"text": "a"}, "filter": {"key": "i"}}), 422, "needs one of")
 
 
+@pytest.mark.of_every_store
 def test_duplicates_are_found_in_groups(filled: TestClient, encoded: Encoded) -> None:
     copies = [{"id": f"copy{i}", "image": _b64(encoded(2)), "metadata": {"copy": i}} for i in range(2)]
     filled.post("/collections/default/items", json={"items": copies})
@@ -290,6 +296,7 @@ def test_duplicates_are_found_in_groups(filled: TestClient, encoded: Encoded) ->
     problem(filled.get("/collections/nowhere/duplicates"), 404, "nowhere")
 
 
+@pytest.mark.of_every_store
 def test_items_are_read_replaced_and_deleted(filled: TestClient, encoded: Encoded) -> None:
     item = filled.get("/collections/default/items/p3").json()
     assert item == {
@@ -305,6 +312,7 @@ def test_items_are_read_replaced_and_deleted(filled: TestClient, encoded: Encode
     problem(filled.delete("/collections/default/items/p3"), 404, "no item 'p3' in collection 'default', which holds 6")
 
 
+@pytest.mark.of_every_store
 def test_items_by_form_and_page(filled: TestClient, encoded: Encoded) -> None:
     filled.put("/collections/form", json={"index": "flat"})
     files = [("file", ("a.jpg", encoded(1))), ("file", ("b.jpg", encoded(2)))]
@@ -320,6 +328,7 @@ def test_items_by_form_and_page(filled: TestClient, encoded: Encoded) -> None:
     problem(filled.post("/collections/form/items", files=files, data={"id": ["one"]}), 422, "1 id fields for 2 files")
 
 
+@pytest.mark.of_every_store
 def test_pictures_come_back_clean_small_and_cached(filled: TestClient) -> None:
     answer = filled.get("/collections/default/items/p1/image")
     assert answer.headers["content-type"] == "image/jpeg"
@@ -334,6 +343,7 @@ def test_pictures_come_back_clean_small_and_cached(filled: TestClient) -> None:
     problem(filled.get("/collections/default/items/t/image"), 404, "has no picture")
 
 
+@pytest.mark.of_every_store
 def test_collections_say_what_they_hold(filled: TestClient, engines: dict[str, Engine]) -> None:
     (info,) = filled.get("/collections").json()["collections"]
     assert info["fingerprint"] == engines["clip"].fingerprint

@@ -64,6 +64,7 @@ def _scores(client: TestClient, name: str) -> dict[str, float]:
     return {hit["id"]: hit["score"] for hit in hits}
 
 
+@pytest.mark.of_every_store
 def test_it_is_as_if_it_had_been_made_with_the_other_model(
     start: Start, engines: dict[str, Engine], encoded: Encoded, tmp_path: Path
 ) -> None:
@@ -87,6 +88,7 @@ def test_it_is_as_if_it_had_been_made_with_the_other_model(
     assert client.post("/collections/c/reindex", json={"model": "other"}).json()["state"] == "done"
 
 
+@pytest.mark.of_every_store
 def test_searches_and_writes_go_on_and_nothing_of_them_is_lost(
     start: Start, engines: dict[str, Engine], encoded: Encoded
 ) -> None:
@@ -124,6 +126,7 @@ def test_searches_and_writes_go_on_and_nothing_of_them_is_lost(
     assert set(_scores(client, "c")) == set(expected)
 
 
+@pytest.mark.of_every_store
 def test_what_was_interrupted_goes_on_where_it_was(
     start: Start, engines: dict[str, Engine], encoded: Encoded, tmp_path: Path
 ) -> None:
@@ -152,6 +155,7 @@ def test_what_was_interrupted_goes_on_where_it_was(
     problem(client.delete("/collections/nowhere/reindex"), 404, "nowhere")
 
 
+@pytest.mark.of_every_store
 def test_it_can_be_given_up_and_says_what_is_wrong(start: Start, engines: dict[str, Engine], encoded: Encoded) -> None:
     third = Slow()
     third.name, third.fingerprint = "third", "of a third"

@@ -1,46 +1,56 @@
-"""The store: all or nothing, durable under kill -9, one process at a time."""
+"""What every store promises: all or nothing, there after a restart, shown to nobody before and to all after."""
 
 from __future__ import annotations
 
-import shutil
-import sqlite3
 import threading
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import apsw
 import numpy as np
 import pytest
-from support import unit_rows
+from support import new_item, unit_rows
 
-from app.collection import Collection, NewItem
+from app.collection import Collection
+from app.collections import Collections
+from app.filters import Condition
+from app.postgres_collections import PostgresCollections
 from app.sqlite_collections import SQLiteCollections
-from models.errors import ConflictError, InputError, NotFoundError, StorageError
+from models.errors import ConflictError, InputError, NotFoundError
+
+Open = Callable[[], Collections]
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> Path:
-    return tmp_path / "data"
+@pytest.fixture(params=["sqlite", "postgres"])
+def opened(request: pytest.FixtureRequest, tmp_path: Path) -> Open:
+    """Opens a store that is empty at first; all that is asked of it is asked of each kind."""
+    if request.param == "sqlite":
+        return lambda: SQLiteCollections(tmp_path / "data")
+    url = request.getfixturevalue("postgres").database()
+    return lambda: PostgresCollections(url)
 
 
-def _create(collections: SQLiteCollections, name: str = "c") -> Collection:
+def _create(collections: Collections, name: str = "c") -> Collection:
     return collections.create(name, model="m", fingerprint="f", dimensions=8)
 
 
-def _item(i: int, **changes: object) -> NewItem:
-    values = {"kind": "image", "vector": unit_rows(1, i)[0], "id": f"i{i}", "picture": b"picture %d" % (i % 3)}
-    return NewItem(**(values | {"caption": f"c{i}", "metadata": {"i": i}} | changes))  # type: ignore[arg-type]
+def _kept(collections: Collections) -> list[bytes]:
+    """The pictures that are in the store."""
+    if isinstance(collections, SQLiteCollections):
+        return [path.read_bytes() for path in (collections.folder / "pictures").rglob("*") if path.is_file()]
+    assert isinstance(collections, PostgresCollections)
+    found = collections._postgres.run(lambda connection: connection.execute("SELECT content FROM pictures").fetchall())
+    return [content for (content,) in found]
 
 
-def test_everything_is_there_after_a_restart(store: Path) -> None:
-    with SQLiteCollections(store) as collections:
+def test_everything_is_there_after_a_restart(opened: Open) -> None:
+    with opened() as collections:
         made = _create(collections)
-        assert made.add([_item(i) for i in range(20)]) == [f"i{i}" for i in range(20)]
-        made.add([_item(3, vector=unit_rows(1, 100)[0], caption="new")])
+        assert made.add([new_item(i) for i in range(20)]) == [f"i{i}" for i in range(20)]
+        made.add([new_item(3, vector=unit_rows(1, 100)[0], caption="new")])
         made.delete("i7")
         before = made.search(unit_rows(1, 5)[0], 100)
         info = made.info()
-    with SQLiteCollections(store) as collections:
+    with opened() as collections:
         again = collections.get("c")
         after = again.search(unit_rows(1, 5)[0], 100)
         assert [hit.item for hit in after] == [hit.item for hit in before]
@@ -54,14 +64,14 @@ def test_everything_is_there_after_a_restart(store: Path) -> None:
             again.get("i7")
 
 
-def test_a_batch_is_stored_whole_or_not_at_all(store: Path) -> None:
-    with SQLiteCollections(store) as collections:
+def test_a_batch_is_stored_whole_or_not_at_all(opened: Open) -> None:
+    with opened() as collections:
         made = _create(collections)
         for wrong, message in (
-            ([_item(1), _item(2, vector=np.zeros(8, np.float32))], "zero"),
-            ([_item(1), _item(2, vector=np.full(8, np.nan, np.float32))], "not finite"),
-            ([_item(1), _item(2, vector=np.ones(4, np.float32))], "shape"),
-            ([_item(1), _item(2), _item(1)], "given twice"),
+            ([new_item(1), new_item(2, vector=np.zeros(8, np.float32))], "zero"),
+            ([new_item(1), new_item(2, vector=np.full(8, np.nan, np.float32))], "not finite"),
+            ([new_item(1), new_item(2, vector=np.ones(4, np.float32))], "shape"),
+            ([new_item(1), new_item(2), new_item(1)], "given twice"),
         ):
             with pytest.raises(InputError, match=message) as caught:
                 made.add(wrong)
@@ -70,35 +80,34 @@ def test_a_batch_is_stored_whole_or_not_at_all(store: Path) -> None:
         assert made.add([]) == []
 
 
-def test_replacing_leaves_one_row_and_unused_pictures_go(store: Path) -> None:
-    with SQLiteCollections(store) as collections:
+def test_replacing_leaves_one_row_and_unused_pictures_go(opened: Open) -> None:
+    with opened() as collections:
         made = _create(collections)
-        made.add([_item(0), _item(1), _item(3)])  # 0 and 3 share their picture
+        made.add([new_item(0), new_item(1), new_item(3)])  # 0 and 3 share their picture
         made.delete("i0")
         assert made.picture("i3") == b"picture 0"
-        made.add([_item(3, picture=b"other"), _item(1, kind="text", picture=None)])
-        files = [path for path in (store / "pictures").rglob("*") if path.is_file()]
-        assert [path.read_bytes() for path in files] == [b"other"]
+        made.add([new_item(3, picture=b"other"), new_item(1, kind="text", picture=None)])
+        assert _kept(collections) == [b"other"]
         assert made.info().count == 2
         collections.delete("c")
-        assert not [path for path in (store / "pictures").rglob("*") if path.is_file()]
+        assert not _kept(collections)
         assert collections.names() == []
 
 
-def test_what_is_written_to_a_deleted_collection_is_refused(store: Path) -> None:
-    with SQLiteCollections(store) as collections:
+def test_what_is_written_to_a_deleted_collection_is_refused(opened: Open) -> None:
+    with opened() as collections:
         made, other = _create(collections), _create(collections, "other")
         collections.delete("c")
         with pytest.raises(NotFoundError, match="has been deleted"):
-            made.add([_item(1)])
-        other.add([_item(1)])
+            made.add([new_item(1)])
+        other.add([new_item(1)])
         assert other.info().count == 1
 
 
-def test_a_replaced_item_is_never_missed(store: Path) -> None:
-    with SQLiteCollections(store) as collections:
+def test_a_replaced_item_is_never_missed(opened: Open) -> None:
+    with opened() as collections:
         made = _create(collections)
-        made.add([_item(1), _item(2)])
+        made.add([new_item(1), new_item(2)])
         done, missed = threading.Event(), []
 
         def look() -> None:
@@ -111,34 +120,14 @@ def test_a_replaced_item_is_never_missed(store: Path) -> None:
         reader = threading.Thread(target=look)
         reader.start()
         for _ in range(100):
-            made.add([_item(1)])
+            made.add([new_item(1)])
         done.set()
         reader.join()
         assert not missed
 
 
-def test_an_item_that_is_replaced_between_index_and_database_is_found(
-    store: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with SQLiteCollections(store) as collections:
-        made = _create(collections)
-        made.add([_item(1), _item(2)])
-        search, asked = made._searches.search, []
-
-        def then_replaced(*arguments: Any) -> Any:
-            hits = search(*arguments)
-            if not asked:
-                made.add([_item(1)])
-            asked.append(1)
-            return hits
-
-        monkeypatch.setattr(made._searches, "search", then_replaced)
-        assert {hit.item.id for hit in made.search(unit_rows(1)[0], 10)} == {"i1", "i2"}
-        assert len(asked) == 2
-
-
-def test_names_models_and_missing_collections(store: Path) -> None:
-    with SQLiteCollections(store) as collections:
+def test_names_models_and_missing_collections(opened: Open) -> None:
+    with opened() as collections:
         first = _create(collections, "a")
         assert _create(collections, "a") is first
         with pytest.raises(ConflictError, match="model 'm'"):
@@ -150,91 +139,11 @@ def test_names_models_and_missing_collections(store: Path) -> None:
             collections.get("b")
 
 
-def test_a_second_process_is_told_who_holds_the_folder(store: Path) -> None:
-    with SQLiteCollections(store, note="http://127.0.0.1:1"), pytest.raises(StorageError, match=r"127\.0\.0\.1:1"):
-        SQLiteCollections(store)
-    SQLiteCollections(store).close()
-
-
-def test_row_38_damage_is_named_and_refused(store: Path) -> None:
-    with SQLiteCollections(store) as collections:
-        _create(collections).add([_item(i) for i in range(50)])
-    file = store / "store.db"
-    content = bytearray(file.read_bytes())
-    content[16384 : 16384 * 2] = b"\xff" * 16384
-    file.write_bytes(content)
-    with pytest.raises(StorageError, match=r"store\.db .*restore it from a backup"):
-        SQLiteCollections(store)
-    file.write_bytes(b"no database, but long enough to have a header of a hundred bytes" * 10)
-    with pytest.raises(StorageError, match=r"store\.db"):
-        SQLiteCollections(store)
-
-
-def test_a_newer_format_is_refused(store: Path) -> None:
-    SQLiteCollections(store).close()
-    connection = sqlite3.connect(store / "store.db")
-    connection.execute("PRAGMA user_version = 2")
-    connection.close()
-    with pytest.raises(StorageError, match="format 2, this version reads up to 1: upgrade"):
-        SQLiteCollections(store)
-
-
-def test_the_database_is_as_durable_as_it_promises(store: Path) -> None:
-    with SQLiteCollections(store) as collections, collections._database.read() as connection:
-        assert connection.pragma("journal_mode") == "wal"
-        assert connection.pragma("synchronous") == 2
-        assert connection.pragma("page_size") == 16384
-
-
-def test_pictures_that_nothing_refers_to_are_swept_up(store: Path) -> None:
-    with SQLiteCollections(store) as collections:
-        _create(collections).add([_item(1)])
-    stray = store / "pictures" / "ab"
-    stray.mkdir(exist_ok=True)
-    (stray / "abandoned").write_bytes(b"x")
-    with SQLiteCollections(store) as collections:
-        assert not (stray / "abandoned").exists()
-        assert collections.get("c").picture("i1") == b"picture 1"
-
-
-def test_thumbnails_are_made_once_and_go_with_their_picture(store: Path) -> None:
-    made: list[bytes] = []
-
-    def make(picture: bytes) -> bytes:
-        made.append(picture)
-        return b"small " + picture + b"\xff\xd9"
-
-    with SQLiteCollections(store) as collections:
-        collection = _create(collections)
-        collection.add([_item(1), _item(2)])
-        first, second = (item.id for item in collection.page(2))
-        for _ in range(3):
-            assert collection.picture(first, 64, make) == b"small " + collection.picture(first) + b"\xff\xd9"
-        assert len(made) == 1
-        collection.picture(first, 65, make)  # a size nobody asks for often is made, and not kept
-        collection.picture(first, 1024, make)
-        collection.picture(second, 64, make)
-        kept = sorted(store.glob("pictures/*/*.64"))
-        assert len(made) == 4
-        assert len(list(store.glob("pictures/*/*.*"))) == len(kept) == 2
-        kept[0].write_bytes(b"")  # as a power cut may leave it
-        for each in (first, second):
-            assert collection.picture(each, 64, make).startswith(b"small ")
-        assert len(made) == 5
-        collection.delete(first)
-        assert len(list(store.glob("pictures/*/*.64"))) == 1
-        stray = kept[0].parent / f"{'0' * 64}.64"
-        stray.write_bytes(b"of nothing")
-    with SQLiteCollections(store) as collections:
-        assert not stray.exists()
-        assert len(list(store.glob("pictures/*/*.64"))) == 1
-
-
-def test_row_34_add_delete_and_search_at_once(store: Path) -> None:
+def test_row_34_add_delete_and_search_at_once(opened: Open) -> None:
     """Row 34: an id is never returned after its delete was acknowledged."""
-    with SQLiteCollections(store) as collections:
+    with opened() as collections:
         made = _create(collections)
-        made.add([_item(i) for i in range(40)])
+        made.add([new_item(i) for i in range(40)])
         failures: list[BaseException] = []
         deleted: set[str] = set()
         done = threading.Event()
@@ -243,7 +152,7 @@ def test_row_34_add_delete_and_search_at_once(store: Path) -> None:
             for i in range(offset, 40, 2):
                 made.delete(f"i{i}")
                 deleted.add(f"i{i}")
-                made.add([_item(100 + i)])
+                made.add([new_item(100 + i)])
 
         def look() -> None:
             while not done.is_set():
@@ -270,58 +179,177 @@ def test_row_34_add_delete_and_search_at_once(store: Path) -> None:
         assert made.info().count == 40
 
 
-def test_row_35_a_full_disk_refuses_the_write_keeps_searching_and_recovers(store: Path) -> None:
-    """Row 35, by SQLite's own limit of pages."""
-    with SQLiteCollections(store) as collections:
+def test_a_search_finds_what_a_loop_finds(opened: Open) -> None:
+    rng = np.random.default_rng(0)
+    vectors, weights = unit_rows(300), rng.integers(0, 50, 300).tolist()
+    kinds, words = rng.choice(["image", "text"], 300).tolist(), rng.choice(["1", "one", "eins"], 300).tolist()
+    cases = [
+        (lambda i: True, {}),
+        (lambda i: kinds[i] == "text", {"target": "text"}),
+        (lambda i: i in (3, 5, 250), {"ids": ["i3", "i5", "i250", "nowhere"]}),
+        (lambda i: 10 <= weights[i] < 20, {"filters": [Condition("weight", bounds=((">=", 10), ("<", 20)))]}),
+        (lambda i: words[i] in ("1", "eins"), {"filters": [Condition("word", ("1", "eins"))]}),
+        (lambda i: weights[i] in (1, 7), {"filters": [Condition("weight", numbers=(1, 7.0))]}),
+        (lambda i: words[i] >= "f", {"filters": [Condition("word", bounds=((">=", "f"),))]}),
+        (lambda i: i % 2 == 0, {"filters": [Condition("even", ("true",))]}),
+        (lambda i: False, {"filters": [Condition("weight", ("one",))]}),
+        (lambda i: False, {"filters": [Condition("elsewhere", ("null",))]}),
+        (lambda i: True, {"filters": [Condition("nothing", ("null",))]}),
+    ]
+    with opened() as collections:
         made = _create(collections)
-        made.add([_item(1)])
-        connection = collections._database._connection
-        connection.pragma("max_page_count", connection.pragma("page_count") + 1)
-        with pytest.raises(StorageError, match="nothing of it kept"):
-            made.add([_item(i, metadata={"long": "x" * 8000}) for i in range(2, 60)])
-        assert [hit.item.id for hit in made.search(unit_rows(1, 1)[0], 10)] == ["i1"]
-        connection.pragma("max_page_count", 1 << 20)
-        made.add([_item(2)])
-        assert made.info().count == 2
+        for start in range(0, 300, 60):
+            made.add(
+                [
+                    new_item(
+                        i,
+                        kind=kinds[i],
+                        vector=vectors[i],
+                        metadata={"weight": weights[i], "word": words[i], "even": i % 2 == 0, "nothing": None},
+                    )
+                    for i in range(start, start + 60)
+                ]
+            )
+        for passes, options in cases:
+            query = unit_rows(1, 1000)[0]
+            among = [i for i in range(300) if passes(i)]
+            order = sorted(among, key=lambda i: -float(vectors[i] @ query))
+            for k, offset in ((7, 0), (5, 10), (1000, 0)):
+                hits = made.search(query, k, offset=offset, **options)
+                assert [hit.item.id for hit in hits] == [f"i{i}" for i in order[offset : offset + k]]
+                expected = [float(vectors[i] @ query) for i in order[offset : offset + k]]
+                assert [hit.score for hit in hits] == pytest.approx(expected, abs=1e-6)
+        best = {weights[i]: i for i in sorted(range(300), key=lambda i: float(vectors[i] @ query))}
+        grouped = made.search(query, 1000, group_by="weight")
+        assert {hit.item.id for hit in grouped} == {f"i{i}" for i in best.values()}
 
 
-class _Unsynced(apsw.VFS):
-    """The files of the system, whose next `failures` syncs are refused once everything was written."""
-
-    failures = 0
-
-    def xOpen(self, name: Any, flags: list[int]) -> apsw.VFSFile:
-        return _UnsyncedFile(self, name, flags)
-
-
-class _UnsyncedFile(apsw.VFSFile):
-    def __init__(self, vfs: _Unsynced, name: Any, flags: list[int]) -> None:
-        super().__init__("unix", name, flags)
-        self._vfs = vfs
-
-    def xSync(self, flags: int) -> None:
-        if self._vfs.failures:
-            self._vfs.failures -= 1
-            raise apsw.IOError("the disk refuses")
-        super().xSync(flags)
+def test_metadata_comes_back_as_it_was_written(opened: Open) -> None:
+    metadata = {
+        "z": 1,
+        "a": 1.0,
+        "large": 1e22,
+        "exact": 0.1,
+        "long": 12345678901234567890,
+        "": "",
+        "ü\n": [],
+        "b": None,
+    }
+    with opened() as collections:
+        _create(collections).add([new_item(1, metadata=metadata)])
+        found = collections.get("c").get("i1").metadata
+    assert repr(found) == repr(metadata)
 
 
-@pytest.mark.parametrize(("failures", "said"), [(1, "nothing of"), (3, "nothing of"), (9, "the next start shows")])
-def test_a_write_that_could_not_be_synced_does_not_come_back(store: Path, failures: int, said: str) -> None:
-    """Its frames are in the log all the same; only what is written over them keeps a kill from making them a commit."""
-    vfs = _Unsynced("unsynced", "unix", makedefault=True)
-    try:
-        with SQLiteCollections(store) as collections:
-            made = _create(collections)
-            made.add([_item(1)])
-            vfs.failures = failures
-            with pytest.raises(StorageError, match=said):
-                made.add([_item(i) for i in range(2, 60)])
-            vfs.failures = 0
-            shutil.copytree(store, store.parent / "killed")
-            assert made.info().count == 1
-        with SQLiteCollections(store.parent / "killed") as collections:
-            there = [item.id for item in collections.get("c").page(100)]
-        assert there == ["i1"] or said == "the next start shows"
-    finally:
-        vfs.unregister()
+def test_pages_vectors_and_samples(opened: Open) -> None:
+    with opened() as collections:
+        made = _create(collections)
+        names = ["a", "B", "ä", "Z", "0", "_", "aa", "~"]
+        made.add([new_item(i, id=name) for i, name in enumerate(names)])
+        assert [item.id for item in made.page(100)] == sorted(names)
+        assert [item.id for item in made.page(3, after="Z")] == ["_", "a", "aa"]
+        assert [item.id for item in made.page(2, ids=["ä", "B", "nowhere"])] == ["B", "ä"]
+        assert made.vectors(["Z", "a"]) == pytest.approx(np.stack([unit_rows(1, i)[0] for i in (3, 0)]), abs=1e-6)
+        with pytest.raises(NotFoundError, match="'nowhere'"):
+            made.vectors(["a", "nowhere"])
+        items, vectors = made.sample(4)
+        assert [item.id for item in items] == ["a", "ä", "0", "aa"]
+        assert vectors == pytest.approx(np.stack([unit_rows(1, i)[0] for i in (0, 2, 4, 6)]), abs=1e-6)
+        assert made.embeddings([*items[:1], made.get("B")])[1] is not None
+
+
+def test_duplicates_and_statistics(opened: Open) -> None:
+    with opened() as collections:
+        made = _create(collections)
+        made.add([new_item(i, kind="text" if i % 5 == 4 else "image") for i in range(20)])
+        made.add([new_item(50 + i, vector=unit_rows(1, i)[0], metadata={"i": "word"}) for i in range(3)])
+        total, groups = made.duplicates(0.999, 2)
+        assert total == 3
+        assert [[hit.item.id for hit in group] for group in groups] == [["i0", "i50"], ["i1", "i51"]]
+        found = made.statistics()
+        assert found["kinds"] == {"image": 19, "text": 4, "pictures": 3}
+        frequent = [{"value": "word", "items": 3}]
+        assert found["metadata"] == [{"key": "i", "items": 23, "values": 21, "min": 0, "max": 19, "frequent": frequent}]
+        assert found["cosines"]["nearest"]["p50"] > found["cosines"]["random"]["p50"]
+
+
+def test_one_takes_another_s_place_only_when_it_lacks_nothing(opened: Open) -> None:
+    with opened() as collections:
+        made = _create(collections)
+        made.add([new_item(i) for i in range(10)])
+        staged = collections.stage("c", "n", "g", 8)
+        assert collections.staged("c") is staged
+        assert collections.names() == ["c"]
+        assert [item.id for item in collections.lacking("c", "", 3)] == ["i0", "i1", "i2"]
+        staged.add([new_item(i, vector=unit_rows(1, 100 + i)[0]) for i in range(9)] + [new_item(77)])
+        assert [item.id for item in collections.lacking("c", "", 100)] == ["i9"]
+        assert not collections.switch("c")
+        staged.add([new_item(9, vector=unit_rows(1, 109)[0])])
+        made.add([new_item(3, caption="another")])
+        assert [item.id for item in collections.lacking("c", "", 100)] == ["i3"]
+        staged.add([new_item(3, caption="another", vector=unit_rows(1, 103)[0])])
+        assert collections.switch("c")
+        now = collections.get("c")
+        assert (now.model, now.info().count, collections.staged("c")) == ("n", 10, None)
+        assert [hit.item.id for hit in now.search(unit_rows(1, 104)[0], 1)] == ["i4"]
+        with pytest.raises(NotFoundError):
+            made.add([new_item(11)])
+        collections.stage("c", "m", "f", 8)
+        collections.unstage("c")
+        assert collections.staged("c") is None
+        assert now.picture("i4") == b"picture 1"
+
+
+def test_writers_of_the_same_items_leave_each_whole(opened: Open) -> None:
+    """However they meet, an id has one row, with the picture and the vector of one of them."""
+    with opened() as collections:
+        made, failures = _create(collections), list[BaseException]()
+
+        def write(seed: int) -> None:
+            rng = np.random.default_rng(seed)
+            try:
+                for _ in range(15):
+                    ids = rng.permutation(12)[:6].tolist()
+                    made.add([new_item(i, vector=unit_rows(1, seed)[0], picture=b"of %d" % seed) for i in ids])
+                    try:
+                        made.delete(f"i{ids[0]}")
+                    except NotFoundError:
+                        continue
+            except BaseException as error:
+                failures.append(error)
+
+        writers = [threading.Thread(target=write, args=(seed,)) for seed in range(4)]
+        for writer in writers:
+            writer.start()
+        for writer in writers:
+            writer.join()
+        assert not failures
+        there = made.page(100)
+        assert made.info().count == len(there) == len({item.id for item in there})
+        for item, vector in zip(there, made.embeddings(there), strict=True):
+            seed = int(made.picture(item.id).split()[-1])
+            assert vector == pytest.approx(unit_rows(1, seed)[0], abs=1e-6)
+        assert {hit.item.id for hit in made.search(unit_rows(1)[0], 100)} == {item.id for item in there}
+        assert sorted(set(_kept(collections))) == sorted({made.picture(item.id) for item in there})
+
+
+def test_thumbnails_are_kept_and_go_with_their_picture(opened: Open) -> None:
+    made = list[bytes]()
+
+    def make(picture: bytes) -> bytes:
+        made.append(picture)
+        return b"small " + picture + b"\xff\xd9"
+
+    with opened() as collections:
+        collection = _create(collections)
+        collection.add([new_item(1)])
+        for _ in range(3):
+            assert collection.picture("i1", 64, make) == b"small picture 1\xff\xd9"
+        collection.picture("i1", 65, make)  # a size nobody asks for often is made, and not kept
+        collection.picture("i1", 65, make)
+        assert len(made) == 3
+        collection.delete("i1")
+        assert not _kept(collections)
+        collection.add([new_item(1)])
+        collection.picture("i1", 64, make)
+        assert len(made) == 4

@@ -20,23 +20,30 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from databases import PostgresServer
 from support import unit_rows
 
+from app.collections import Collections
+from app.postgres_collections import PostgresCollections
 from app.sqlite_collections import SQLiteCollections
 from models.errors import SemblanceError, StorageError
 
 KILLS = int(os.environ.get("KILL_ROUNDS", "25"))
 CUTS = int(os.environ.get("POWER_ROUNDS", "10"))
 
-# Writes five items, or deletes one of five, and says so once it was answered. Arguments: folder, first step, and how
-# SQLite is to sync.
+# Writes five items, or deletes one of five, and says so once it was answered. Arguments: folder or database, first
+# step, and how SQLite is to sync.
 _WRITER = """
 import sys, numpy as np
 from app.collection import NewItem
+from app.postgres_collections import PostgresCollections
 from app.sqlite_collections import SQLiteCollections
 from models.errors import StorageError
-collections = SQLiteCollections(sys.argv[1])
-collections._database._connection.pragma("synchronous", sys.argv[3])
+if sys.argv[1].startswith("postgresql:"):
+    collections = PostgresCollections(sys.argv[1])
+else:
+    collections = SQLiteCollections(sys.argv[1])
+    collections._database._connection.pragma("synchronous", sys.argv[3])
 made = collections.create("c", model="m", fingerprint="f", dimensions=8)
 step = int(sys.argv[2])
 while True:
@@ -65,20 +72,22 @@ class Acknowledged:
 
 
 def write_and_kill(
-    store: Path,
+    store: Path | str,
     rng: random.Random,
     seen: Acknowledged,
     then: Callable[[], None] = lambda: None,
     sync: str = "FULL",
     under: Sequence[str] = (),
+    meanwhile: Callable[[], None] = lambda: None,
 ) -> None:
     """Let a process write, kill -9 it at a random moment, and note what it was answered. then: at once after it. under:
-    a command that runs it."""
+    a command that runs it. meanwhile: what is done between, after which it writes on."""
     writer = [*under, sys.executable, "-c", _WRITER, str(store), str(seen.next), sync]
     process = subprocess.Popen(writer, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     lines = [process.stdout.readline()]
     time.sleep(rng.random() * 0.15)
+    meanwhile()
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     then()
@@ -90,9 +99,10 @@ def write_and_kill(
             {"add": seen.added, "delete": seen.deleted, "refuse": seen.refused}[word].add(int(step))
 
 
-def check(store: Path, rng: random.Random, seen: Acknowledged) -> None:
+def check(store: Path | str, rng: random.Random, seen: Acknowledged) -> None:
     """Every acknowledged item is there, no deleted one, and of what was not acknowledged all of a batch or nothing."""
-    with SQLiteCollections(store) as collections:
+    opened: Collections = PostgresCollections(store) if isinstance(store, str) else SQLiteCollections(store)
+    with opened as collections:
         made = collections.get("c")
         there = {item.id: item for item in made.page(1_000_000)}
         for step in seen.added:
@@ -121,6 +131,25 @@ def test_row_36_kill_9_loses_nothing_that_was_acknowledged(tmp_path: Path) -> No
         added, deleted = added + len(seen.added), deleted + len(seen.deleted)
     print(f"{KILLS} kills: {added} writes and {deleted} deletes acknowledged, 0 lost, 0 undone")
     assert added > KILLS
+
+
+def test_row_36_neither_the_writer_nor_its_postgresql_killed_loses_anything(postgres: PostgresServer) -> None:
+    """Every third round kills every process of the database instead, while a writer writes; it waits and goes on."""
+    rng, added, deleted, rounds = random.Random(0), 0, 0, KILLS // 3
+    for start in range(0, rounds, 50):
+        seen, database = Acknowledged(), postgres.database()
+
+        def restart() -> None:
+            postgres.kill()
+            postgres.start()
+            time.sleep(rng.random() * 0.3)
+
+        for number in range(start, min(start + 50, rounds)):
+            write_and_kill(database, rng, seen, meanwhile=restart if number % 3 == 2 else lambda: None)
+            check(database, rng, seen)
+        added, deleted = added + len(seen.added), deleted + len(seen.deleted)
+    print(f"{rounds} kills: {added} writes and {deleted} deletes acknowledged by PostgreSQL, 0 lost, 0 undone")
+    assert added > rounds
 
 
 @contextmanager

@@ -1,0 +1,162 @@
+"""PostgreSQL as the truth: a pool of connections, transactions that are tried again, and a schema with its format."""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import psycopg
+from pgvector.psycopg import register_vector
+from psycopg import Connection, errors
+from psycopg.conninfo import conninfo_to_dict
+from psycopg_pool import ConnectionPool, PoolTimeout
+
+from models.errors import BusyError, StorageError
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+FORMAT = 1
+CHANGED = "semblance_changed"  # the channel on which servers tell each other that the list of collections is another
+_PATIENCE = 10.0  # seconds that a call waits for a database that is away: as long as its restart takes
+_CONNECTIONS = 16
+_LOCK = 0x73656D62  # of the schema while it is made
+# Two changes at once: one of them was undone, and done again it succeeds.
+_COLLIDED = (
+    errors.UniqueViolation,
+    errors.ForeignKeyViolation,
+    errors.DeadlockDetected,
+    errors.SerializationFailure,
+    errors.LockNotAvailable,
+)
+_FULL = (errors.DiskFull, errors.OutOfMemory, errors.IoError, errors.ReadOnlySqlTransaction)
+
+# A partition a collection, named by its key. number: never given twice, so that what an index knows under it is always
+# this vector. facets: the metadata as it is filtered; `metadata` is the text that was stored, which jsonb would change.
+_SCHEMA = """
+CREATE TABLE collections (
+  key bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, name text COLLATE "C" NOT NULL UNIQUE, model text NOT NULL,
+  fingerprint text NOT NULL, dimensions integer NOT NULL, kind text NOT NULL);
+CREATE TABLE pictures (name text COLLATE "C" PRIMARY KEY, content bytea);
+ALTER TABLE pictures ALTER content SET STORAGE EXTERNAL;
+CREATE TABLE thumbnails (
+  picture text COLLATE "C" NOT NULL REFERENCES pictures ON DELETE CASCADE, size integer NOT NULL, version text NOT NULL,
+  content bytea NOT NULL, PRIMARY KEY (picture, size));
+CREATE SEQUENCE numbers;
+CREATE TABLE items (
+  collection bigint NOT NULL REFERENCES collections, number bigint NOT NULL DEFAULT nextval('numbers'),
+  id text COLLATE "C" NOT NULL, kind text NOT NULL, caption text, metadata text NOT NULL,
+  facets jsonb NOT NULL GENERATED ALWAYS AS (metadata::jsonb) STORED,
+  picture text COLLATE "C" REFERENCES pictures, size integer NOT NULL, vector vector NOT NULL,
+  PRIMARY KEY (collection, number), UNIQUE (collection, id)) PARTITION BY LIST (collection);
+CREATE INDEX ON items (picture) WHERE picture IS NOT NULL;
+CREATE TABLE format (version integer NOT NULL);
+"""
+
+
+class Postgres:
+    """A database that several servers may share; everything is in its schema `semblance`. Thread-safe.
+
+    Raises StorageError, naming the database without its password and the way out, if it cannot be reached, lacks
+    pgvector or is of a newer format.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.name = _shown(url)
+        try:
+            with psycopg.connect(url, autocommit=True) as connection:
+                _prepare(connection, self.name)
+        except psycopg.Error as error:
+            raise StorageError(
+                f"{self.name} cannot be opened ({_said(error)}); check the address, and that the server has pgvector"
+            ) from error
+        self._url = url
+        self._pool = ConnectionPool(
+            url, min_size=1, max_size=_CONNECTIONS, kwargs={"autocommit": True}, configure=_configure, open=True
+        )
+
+    def run(self, work: Callable[[Connection[Any]], T], *, transaction: bool = False, patience: float = _PATIENCE) -> T:
+        """What `work` returns, with all it did durable; it runs again if the database was away or another was first.
+
+        `work` may therefore have taken effect before: it must come to the same when it runs twice. transaction: of all
+        its statements, else each is one. patience: seconds in which the database must be back.
+        Raises what `work` raises, BusyError if the database stays away, and StorageError if it refuses.
+        """
+        ends = time.monotonic() + patience
+        while True:
+            try:
+                with self._pool.connection(timeout=max(0.5, ends - time.monotonic())) as connection:
+                    if not transaction:
+                        return work(connection)
+                    with connection.transaction():
+                        return work(connection)
+            except errors.UndefinedTable:
+                raise
+            except _FULL as error:
+                raise StorageError(f"{self.name} refused it, and nothing of it is kept: {_said(error)}") from error
+            except _COLLIDED as error:
+                if time.monotonic() > ends:
+                    raise BusyError(f"{self.name} is too busy with the same items: {_said(error)}") from error
+                time.sleep(random.random() * 0.02)  # not in step with whoever was first
+            except (psycopg.OperationalError, psycopg.InterfaceError, PoolTimeout) as error:
+                if time.monotonic() > ends:
+                    raise BusyError(f"{self.name} is away: {_said(error)}") from error
+                time.sleep(0.05)
+            except psycopg.Error as error:
+                raise StorageError(f"{self.name} refused it, and nothing of it is kept: {_said(error)}") from error
+
+    def alone(self) -> Connection[Any]:
+        """A connection for what takes long, for whoever asks to close. Raises psycopg.Error."""
+        connection = psycopg.connect(self._url, autocommit=True)
+        _configure(connection)
+        return connection
+
+    def close(self) -> None:
+        """Let the connections go."""
+        self._pool.close()
+
+
+def _prepare(connection: Connection[Any], name: str) -> None:
+    """Make the schema, once among all who come; raises StorageError for one of a newer format."""
+    with connection.transaction():
+        connection.execute("SELECT pg_advisory_xact_lock(%s)", (_LOCK,))
+        connection.execute("CREATE SCHEMA IF NOT EXISTS semblance")
+        connection.execute("CREATE EXTENSION IF NOT EXISTS vector SCHEMA public")
+        connection.execute("SET LOCAL search_path = semblance, public")
+        if connection.execute("SELECT to_regclass('semblance.format')").fetchone() == (None,):
+            connection.execute(_SCHEMA)
+            connection.execute("INSERT INTO format VALUES (%s)", (FORMAT,))
+        (version,) = connection.execute("SELECT max(version) FROM format").fetchone() or (0,)
+    if version > FORMAT:
+        raise StorageError(
+            f"{name} is of format {version}, this version reads up to {FORMAT}: upgrade, or use another database"
+        )
+    if connection.execute("SHOW fsync").fetchone() == ("off",):
+        log.warning("%s does not sync (fsync = off): what is acknowledged is lost when its machine fails", name)
+
+
+def _configure(connection: Connection[Any]) -> None:
+    """What every connection is told. Plans are made for the values, since only with them a LIMIT and a filter say which
+    way is short; a graph is followed on until the filter has let enough through."""
+    connection.execute(
+        "SET search_path = semblance, public; SET plan_cache_mode = force_custom_plan; SET synchronous_commit = on; "
+        "SET hnsw.ef_search = 100; SET hnsw.iterative_scan = strict_order"
+    )
+    register_vector(connection)
+
+
+def _said(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _shown(url: str) -> str:
+    """A database's address without its password."""
+    try:
+        parts = conninfo_to_dict(url)
+    except psycopg.Error as error:
+        raise StorageError("the database is given as postgresql://USER:PASSWORD@HOST/NAME, and this is none") from error
+    host = parts.get("host", "localhost")
+    return f"postgresql://{host}:{parts.get('port', 5432)}/{parts.get('dbname', '')}"

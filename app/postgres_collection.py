@@ -1,0 +1,263 @@
+"""A collection in PostgreSQL, where its rows, its pictures and its graph are one truth for all servers."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from psycopg import Connection, errors, sql
+
+from app import statistics
+from app.collection import Collection, Item, NewItem, SearchHit, Target, item_of
+from app.filters import Condition
+from app.index import Ids, VectorIndex, Vectors
+from app.pictures import Places, kept_size, name_of, place_of
+from app.postgres import Postgres
+from app.postgres_index import NOTHING, TableIndex, numbers_of
+from models.errors import InputError, NotFoundError
+
+T = TypeVar("T")
+
+_ITEM = sql.SQL("id, kind, caption, metadata, picture")
+_NUL = re.compile(r"(?<!\\)(\\\\)*\\u0000")  # of JSON; after an odd backslash it is six characters of a text
+_COPY = "COPY {} (collection, number, id, kind, caption, metadata, picture, size, vector) FROM STDIN (FORMAT BINARY)"
+_TYPES = ["int8", "int8", "text", "text", "text", "text", "text", "int4", "vector"]
+_METADATA = """
+    SELECT key, jsonb_typeof(value) = 'number', count(*), count(DISTINCT text), min(amount)::text, max(amount)::text
+    FROM {1}, jsonb_each(facets) AS each (key, value), LATERAL (SELECT value #>> '{{}}') AS written (text),
+    LATERAL (SELECT CASE jsonb_typeof(value) WHEN 'number' THEN text::numeric END) AS counted (amount)
+    GROUP BY key, jsonb_typeof(value)
+"""
+_FREQUENT = """
+    SELECT text, count(*) AS times
+    FROM {1}, LATERAL (SELECT (facets ->> %s) COLLATE "C" AS text, jsonb_typeof(facets -> %s) AS type) AS written
+    WHERE type = 'string' GROUP BY text ORDER BY times DESC, text LIMIT %s
+"""
+# Only those of which no item is left; that nobody takes one up meanwhile is the foreign key's to say.
+UNUSED = "DELETE FROM pictures WHERE name = ANY(%s) AND NOT EXISTS (SELECT 1 FROM items WHERE picture = pictures.name)"
+
+
+class PostgresPictures:
+    """Pictures as rows, so that every server has them; those that stay in their places are read there."""
+
+    def __init__(self, postgres: Postgres, root: Path | None) -> None:
+        self._postgres, self._places = postgres, Places(root)
+
+    def get(self, digest: str) -> bytes:
+        if (place := place_of(digest)) is not None:
+            return self._places.read(place)
+        found = self._one("SELECT content FROM pictures WHERE name = %s", digest)
+        if found is None:
+            raise NotFoundError("the picture has been deleted")
+        return found
+
+    def version(self, digest: str) -> str:
+        return digest if (place := place_of(digest)) is None else self._places.version(place)
+
+    def thumbnail(self, digest: str, size: int, make: Callable[[bytes], bytes]) -> bytes:
+        version = self.version(digest)
+        known = "SELECT content FROM thumbnails WHERE picture = %s AND size = %s AND version = %s"
+        if (kept := self._one(known, digest, size, version)) is not None:
+            return kept
+        made = make(self.get(digest))
+        if kept_size(size):
+            keep = (
+                "INSERT INTO thumbnails VALUES (%s, %s, %s, %s) ON CONFLICT (picture, size) "
+                "DO UPDATE SET version = excluded.version, content = excluded.content"
+            )
+
+            def work(connection: Connection[Any]) -> None:
+                with suppress(errors.ForeignKeyViolation):  # deleted since
+                    connection.execute(keep, (digest, size, version, made))
+
+            self._postgres.run(work)
+        return made
+
+    def _one(self, statement: str, *values: Any) -> bytes | None:
+        found = self._postgres.run(lambda connection: connection.execute(statement, values).fetchone())
+        return None if found is None else found[0]
+
+
+class PostgresCollection(Collection):
+    """One partition of the table `items`. It may be deleted, or put in another's place, by any server at any time."""
+
+    def __init__(
+        self,
+        postgres: Postgres,
+        pictures: PostgresPictures,
+        key: int,
+        name: str,
+        model: str,
+        fingerprint: str,
+        dimensions: int,
+        index: VectorIndex,
+        gone: Callable[[], None],
+    ) -> None:
+        """gone: called when it is found to have been deleted."""
+        super().__init__(key, name, model, fingerprint, dimensions, index, pictures)
+        self._postgres, self._gone = postgres, gone
+        self.table = sql.Identifier(f"items_{key}")
+
+    def update(self, name: str, built: bool) -> None:
+        """Take over what another server may have changed: its name, and whether there is a graph."""
+        self.name = name
+        if isinstance(self._index, TableIndex):
+            self._index.built = built
+
+    def __len__(self) -> int:
+        return self._rows("SELECT count(*) FROM {1}")[0][0]
+
+    def _put(self, ids: Sequence[str], items: Sequence[NewItem], vectors: Vectors) -> None:
+        for position, item in enumerate(items):
+            if "\0" in f"{ids[position]}{item.caption}" or _NUL.search(json.dumps(dict(item.metadata))):
+                raise InputError("PostgreSQL keeps no text with the character U+0000", position)
+        names = [None if item.picture is None else name_of(item.picture) for item in items]
+        pictures = {
+            name: item.picture if isinstance(item.picture, bytes) else None
+            for name, item in zip(names, items, strict=True)
+            if name is not None
+        }
+
+        def change(connection: Connection[Any]) -> list[int]:
+            # Whoever deletes the collection, or lets it take another's place, waits for this or is waited for.
+            if (
+                connection.execute("SELECT 1 FROM collections WHERE key = %s FOR KEY SHARE", (self.key,)).fetchone()
+                is None
+            ):
+                raise self._deleted()
+            old = self._forget(connection, ids)
+            given = connection.execute("SELECT nextval('numbers') FROM generate_series(1, %s)", (len(ids),)).fetchall()
+            numbers = np.array(given, np.int64).reshape(-1)
+            with connection.cursor() as cursor:
+                if pictures:
+                    keep = "INSERT INTO pictures VALUES (%s, %s) ON CONFLICT DO NOTHING"
+                    cursor.executemany(keep, sorted(pictures.items()))
+                with cursor.copy(sql.SQL(_COPY).format(self.table)) as copy:
+                    copy.set_types(_TYPES)
+                    for number, id, item, name, vector in zip(given, ids, items, names, vectors, strict=True):
+                        size = len(item.picture) if isinstance(item.picture, bytes) else 0
+                        content = json.dumps(dict(item.metadata))
+                        copy.write_row((self.key, *number, id, item.kind, item.caption, content, name, size, vector))
+            self._sweep(connection, [picture for _, picture in old])
+            # Before the commit, for a search leaves out what the table does not show yet. What is left there if this
+            # fails is never shown either, and goes when an index of its own is next reconciled.
+            self._index.add(numbers, vectors)
+            return [number for number, _ in old]
+
+        self._index.remove(np.array(self._run(change, transaction=True), np.int64))
+        if isinstance(self._index, TableIndex):
+            self._index.look(len(ids))
+
+    def delete(self, id: str) -> None:
+        gone = set[int]()
+
+        def change(connection: Connection[Any]) -> None:
+            old = self._forget(connection, [id])
+            gone.update(number for number, _ in old)  # a try whose end was not heard of may have deleted it
+            self._sweep(connection, [picture for _, picture in old])
+
+        self._run(change, transaction=True)
+        if not gone:
+            raise self._missing(id)
+        self._index.remove(np.array(sorted(gone), np.int64))
+
+    def page(self, limit: int, after: str = "", ids: Sequence[str] | None = None) -> list[Item]:
+        among, given = ("", ()) if ids is None else ("AND id = ANY(%s)", (list(ids),))
+        statement = f"SELECT {{}} FROM {{}} WHERE id > %s {among} ORDER BY id LIMIT %s"
+        return [item_of(row) for row in self._rows(statement, after, *given, limit)]
+
+    def sample(self, limit: int) -> tuple[list[Item], Vectors]:
+        known = [number for (number,) in self._rows("SELECT number FROM {1} ORDER BY number")]
+        chosen = known[:: max(1, -(-len(known) // limit))]
+        found = self._rows("SELECT vector, {} FROM {} WHERE number = ANY(%s) ORDER BY number", chosen)
+        return [item_of(rest) for _, *rest in found], numbers_of([vector for vector, *_ in found])
+
+    def _nearest(
+        self, query: Vectors, k: int, target: Target, filters: Sequence[Condition], ids: Sequence[str] | None
+    ) -> tuple[list[SearchHit], bool]:
+        if not isinstance(self._index, TableIndex):
+            return super()._nearest(query, k, target, filters, ids)
+        index, (where, values) = self._index, self._where(target, filters, ids)
+        columns = sql.SQL(", {}").format(_ITEM)
+        found = self._run(lambda connection: index.nearest(connection, query[0], k, where, values, columns))
+        return [SearchHit(item_of(rest), cosine) for _, cosine, *rest in found], len(found) == k
+
+    def _stored(self, ids: Sequence[str]) -> list[Vectors | None]:
+        found = dict(self._rows("SELECT id, vector FROM {1} WHERE id = ANY(%s)", list(ids)))
+        return [None if (vector := found.get(id)) is None else numbers_of([vector])[0] for id in ids]
+
+    def _items(self, numbers: Sequence[int]) -> dict[int, Item]:
+        found = self._rows("SELECT number, {} FROM {} WHERE number = ANY(%s)", list(numbers))
+        return {number: item_of(rest) for number, *rest in found}
+
+    def _allowed(self, target: Target, filters: Iterable[Condition], ids: Sequence[str] | None = None) -> Ids | None:
+        where, values = self._where(target, filters, ids)
+        if where is NOTHING:
+            return None
+        statement = sql.SQL("SELECT number FROM {} {}").format(self.table, where)
+        found = self._run(lambda connection: connection.execute(statement, values).fetchall())
+        return np.array(found, np.int64).reshape(-1)
+
+    def _picture_bytes(self) -> int:
+        of_each = "SELECT DISTINCT picture, size FROM {1}"
+        return int(self._rows(f"SELECT COALESCE(sum(size), 0) FROM ({of_each}) AS each")[0][0])
+
+    def _counts(self) -> dict[str, Any]:
+        found = self._rows(_METADATA)
+        return statistics.counts(
+            dict(self._rows("SELECT kind, count(*) FROM {1} GROUP BY kind")),
+            self._rows("SELECT count(DISTINCT picture) FROM {1}")[0][0],
+            [(*rest, low and json.loads(low), high and json.loads(high)) for *rest, low, high in found],
+            lambda key: self._rows(_FREQUENT, key, key, statistics.VALUES),
+        )
+
+    def _where(
+        self, target: Target, filters: Iterable[Condition], ids: Sequence[str] | None
+    ) -> tuple[sql.Composable, list[Any]]:
+        conditions, values = list[str](), list[Any]()
+        if target != "any":
+            conditions.append("kind = %s")
+            values.append(target)
+        if ids is not None:
+            conditions.append("id = ANY(%s)")
+            values.append(list(ids))
+        for condition, asked in (each.postgres() for each in filters):
+            conditions.append(condition)
+            values += asked
+        # The conditions are this program's own, whatever was asked is in the values.
+        return sql.SQL(f"WHERE {' AND '.join(conditions)}") if conditions else NOTHING, values
+
+    def _forget(self, connection: Connection[Any], ids: Sequence[str]) -> list[tuple[int, str | None]]:
+        """Delete items, in one order for all, so that two who delete the same wait for one another and no more; gives
+        each one's number and the name of its picture."""
+        statement = sql.SQL(
+            "DELETE FROM {0} WHERE id IN (SELECT id FROM {0} WHERE id = ANY(%s) ORDER BY id FOR UPDATE) "
+            "RETURNING number, picture"
+        ).format(self.table)
+        return connection.execute(statement, (list(ids),)).fetchall()
+
+    def _sweep(self, connection: Connection[Any], pictures: Sequence[str | None]) -> None:
+        if names := sorted({name for name in pictures if name is not None}):
+            connection.execute(UNUSED, (names,))
+
+    def _rows(self, statement: str, *values: Any) -> list[Any]:
+        composed = sql.SQL(statement).format(_ITEM, self.table)
+        return self._run(lambda connection: connection.execute(composed, values).fetchall())
+
+    def _run(self, work: Callable[[Connection[Any]], T], *, transaction: bool = False) -> T:
+        try:
+            return self._postgres.run(work, transaction=transaction)
+        except errors.UndefinedTable as error:
+            self._gone()
+            raise self._deleted() from error
+        except NotFoundError:
+            self._gone()
+            raise
+
+    def _deleted(self) -> NotFoundError:
+        return NotFoundError(f"collection {self.name!r} has been deleted")

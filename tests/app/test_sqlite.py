@@ -1,0 +1,181 @@
+"""What is SQLite's alone: one process at a time, its files, and a disk that refuses."""
+
+from __future__ import annotations
+
+import shutil
+import sqlite3
+from pathlib import Path
+from typing import Any
+
+import apsw
+import pytest
+from support import new_item, unit_rows
+
+from app.sqlite_collections import SQLiteCollections
+from models.errors import StorageError
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    return tmp_path / "data"
+
+
+def _create(collections: SQLiteCollections) -> Any:
+    return collections.create("c", model="m", fingerprint="f", dimensions=8)
+
+
+def test_an_item_that_is_replaced_between_index_and_database_is_found(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with SQLiteCollections(store) as collections:
+        made = _create(collections)
+        made.add([new_item(1), new_item(2)])
+        search, asked = made._searches.search, []
+
+        def then_replaced(*arguments: Any) -> Any:
+            hits = search(*arguments)
+            if not asked:
+                made.add([new_item(1)])
+            asked.append(1)
+            return hits
+
+        monkeypatch.setattr(made._searches, "search", then_replaced)
+        assert {hit.item.id for hit in made.search(unit_rows(1)[0], 10)} == {"i1", "i2"}
+        assert len(asked) == 2
+
+
+def test_a_second_process_is_told_who_holds_the_folder(store: Path) -> None:
+    with SQLiteCollections(store, note="http://127.0.0.1:1"), pytest.raises(StorageError, match=r"127\.0\.0\.1:1"):
+        SQLiteCollections(store)
+    SQLiteCollections(store).close()
+
+
+def test_row_38_damage_is_named_and_refused(store: Path) -> None:
+    with SQLiteCollections(store) as collections:
+        _create(collections).add([new_item(i) for i in range(50)])
+    file = store / "store.db"
+    content = bytearray(file.read_bytes())
+    content[16384 : 16384 * 2] = b"\xff" * 16384
+    file.write_bytes(content)
+    with pytest.raises(StorageError, match=r"store\.db .*restore it from a backup"):
+        SQLiteCollections(store)
+    file.write_bytes(b"no database, but long enough to have a header of a hundred bytes" * 10)
+    with pytest.raises(StorageError, match=r"store\.db"):
+        SQLiteCollections(store)
+
+
+def test_a_newer_format_is_refused(store: Path) -> None:
+    SQLiteCollections(store).close()
+    connection = sqlite3.connect(store / "store.db")
+    connection.execute("PRAGMA user_version = 2")
+    connection.close()
+    with pytest.raises(StorageError, match="format 2, this version reads up to 1: upgrade"):
+        SQLiteCollections(store)
+
+
+def test_the_database_is_as_durable_as_it_promises(store: Path) -> None:
+    with SQLiteCollections(store) as collections, collections._database.read() as connection:
+        assert connection.pragma("journal_mode") == "wal"
+        assert connection.pragma("synchronous") == 2
+        assert connection.pragma("page_size") == 16384
+
+
+def test_pictures_that_nothing_refers_to_are_swept_up(store: Path) -> None:
+    with SQLiteCollections(store) as collections:
+        _create(collections).add([new_item(1)])
+    stray = store / "pictures" / "ab"
+    stray.mkdir(exist_ok=True)
+    (stray / "abandoned").write_bytes(b"x")
+    with SQLiteCollections(store) as collections:
+        assert not (stray / "abandoned").exists()
+        assert collections.get("c").picture("i1") == b"picture 1"
+
+
+def test_thumbnails_are_made_once_and_go_with_their_picture(store: Path) -> None:
+    made: list[bytes] = []
+
+    def make(picture: bytes) -> bytes:
+        made.append(picture)
+        return b"small " + picture + b"\xff\xd9"
+
+    with SQLiteCollections(store) as collections:
+        collection = _create(collections)
+        collection.add([new_item(1), new_item(2)])
+        first, second = (item.id for item in collection.page(2))
+        for _ in range(3):
+            assert collection.picture(first, 64, make) == b"small " + collection.picture(first) + b"\xff\xd9"
+        assert len(made) == 1
+        collection.picture(first, 65, make)  # a size nobody asks for often is made, and not kept
+        collection.picture(first, 1024, make)
+        collection.picture(second, 64, make)
+        kept = sorted(store.glob("pictures/*/*.64"))
+        assert len(made) == 4
+        assert len(list(store.glob("pictures/*/*.*"))) == len(kept) == 2
+        kept[0].write_bytes(b"")  # as a power cut may leave it
+        for each in (first, second):
+            assert collection.picture(each, 64, make).startswith(b"small ")
+        assert len(made) == 5
+        collection.delete(first)
+        assert len(list(store.glob("pictures/*/*.64"))) == 1
+        stray = kept[0].parent / f"{'0' * 64}.64"
+        stray.write_bytes(b"of nothing")
+    with SQLiteCollections(store) as collections:
+        assert not stray.exists()
+        assert len(list(store.glob("pictures/*/*.64"))) == 1
+
+
+def test_row_35_a_full_disk_refuses_the_write_keeps_searching_and_recovers(store: Path) -> None:
+    """Row 35, by SQLite's own limit of pages."""
+    with SQLiteCollections(store) as collections:
+        made = _create(collections)
+        made.add([new_item(1)])
+        connection = collections._database._connection
+        connection.pragma("max_page_count", connection.pragma("page_count") + 1)
+        with pytest.raises(StorageError, match="nothing of it kept"):
+            made.add([new_item(i, metadata={"long": "x" * 8000}) for i in range(2, 60)])
+        assert [hit.item.id for hit in made.search(unit_rows(1, 1)[0], 10)] == ["i1"]
+        connection.pragma("max_page_count", 1 << 20)
+        made.add([new_item(2)])
+        assert made.info().count == 2
+
+
+class _Unsynced(apsw.VFS):
+    """The files of the system, whose next `failures` syncs are refused once everything was written."""
+
+    failures = 0
+
+    def xOpen(self, name: Any, flags: list[int]) -> apsw.VFSFile:
+        return _UnsyncedFile(self, name, flags)
+
+
+class _UnsyncedFile(apsw.VFSFile):
+    def __init__(self, vfs: _Unsynced, name: Any, flags: list[int]) -> None:
+        super().__init__("unix", name, flags)
+        self._vfs = vfs
+
+    def xSync(self, flags: int) -> None:
+        if self._vfs.failures:
+            self._vfs.failures -= 1
+            raise apsw.IOError("the disk refuses")
+        super().xSync(flags)
+
+
+@pytest.mark.parametrize(("failures", "said"), [(1, "nothing of"), (3, "nothing of"), (9, "the next start shows")])
+def test_a_write_that_could_not_be_synced_does_not_come_back(store: Path, failures: int, said: str) -> None:
+    """Its frames are in the log all the same; only what is written over them keeps a kill from making them a commit."""
+    vfs = _Unsynced("unsynced", "unix", makedefault=True)
+    try:
+        with SQLiteCollections(store) as collections:
+            made = _create(collections)
+            made.add([new_item(1)])
+            vfs.failures = failures
+            with pytest.raises(StorageError, match=said):
+                made.add([new_item(i) for i in range(2, 60)])
+            vfs.failures = 0
+            shutil.copytree(store, store.parent / "killed")
+            assert made.info().count == 1
+        with SQLiteCollections(store.parent / "killed") as collections:
+            there = [item.id for item in collections.get("c").page(100)]
+        assert there == ["i1"] or said == "the next start shows"
+    finally:
+        vfs.unregister()
