@@ -25,6 +25,7 @@ async def fill_demo(settings: Settings, engines: Mapping[str, Engine], collectio
     name = settings.default_collection
     if not shard.is_file() or (name in collections.names() and not unfinished.exists()):
         return None
+    settings.store.mkdir(parents=True, exist_ok=True)  # which a store elsewhere does not make
     unfinished.touch()
     app = create_app(settings, engines, collections)
     headers = {"Authorization": f"Bearer {settings.plain_keys[0]}"} if settings.api_keys else {}

@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 import apsw
 
 from app.settings import Settings
-from models.errors import SemblanceError
+from models.errors import SemblanceError, StorageError
 
 Verdict = Literal["ok", "note", "bad"]
 _LOW_DISK = 1 << 30
@@ -86,11 +86,7 @@ def _checkpoints(settings: Settings) -> Iterator[Finding]:
 
 
 def _data_folder(settings: Settings) -> Iterator[Finding]:
-    from app.database import check
     from app.keys import Keyring
-    from app.locking import lock_note
-    from app.sqlite_collections import SQLiteCollections
-    from models.errors import StorageError
 
     store = settings.store
     where = next(folder for folder in (store, *store.absolute().parents) if folder.exists())
@@ -103,30 +99,42 @@ def _data_folder(settings: Settings) -> Iterator[Finding]:
         yield Finding("bad", "disk", f"{room} where {store} is: writes are refused when it is full; make room")
     else:
         yield Finding("ok", "disk", room)
-    if not (store / "store.db").exists():
-        yield Finding("ok", "data folder", f"{store} is made at the first start")
-        return
-    try:
-        with closing(apsw.Connection(str(store / "store.db"), flags=apsw.SQLITE_OPEN_READWRITE)) as connection:
-            check(connection, store / "store.db")
-    except (StorageError, apsw.Error) as error:
-        yield Finding("bad", "data folder", str(error))
-        return
-    try:
-        with SQLiteCollections(store) as collections:
-            for name in collections.names():
-                info = collections.get(name).info()
-                yield Finding("ok", f"collection {name}", f"{info.count:,} items of model {info.model!r}, {info.index}")
-    except StorageError as error:
-        if not (note := lock_note(store)):
-            yield Finding("bad", "data folder", str(error))
-            return
-        yield Finding("ok", "data folder", f"{store} is whole, and served by {note}")
+    yield from _collections(settings)
     try:
         count = len(Keyring(store).names())
         yield Finding("ok", "keys", f"{count} in the data folder, {len(settings.api_keys)} in the settings")
     except StorageError as error:
         yield Finding("bad", "keys", str(error))
+
+
+def _collections(settings: Settings) -> Iterator[Finding]:
+    from app.database import check
+    from app.locking import lock_note
+    from app.stores import open_collections
+
+    store = settings.store
+    if settings.database is None:
+        if not (store / "store.db").exists():
+            yield Finding("ok", "data folder", f"{store} is made at the first start")
+            return
+        try:
+            with closing(apsw.Connection(str(store / "store.db"), flags=apsw.SQLITE_OPEN_READWRITE)) as connection:
+                check(connection, store / "store.db")
+        except (StorageError, apsw.Error) as error:
+            yield Finding("bad", "data folder", str(error))
+            return
+    try:
+        with open_collections(settings) as collections:
+            for name in collections.names():
+                info = collections.get(name).info()
+                yield Finding("ok", f"collection {name}", f"{info.count:,} items of model {info.model!r}, {info.index}")
+    except SemblanceError as error:
+        if settings.database is not None:
+            yield Finding("bad", "database", str(error))
+        elif not (note := lock_note(store)):
+            yield Finding("bad", "data folder", str(error))
+        else:
+            yield Finding("ok", "data folder", f"{store} is whole, and served by {note}")
 
 
 def _address(settings: Settings) -> Iterator[Finding]:

@@ -12,6 +12,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from models.errors import SemblanceError
+
 if TYPE_CHECKING:
     from app.service import Service
 
@@ -120,7 +122,10 @@ class _State(Collector):
         )
         collections = self._service.collections
         for name in collections.names():
-            count, covered, kept = collections.coverage(name)
+            try:
+                count, covered, kept = collections.coverage(name)
+            except SemblanceError:  # deleted since, or the database is away: the other figures are wanted all the more
+                continue
             items.add_metric((name,), count)
             indexed.add_metric((name,), covered)
             if kept is not None:

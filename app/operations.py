@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from app.commandline import MODEL, add_command, add_settings, settings_of
+from models.errors import ConflictError
 
 
 def operator_commands(commands: Any) -> None:
@@ -80,7 +81,13 @@ def _revoke(options: argparse.Namespace) -> int:
 def _back_up(options: argparse.Namespace) -> int:
     from app.backup import back_up
 
-    print(f"{options.out}: {_told(back_up(settings_of(options).store, Path(options.out)))}")  # noqa: T201
+    settings = settings_of(options)
+    if settings.database is not None:
+        raise ConflictError(
+            "the collections are in PostgreSQL (SEMBLANCE_DATABASE): back them up by pg_dump, or by its "
+            "own archive of the log; the data folder has the keys alone"
+        )
+    print(f"{options.out}: {_told(back_up(settings.store, Path(options.out)))}")  # noqa: T201
     return 0
 
 

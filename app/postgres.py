@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 FORMAT = 1
 CHANGED = "semblance_changed"  # the channel on which servers tell each other that the list of collections is another
-_PATIENCE = 10.0  # seconds that a call waits for a database that is away: as long as its restart takes
+PATIENCE = 10.0  # seconds that a call waits for a database that is away: as long as its restart takes
 _CONNECTIONS = 16
 _LOCK = 0x73656D62  # of the schema while it is made
 # Two changes at once: one of them was undone, and done again it succeeds.
@@ -78,7 +78,7 @@ class Postgres:
             url, min_size=1, max_size=_CONNECTIONS, kwargs={"autocommit": True}, configure=_configure, open=True
         )
 
-    def run(self, work: Callable[[Connection[Any]], T], *, transaction: bool = False, patience: float = _PATIENCE) -> T:
+    def run(self, work: Callable[[Connection[Any]], T], *, transaction: bool = False, patience: float = PATIENCE) -> T:
         """What `work` returns, with all it did durable; it runs again if the database was away or another was first.
 
         `work` may therefore have taken effect before: it must come to the same when it runs twice. transaction: of all

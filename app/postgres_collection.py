@@ -17,7 +17,7 @@ from app.collection import Collection, Item, NewItem, SearchHit, Target, item_of
 from app.filters import Condition
 from app.index import Ids, VectorIndex, Vectors
 from app.pictures import Places, kept_size, name_of, place_of
-from app.postgres import Postgres
+from app.postgres import PATIENCE, Postgres
 from app.postgres_index import NOTHING, TableIndex, numbers_of
 from models.errors import InputError, NotFoundError
 
@@ -110,7 +110,17 @@ class PostgresCollection(Collection):
             self._index.built = built
 
     def __len__(self) -> int:
-        return self._rows("SELECT count(*) FROM {1}")[0][0]
+        return self.counted()[0]
+
+    @property
+    def coverage(self) -> tuple[int, int]:
+        return self.counted()
+
+    def counted(self, patience: float = PATIENCE) -> tuple[int, int]:
+        """As `coverage`; patience: seconds in which the database must be there."""
+        statement = sql.SQL("SELECT count(*) FROM {}").format(self.table)
+        ((count,),) = self._run(lambda connection: connection.execute(statement).fetchall(), patience=patience)
+        return count, count if self._index.kind != "flat" else 0
 
     def _put(self, ids: Sequence[str], items: Sequence[NewItem], vectors: Vectors) -> None:
         for position, item in enumerate(items):
@@ -249,9 +259,9 @@ class PostgresCollection(Collection):
         composed = sql.SQL(statement).format(_ITEM, self.table)
         return self._run(lambda connection: connection.execute(composed, values).fetchall())
 
-    def _run(self, work: Callable[[Connection[Any]], T], *, transaction: bool = False) -> T:
+    def _run(self, work: Callable[[Connection[Any]], T], *, transaction: bool = False, patience: float = PATIENCE) -> T:
         try:
-            return self._postgres.run(work, transaction=transaction)
+            return self._postgres.run(work, transaction=transaction, patience=patience)
         except errors.UndefinedTable as error:
             self._gone()
             raise self._deleted() from error

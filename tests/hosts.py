@@ -54,22 +54,29 @@ class Hosts:
         """Of a host."""
         return f"10.77.0.{host + 1}"
 
+    def inside(self, host: int) -> list[str]:
+        """What a command begins with that is to run on a host."""
+        return ["ip", "netns", "exec", self._namespace(host)]
+
     def start(
         self, host: int, command: Sequence[str], output: Path, environment: Mapping[str, str], folder: Path
     ) -> subprocess.Popen[str]:
         """A process on a host, in a folder; what it says is added to a file."""
-        inside = ["ip", "netns", "exec", self._namespace(host), *command]
         with output.open("a") as said:
             process = subprocess.Popen(
-                inside, stdout=said, stderr=subprocess.STDOUT, env=dict(environment), cwd=folder, text=True
+                [*self.inside(host), *command],
+                stdout=said,
+                stderr=subprocess.STDOUT,
+                env=dict(environment),
+                cwd=folder,
+                text=True,
             )
         self._started.append(process)
         return process
 
     def run(self, host: int, command: Sequence[str]) -> str:
         """What a short command on a host prints."""
-        inside = ["ip", "netns", "exec", self._namespace(host), *command]
-        return subprocess.run(inside, capture_output=True, text=True, timeout=30).stdout
+        return subprocess.run([*self.inside(host), *command], capture_output=True, text=True, timeout=30).stdout
 
     def kill(self, host: int) -> None:
         """Every process on it, at once and without a word."""
