@@ -23,6 +23,7 @@ from models.retrieval import Hit
 
 Kind = Literal["image", "text"]
 Target = Literal["image", "text", "any"]
+_UNIT = 3e-7  # how far the length of a unit vector of floats may be from 1
 
 
 @dataclass(frozen=True)
@@ -292,7 +293,8 @@ class Collection(ABC):
             norm = float(np.linalg.norm(vector.astype(np.float64)))
             if not np.isfinite(norm) or norm == 0:
                 raise InputError("the vector is zero or not finite", position)
-            units[position] = vector / norm
+            # A unit vector stays as it is, so that a copy of an item is the same to the bit.
+            units[position] = vector if abs(norm - 1) < _UNIT else vector / norm
         return units
 
     def _named(self, item: Item) -> str:

@@ -33,6 +33,10 @@ class Collections(ABC):
     def refresh(self) -> None:
         """Look again at what other processes may have made or deleted, where they can."""
 
+    def asked(self) -> dict[str, tuple[Collection, str]]:
+        """Every collection by name, with the kind of index that was asked for."""
+        return {name: (found := self.get(name), self._index_of(found)) for name in self.names()}
+
     def create(self, name: str, *, model: str, fingerprint: str, dimensions: int, index: str = "auto") -> Collection:
         """Make a collection, or give the one there is if it was made the same way.
 

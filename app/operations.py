@@ -1,17 +1,20 @@
-"""The operator's commands: keys, backup, restore and doctor. They need no server, and mind one that runs."""
+"""The operator's commands: keys, backup, restore, migrate-store and doctor. They need no server, and mind one."""
 
 from __future__ import annotations
 
 import argparse
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from pydantic import SecretStr
+
 from app.commandline import MODEL, add_command, add_settings, settings_of
-from models.errors import ConflictError
+from models.errors import ConflictError, NotFoundError
 
 
 def operator_commands(commands: Any) -> None:
-    """`semblance keys`, `backup`, `restore` and `doctor`."""
+    """`semblance keys`, `backup`, `restore`, `migrate-store` and `doctor`."""
     _key_commands(commands)
     backup = add_command(commands, "backup", _back_up, "Write the data folder to one file, also while it is served")
     backup.add_argument("out", help="the file to write, such as photos.tar")
@@ -19,6 +22,12 @@ def operator_commands(commands: Any) -> None:
     restored.add_argument("backup", help="the file")
     for command in (backup, restored):
         add_settings(command, "store")
+    migrated = add_command(
+        commands, "migrate-store", _migrate, "Copy collections into another store, also while they are served"
+    )
+    migrated.add_argument("to", help="postgresql://... (the password in PGPASSWORD or ~/.pgpass) or a data folder")
+    migrated.add_argument("--collection", action="append", help="which; may be repeated (default: all)")
+    add_settings(migrated, "store")
     text = "Look at what a server would meet here, and say what to do; exits with 1 if something is bad"
     doctor = add_command(commands, "doctor", _examine, text)
     doctor.add_argument("--model", action="append", metavar="NAME=REFERENCE", help=MODEL)
@@ -96,6 +105,33 @@ def _restore(options: argparse.Namespace) -> int:
 
     store = settings_of(options).store
     print(f"{store}: {_told(restore(Path(options.backup), store))}")  # noqa: T201
+    return 0
+
+
+def _migrate(options: argparse.Namespace) -> int:
+    from app.migration import Pass, migrate, reading
+    from app.stores import open_collections
+
+    settings = settings_of(options)
+    elsewhere = (
+        {"database": SecretStr(options.to)} if "://" in options.to else {"store": Path(options.to), "database": None}
+    )
+    with ExitStack() as stack:
+        if settings.database is None:
+            known = stack.enter_context(reading(settings.store, settings.picture_root))
+        else:
+            known = stack.enter_context(open_collections(settings)).asked()
+        wanted = options.collection or sorted(known)
+        if unknown := [name for name in wanted if name not in known]:
+            raise NotFoundError(f"no collection {unknown[0]!r}; there are: {', '.join(sorted(known)) or 'none'}")
+        target = stack.enter_context(open_collections(settings.model_copy(update=elsewhere)))
+        for name in wanted:
+
+            def progress(found: Pass, name: str = name) -> None:
+                print(f"{name}: {found.items:,} items, {found.copied:,} copied, {found.deleted:,} deleted")  # noqa: T201
+
+            found = migrate(*known[name], target, progress)
+            print(f"{name}: the same in both, {found.items:,} items, SHA-256 {found.checksums[1]}")  # noqa: T201
     return 0
 
 

@@ -162,8 +162,8 @@ def test_slurm_starts_torchrun_on_each_node_and_again_when_it_fails(tmp_path: Pa
 def test_the_compose_file_confines_what_it_serves() -> None:
     services = yaml.safe_load((DEPLOY.parent / "docker-compose.yml").read_text())["services"]
     profiles = {profile for service in services.values() for profile in service.get("profiles", [])}
-    assert profiles == {"gpu", "train", "observability"}
-    for name in ("app", "gpu"):
+    assert profiles == {"gpu", "train", "observability", "scale"}
+    for name in ("app", "gpu", "replica-1", "replica-2"):
         assert services[name]["read_only"]
         assert services[name]["cap_drop"] == ["ALL"]
     for service in services.values():

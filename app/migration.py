@@ -1,0 +1,138 @@
+"""Collections from one store into another while the first is served, until both hold the same."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from app.collection import Collection, Item, NewItem
+from app.collections import Collections
+from app.index import Vectors
+from models.errors import ConflictError, InputError, NotFoundError
+
+_PAGE = 500  # items that are read at once, with their vectors
+_BATCH = 64  # items that are written at once, with their pictures
+_PASSES = 20
+
+
+class Pass(NamedTuple):
+    """What one comparison of two collections found. checksums: SHA-256 over all items of each, in the order of ids."""
+
+    items: int
+    copied: int
+    deleted: int
+    checksums: tuple[str, str]
+
+
+@contextmanager
+def reading(folder: Path, picture_root: Path | None) -> Iterator[dict[str, tuple[Collection, str]]]:
+    """The collections of a data folder and the kinds of index asked for, for reading alone, whoever serves it.
+
+    Raises NotFoundError if it is no data folder, StorageError if it is damaged.
+    """
+    from app.database import Database, rows
+    from app.index import make_index
+    from app.pictures import Pictures
+    from app.sqlite_collection import SQLiteCollection
+
+    if not (folder / "store.db").is_file():
+        raise NotFoundError(f"{folder} is no data folder: it has no store.db")
+    database, pictures = Database(folder / "store.db"), Pictures(folder / "pictures", picture_root)
+    try:
+        with database.read() as connection:
+            known = rows(connection, "SELECT key, name, model, fingerprint, dimensions, kind FROM collections")
+        yield {
+            name: (
+                # Its index is never asked, and so need not be made.
+                SQLiteCollection(
+                    database, pictures, key, name, model, fingerprint, dimensions, make_index("flat", dimensions)
+                ),
+                kind,
+            )
+            for key, name, model, fingerprint, dimensions, kind in known
+        }
+    finally:
+        database.close()
+
+
+def migrate(source: Collection, index: str, target: Collections, progress: Callable[[Pass], None]) -> Pass:
+    """Make the collection of the same name in `target` hold what `source` does, and compare until nothing differs.
+
+    index: the kind that was asked for; one that the target has not becomes "auto". progress: called after each pass.
+    Raises ConflictError if the target has it of another model, or if it changes faster than it is copied.
+    """
+    made = {"model": source.model, "fingerprint": source.fingerprint, "dimensions": source.dimensions}
+    try:
+        copy = target.create(source.name, index=index, **made)  # type: ignore[arg-type]
+    except InputError:
+        copy = target.create(source.name, **made)  # type: ignore[arg-type]
+    for _ in range(_PASSES):
+        found = _compare(source, copy)
+        progress(found)
+        if not found.copied and not found.deleted and found.checksums[0] == found.checksums[1]:
+            return found
+    raise ConflictError(
+        f"collection {source.name!r} changes faster than it is copied: try at a quieter time, or stop the server"
+    )
+
+
+def _compare(source: Collection, copy: Collection) -> Pass:
+    """One pass over both in the order of their ids: what differs is copied, what the source has not is deleted."""
+    ours, theirs = _digested(source), _digested(copy)
+    sums = hashlib.sha256(), hashlib.sha256()
+    items = copied = deleted = 0
+    waiting: list[tuple[Item, Vectors]] = []
+    mine, other = next(ours, None), next(theirs, None)
+    while mine is not None or other is not None:
+        if other is not None and (mine is None or other[0].id < mine[0].id):
+            copy.delete(other[0].id)
+            deleted += 1
+            other = next(theirs, None)
+            continue
+        assert mine is not None  # noqa: S101 - else the other was
+        items += 1
+        sums[0].update(mine[2])
+        if other is not None and other[0].id == mine[0].id:
+            sums[1].update(other[2])
+            same = other[2] == mine[2]
+            other = next(theirs, None)
+        else:
+            same = False
+        if not same:
+            waiting.append(mine[:2])
+        if len(waiting) == _BATCH:
+            copied += _write(source, copy, waiting)
+            waiting = []
+        mine = next(ours, None)
+    copied += _write(source, copy, waiting)
+    return Pass(items, copied, deleted, (sums[0].hexdigest(), sums[1].hexdigest()))
+
+
+def _digested(collection: Collection) -> Iterator[tuple[Item, Vectors, bytes]]:
+    """Every item by id, with its vector and a digest of all there is of it; a picture is in its name."""
+    after = ""
+    while items := collection.page(_PAGE, after):
+        after = items[-1].id
+        for item, vector in zip(items, collection.embeddings(items), strict=True):
+            if vector is not None:  # else deleted since
+                said = json.dumps([item.id, item.kind, item.caption, item.metadata, item.picture])
+                yield item, vector, hashlib.sha256(said.encode() + vector.astype("<f4").tobytes()).digest()
+
+
+def _write(source: Collection, copy: Collection, items: list[tuple[Item, Vectors]]) -> int:
+    """Copy items with their pictures. -> how many; one that has changed meanwhile is for the next pass."""
+    made = []
+    for item, vector in items:
+        picture: bytes | Path | None = item.place
+        if item.picture is not None and picture is None:
+            try:
+                picture = source.picture(item.id)
+            except NotFoundError:
+                continue
+        made.append(NewItem(item.kind, vector, item.id, item.caption, item.metadata, picture))
+    copy.add(made)
+    return len(items)

@@ -1,0 +1,117 @@
+"""`semblance migrate-store`: from a data folder into PostgreSQL and back, also while it is written to."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from databases import PostgresServer
+from support import new_item, unit_rows
+
+from app.__main__ import main
+from app.collections import Collections
+from app.migration import Pass, migrate, reading
+from app.postgres_collections import PostgresCollections
+from app.sqlite_collections import SQLiteCollections
+from models.errors import ConflictError
+
+Main = Callable[..., tuple[int, str, str]]
+
+
+def _same(first: Collections, second: Collections, name: str = "c") -> None:
+    ours, theirs = first.get(name), second.get(name)
+    assert ours.page(10_000) == theirs.page(10_000)
+    ids = [item.id for item in ours.page(10_000)]
+    assert np.array_equal(ours.vectors(ids), theirs.vectors(ids))
+    for item in ours.page(10_000):
+        if item.picture is not None and item.place is None:
+            assert ours.picture(item.id) == theirs.picture(item.id)
+
+
+def test_a_folder_goes_into_postgresql_and_back_to_the_bit(
+    postgres: PostgresServer, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, place = postgres.database(), tmp_path / "place.jpg"
+    with SQLiteCollections(tmp_path / "data") as collections:
+        made = collections.create("c", model="m", fingerprint="f", dimensions=8, index="ivfpq")
+        made.add([new_item(i, vector=5 * unit_rows(1, i)[0]) for i in range(150)])
+        made.add([new_item(200, kind="text", picture=None, metadata={}), new_item(201, picture=place)])
+        collections.create("other", model="n", fingerprint="g", dimensions=4, index="flat")
+        # It is held by this process, as by one that serves it.
+        assert main(["migrate-store", url, "--data", str(tmp_path / "data")]) == 0
+        said = capsys.readouterr().out.splitlines()
+        assert said[:2] == ["c: 152 items, 152 copied, 0 deleted", "c: 152 items, 0 copied, 0 deleted"]
+        assert said[2].startswith("c: the same in both, 152 items, SHA-256 ")
+        assert said[-1].startswith("other: the same in both, 0 items")
+        with PostgresCollections(url) as copied:
+            assert {name: kind for name, (_, kind) in copied.asked().items()} == {"c": "auto", "other": "flat"}
+            _same(collections, copied)
+            made.delete("i7")
+            made.add([new_item(8, caption="another")])
+        # Again, and what differs is all that is done.
+        assert main(["migrate-store", url, "--data", str(tmp_path / "data"), "--collection", "c"]) == 0
+        assert capsys.readouterr().out.splitlines()[0] == "c: 151 items, 1 copied, 1 deleted"
+    monkeypatch.setenv("SEMBLANCE_DATABASE", url)
+    assert main(["migrate-store", str(tmp_path / "back")]) == 0
+    with SQLiteCollections(tmp_path / "back") as back, SQLiteCollections(tmp_path / "data") as collections:
+        _same(collections, back)
+
+
+def test_it_ends_with_the_same_in_both_while_others_write(postgres: PostgresServer, tmp_path: Path) -> None:
+    stop, failures = threading.Event(), list[BaseException]()
+    with SQLiteCollections(tmp_path / "data") as collections, PostgresCollections(postgres.database()) as target:
+        made = collections.create("c", model="m", fingerprint="f", dimensions=8)
+        made.add([new_item(i) for i in range(500)])
+
+        def write() -> None:
+            number = 0
+            try:
+                while not stop.wait(0.002):
+                    made.add([new_item(number % 700, caption=f"of {number}")])
+                    if number % 7 == 0:
+                        made.delete(f"i{number % 700}")
+                    number += 1
+            except BaseException as error:
+                failures.append(error)
+
+        writer = threading.Thread(target=write)
+        writer.start()
+        passes = list[Pass]()
+
+        def after(found: Pass) -> None:
+            passes.append(found)
+            if len(passes) == 3:
+                stop.set()
+                writer.join()
+
+        with reading(tmp_path / "data", None) as known:
+            found = migrate(*known["c"], target, after)
+        assert not failures
+        assert len(passes) > 3
+        assert found.checksums[0] == found.checksums[1]
+        assert found.items == made.info().count
+        _same(collections, target)
+
+
+def test_what_cannot_be_is_said(postgres: PostgresServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    url = postgres.database()
+    assert main(["migrate-store", url, "--data", str(tmp_path / "nothing")]) == 1
+    assert "is no data folder" in capsys.readouterr().err
+    with SQLiteCollections(tmp_path / "data") as collections, PostgresCollections(url) as target:
+        made = collections.create("c", model="m", fingerprint="f", dimensions=8)
+        made.add([new_item(1)])
+        target.create("c", model="n", fingerprint="g", dimensions=8)
+        with pytest.raises(ConflictError, match="model 'n'"), reading(tmp_path / "data", None) as known:
+            migrate(*known["c"], target, print)
+        target.delete("c")
+
+        def meddle(found: Pass) -> None:
+            made.add([new_item(1, caption=str(found.checksums))])
+
+        with pytest.raises(ConflictError, match="faster than it is copied"), reading(tmp_path / "data", None) as known:
+            migrate(*known["c"], target, meddle)
+        assert main(["migrate-store", url, "--data", str(tmp_path / "data"), "--collection", "d"]) == 1
+        assert "no collection 'd'; there are: c" in capsys.readouterr().err
