@@ -2,7 +2,7 @@
 (app/reconciliation.py).
 
 What was found of the servers it speaks to: milvus-lite (a folder, or a process of `python -m milvus_lite`) has FLAT and
-HNSW and no IVF_PQ, which it takes and then never builds, and pages without order unless it is told "iterator". A server
+HNSW and no IVF_PQ, which it takes and then never builds, pages without order unless it is told "iterator". A server
 (2.3) waits up to 0.2 s at every call for its clock, which is what Strong costs: many searches at once wait together.
 """
 
@@ -12,6 +12,7 @@ import importlib
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -28,7 +29,7 @@ _MOST = 16_384  # candidates that Milvus gives to one query, and rows to one pag
 _CHUNK = 8_192
 _MESSAGE = 16 << 20  # bytes of vectors in one message, of the 64 MiB that a server takes
 _ROUNDING = 1e-5  # by how much Milvus' scores may differ from ours
-_MISSING = 100  # Milvus' code for a collection that is not there
+_MISSING, _RELEASED = 100, 101  # Milvus' codes for a collection that is not there, and for one that is not loaded
 
 
 class MilvusIndex:
@@ -263,6 +264,9 @@ class MilvusIndex:
                         f"Milvus at {self._uri} did not answer in {self._patience:g} s: {error}; see that it runs and "
                         "that this machine reaches it"
                     ) from error
+                if getattr(error, "code", None) == _RELEASED:  # as milvus-lite has it after each start
+                    with suppress(self._milvus.MilvusException, grpc.RpcError):
+                        self._client.load_collection(self._name, timeout=max(0.1, end - time.monotonic()))
             time.sleep(pause)
             pause = min(2 * pause, 2.0)
 

@@ -1,6 +1,6 @@
 """Milvus as an index: what an exact one finds, in the same order; and agreement with the truth after a crash.
 
-Against milvus-lite; with MILVUS_SERVER=1 (`make milvus`) against a server of the package `milvus` too.
+Against milvus-lite; `make milvus` does it against a server of the package `milvus` too, whose Python is MILVUS_SERVER.
 """
 
 from __future__ import annotations
@@ -62,8 +62,9 @@ class Milvus:
     def start(self) -> None:
         code = _SERVE[self.what].format(folder=str(self.folder), port=self.port)
         # A group of its own, which a kill takes as a whole: the package starts its server as another process.
+        python = os.environ["MILVUS_SERVER"] if self.what == "milvus" else sys.executable
         self._process = subprocess.Popen(
-            [sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+            [python, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
         )
 
     def kill(self) -> None:
