@@ -117,7 +117,7 @@ class MilvusIndex:
     def pages(self) -> Iterator[Ids]:
         """Every id, ascending, in arrays of at most 8,192; what is added or removed meanwhile may be among them."""
         # As pymilvus' own iterator asks, but every page by itself, so that each may be asked for again.
-        options = {"limit": _CHUNK, "iterator": "True", "reduce_stop_for_best": "True"}
+        options: dict[str, Any] = {"limit": _CHUNK, "iterator": "True", "reduce_stop_for_best": "True"}
         after = ""
         while page := self._query(after, ["row"], **options):
             keys = np.array([each["row"] for each in page], np.int64)
@@ -126,13 +126,7 @@ class MilvusIndex:
 
     def vectors(self, ids: Ids) -> tuple[Ids, Vectors]:
         """Those of the ids that are there, in their order, with their vectors."""
-        known: dict[int, Any] = {}
-        for part in self._parts(len(ids)):
-            page = self._query(f"row in {ids[part].tolist()}", ["row", "vector"])
-            known |= {each["row"]: np.asarray(each["vector"], np.float32) for each in page}
-        there = [each for each in ids.tolist() if each in known]
-        rows = [known[each] for each in there]
-        return np.array(there, np.int64), np.stack(rows) if rows else np.empty((0, self.dimensions), np.float32)
+        return self._vectors(ids, "Strong")
 
     def close(self) -> None:
         """Let go of the connection; Milvus goes on building."""
@@ -191,18 +185,22 @@ class MilvusIndex:
                 block,
                 limit=limit,
                 filter=filter,
-                output_fields=["vector"],
                 search_params={"metric_type": "IP", "params": _search_options(self.kind, limit)},
                 consistency_level="Strong",
             )
-            candidates = {
-                row: hit["entity"]["vector"] for answer in answers for row, hit in zip(answer.ids, answer, strict=True)
-            }
-            exact = _exact(self.dimensions, np.array(list(candidates), np.int64), list(candidates.values()))
-            for answer, hits in zip(answers, exact.search(block, k, allowed), strict=True):
+            candidates = self._candidates(np.unique([row for answer in answers for row in answer.ids]).astype(np.int64))
+            for answer, hits in zip(answers, candidates.search(block, k, allowed), strict=True):
                 found.append(hits)
                 complete.append(self._complete(answer, hits, k, limit, among is not None))
         return found, np.array(complete)
+
+    def _candidates(self, ids: Ids) -> ExactIndex:
+        """What Milvus has named, with its vectors. The part of it that has named them has them, so nothing needs to be
+        waited for; of several replicas another may be asked, and what that one has not yet is asked for Strongly."""
+        exact = ExactIndex(self.dimensions)
+        exact.add(*self._vectors(ids, "Eventually"))
+        exact.add(*self._vectors(np.setdiff1d(ids, exact.ids()), "Strong"))
+        return exact
 
     def _complete(self, answer: Any, hits: list[Hit], k: int, limit: int, narrowed: bool) -> bool:
         """Whether what Milvus did not name cannot be among the k best; of approximate kinds, whether there are k."""
@@ -221,12 +219,23 @@ class MilvusIndex:
             if limit < len(chunk):
                 found, complete = self._near(queries, k, limit, among=chunk)
             if not complete.all():
-                found = _exact(self.dimensions, *self.vectors(chunk)).search(queries, k)
+                exact = ExactIndex(self.dimensions)
+                exact.add(*self.vectors(chunk))
+                found = exact.search(queries, k)
             best = [
                 sorted(one + two, key=lambda hit: (-hit.score, hit.id))[:k]
                 for one, two in zip(best, found, strict=True)
             ]
         return best
+
+    def _vectors(self, ids: Ids, consistency: str) -> tuple[Ids, Vectors]:
+        known: dict[int, Any] = {}
+        for part in self._parts(len(ids)):
+            page = self._query(f"row in {ids[part].tolist()}", ["row", "vector"], consistency)
+            known |= {each["row"]: np.asarray(each["vector"], np.float32) for each in page}
+        there = [each for each in ids.tolist() if each in known]
+        rows = [known[each] for each in there]
+        return np.array(there, np.int64), np.stack(rows) if rows else np.empty((0, self.dimensions), np.float32)
 
     def _width(self, k: int) -> int:
         """Candidates to ask for at first: codes tell near ones apart badly, the others want a few for equal scores."""
@@ -237,9 +246,9 @@ class MilvusIndex:
         size = max(1, min(_CHUNK, _MESSAGE // (4 * self.dimensions)))
         return (slice(start, start + size) for start in range(0, count, size))
 
-    def _query(self, filter: str, fields: list[str], **options: Any) -> Any:
+    def _query(self, filter: str, fields: list[str], consistency: str = "Strong", **options: Any) -> Any:
         return self._call(
-            "query", self._name, filter=filter, output_fields=fields, consistency_level="Strong", **options
+            "query", self._name, filter=filter, output_fields=fields, consistency_level=consistency, **options
         )
 
     def _call(self, method: str, *arguments: Any, **options: Any) -> Any:
@@ -269,13 +278,6 @@ class MilvusIndex:
                         self._client.load_collection(self._name, timeout=max(0.1, end - time.monotonic()))
             time.sleep(pause)
             pause = min(2 * pause, 2.0)
-
-
-def _exact(dimensions: int, ids: Ids, vectors: Vectors | list[Any]) -> ExactIndex:
-    index = ExactIndex(dimensions)
-    if len(ids):
-        index.add(ids, np.asarray(vectors, np.float32))
-    return index
 
 
 def _chunks(ids: Ids) -> Iterator[Ids]:
