@@ -7,8 +7,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .PHONY: serve test test-app test-others format train-demo screenshots fuzz fuzz-decoding sbom stalls torture \
-	faults-training faults-serving bulk-ray milvus bench-training bench-generation bench-decoding bench-search bench-bulk bench-sizes \
-	bench-serving bench-device clean
+	faults-training faults-serving bulk-ray milvus bench-training bench-generation bench-decoding bench-search bench-bulk \
+	bench-sizes bench-serving bench-device clean
 
 serve: .venv/.serve
 	$(BIN)/semblance serve --demo --host $(HOST) --port $(PORT) --data $(DATA)

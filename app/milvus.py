@@ -53,8 +53,7 @@ class MilvusIndex:
         self.dimensions = dimensions
         self._uri, self._name, self._patience = uri, name, patience
         self._milvus = _pymilvus()
-        self._client: Any = None
-        self._client = self._retried(partial(self._milvus.MilvusClient, uri))
+        self._client: Any = self._retried(partial(self._milvus.MilvusClient, uri))
         self.kind = self._opened(kind)
         self._call("load_collection", name)
 
@@ -72,10 +71,8 @@ class MilvusIndex:
         """ids (N,), vectors (N, D); an id that is there is replaced. What fails half way may be in part there."""
         vectors = checked_rows(vectors, self.dimensions)
         for part in self._parts(len(ids)):
-            data = [
-                {"row": row, "vector": vector} for row, vector in zip(ids[part].tolist(), vectors[part], strict=True)
-            ]
-            self._call("upsert", self._name, data)
+            pairs = zip(ids[part].tolist(), vectors[part], strict=True)
+            self._call("upsert", self._name, [{"row": row, "vector": vector} for row, vector in pairs])
 
     def remove(self, ids: Ids) -> None:
         """Forget these; unknown ids are passed over."""
@@ -85,19 +82,16 @@ class MilvusIndex:
     def search(self, queries: Vectors, k: int, allowed: Ids | None = None) -> list[list[Hit]]:
         """As VectorIndex.search.
 
-        Up to 8,192 allowed ids are an expression. More are first looked for among more candidates, as many as there
-        should be k allowed ones among, and only where that falls short in expressions of 8,192 each, one after
+        Up to 8,192 allowed ids are an expression. More are first looked for among more candidates, as many as twice k
+        allowed ones should be among, and only where that falls short in expressions of 8,192 each, one after
         another. A query for more than Milvus gives, 16,384, is answered by all vectors, a page at a time.
         """
         queries = checked_rows(queries, self.dimensions)
         found: list[list[Hit]] = [[] for _ in queries]
         left = np.arange(len(queries))
-        if allowed is None:
-            limit = self._width(k)
-        elif len(allowed) > _CHUNK:
+        limit = self._width(k) if allowed is None else _MOST + 1
+        if allowed is not None and len(allowed) > _CHUNK:
             limit = self._width(max(k, 2 * k * len(self) // len(allowed)))
-        else:
-            limit = _MOST + 1
         while len(left) and limit <= _MOST:
             near, complete = self._near(queries[left], k, limit, allowed=allowed)
             for place, hits in zip(left.tolist(), near, strict=True):
@@ -173,33 +167,31 @@ class MilvusIndex:
     ) -> tuple[list[list[Hit]], NDArray[np.bool_]]:
         """The k best of `limit` candidates of each query, and whether there can be no better ones. among: an expression
         narrows the candidates to these, of which there are no fewer than `limit`. allowed: others are passed over."""
-        filter = "" if among is None else f"row in {among.tolist()}"
+        options = {
+            "limit": limit,
+            "filter": "" if among is None else f"row in {among.tolist()}",
+            "search_params": {"metric_type": "IP", "params": _search_options(self.kind, limit)},
+            "consistency_level": "Strong",
+        }
         found: list[list[Hit]] = []
         complete: list[bool] = []
         at_once = max(1, _MESSAGE // (4 * self.dimensions * limit))
         for start in range(0, len(queries), at_once):
             block = queries[start : start + at_once]
-            answers = self._call(
-                "search",
-                self._name,
-                block,
-                limit=limit,
-                filter=filter,
-                search_params={"metric_type": "IP", "params": _search_options(self.kind, limit)},
-                consistency_level="Strong",
-            )
-            candidates = self._candidates(np.unique([row for answer in answers for row in answer.ids]).astype(np.int64))
+            answers = self._call("search", self._name, block, **options)
+            named = np.unique([row for answer in answers for row in answer.ids]).astype(np.int64)
+            # Who has named them has them, so nothing need be waited for; another replica may not have them yet.
+            candidates = self._candidates(named, "Eventually", "Strong")
             for answer, hits in zip(answers, candidates.search(block, k, allowed), strict=True):
                 found.append(hits)
                 complete.append(self._complete(answer, hits, k, limit, among is not None))
         return found, np.array(complete)
 
-    def _candidates(self, ids: Ids) -> ExactIndex:
-        """What Milvus has named, with its vectors. The part of it that has named them has them, so nothing needs to be
-        waited for; of several replicas another may be asked, and what that one has not yet is asked for Strongly."""
+    def _candidates(self, ids: Ids, *consistencies: str) -> ExactIndex:
+        """Those of the ids that are there, with their vectors; what is not found with one consistency by the next."""
         exact = ExactIndex(self.dimensions)
-        exact.add(*self._vectors(ids, "Eventually"))
-        exact.add(*self._vectors(np.setdiff1d(ids, exact.ids()), "Strong"))
+        for consistency in consistencies:
+            exact.add(*self._vectors(np.setdiff1d(ids, exact.ids()), consistency))
         return exact
 
     def _complete(self, answer: Any, hits: list[Hit], k: int, limit: int, narrowed: bool) -> bool:
@@ -219,9 +211,7 @@ class MilvusIndex:
             if limit < len(chunk):
                 found, complete = self._near(queries, k, limit, among=chunk)
             if not complete.all():
-                exact = ExactIndex(self.dimensions)
-                exact.add(*self.vectors(chunk))
-                found = exact.search(queries, k)
+                found = self._candidates(chunk, "Strong").search(queries, k)
             best = [
                 sorted(one + two, key=lambda hit: (-hit.score, hit.id))[:k]
                 for one, two in zip(best, found, strict=True)
@@ -234,8 +224,8 @@ class MilvusIndex:
             page = self._query(f"row in {ids[part].tolist()}", ["row", "vector"], consistency)
             known |= {each["row"]: np.asarray(each["vector"], np.float32) for each in page}
         there = [each for each in ids.tolist() if each in known]
-        rows = [known[each] for each in there]
-        return np.array(there, np.int64), np.stack(rows) if rows else np.empty((0, self.dimensions), np.float32)
+        rows = np.array([known[each] for each in there], np.float32).reshape(-1, self.dimensions)
+        return np.array(there, np.int64), rows
 
     def _width(self, k: int) -> int:
         """Candidates to ask for at first: codes tell near ones apart badly, the others want a few for equal scores."""
@@ -247,9 +237,8 @@ class MilvusIndex:
         return (slice(start, start + size) for start in range(0, count, size))
 
     def _query(self, filter: str, fields: list[str], consistency: str = "Strong", **options: Any) -> Any:
-        return self._call(
-            "query", self._name, filter=filter, output_fields=fields, consistency_level=consistency, **options
-        )
+        options |= {"filter": filter, "output_fields": fields, "consistency_level": consistency}
+        return self._call("query", self._name, **options)
 
     def _call(self, method: str, *arguments: Any, **options: Any) -> Any:
         return self._retried(partial(getattr(self._client, method), *arguments, **options))
@@ -264,10 +253,10 @@ class MilvusIndex:
             except (self._milvus.MilvusException, grpc.RpcError) as error:
                 # A server that starts has many words for it, so all but this one is taken for something that passes.
                 if getattr(error, "code", None) == _MISSING:
-                    raise StorageError(
-                        f"Milvus at {self._uri} has no collection {self._name!r} any more; start again, and it is made "
-                        "and filled"
-                    ) from error
+                    gone = (
+                        f"Milvus at {self._uri} has no collection {self._name!r} any more; open it again, and fill it"
+                    )
+                    raise StorageError(gone) from error
                 if time.monotonic() + pause > end:
                     raise StorageError(
                         f"Milvus at {self._uri} did not answer in {self._patience:g} s: {error}; see that it runs and "
