@@ -7,8 +7,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .PHONY: serve test test-app test-others format train-demo screenshots fuzz fuzz-decoding sbom stalls torture \
-	faults-training faults-serving bulk-ray bench-training bench-generation bench-decoding bench-search bench-bulk bench-sizes \
-	bench-serving bench-device clean
+	faults-training faults-serving bulk-ray milvus bench-training bench-generation bench-decoding bench-search bench-bulk \
+	bench-sizes bench-serving bench-device clean
 
 serve: .venv/.serve
 	$(BIN)/semblance serve --demo --host $(HOST) --port $(PORT) --data $(DATA)
@@ -87,6 +87,15 @@ bulk-ray: .venv-ray/.done
 	.venv-ray/bin/pip install --quiet --constraint constraints.txt --editable .[cpu,ray] pytest
 	touch $@
 
+# A whole server of Milvus beside milvus-lite, which is the suite's; its last package is of Linux and 2.3.
+milvus: .venv/.test .venv-milvus/.done
+	MILVUS_SERVER=.venv-milvus/bin/python $(BIN)/pytest --durations 15 tests/app/test_milvus.py
+
+.venv-milvus/.done:
+	$(PYTHON) -m venv .venv-milvus
+	.venv-milvus/bin/pip install --quiet milvus==2.3.5
+	touch $@
+
 # In an environment of its own, so that what is compared with is never among what is served or trained with.
 bench-training: .venv-bench/.done
 	.venv-bench/bin/python tests/benchmarks/bench_training.py
@@ -150,4 +159,4 @@ bench-generation: .venv-bench/.done .venv-dalle-pytorch/.done
 	touch $@
 
 clean:
-	rm -rf .venv .venv-bench .venv-infinity .venv-clip-as-service .venv-dalle-pytorch build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf .venv .venv-bench .venv-milvus .venv-infinity .venv-clip-as-service .venv-dalle-pytorch build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -122,7 +122,7 @@ class ExactIndex:
         return len(self._places)
 
     def add(self, ids: Ids, vectors: Vectors) -> None:
-        vectors = _rows(vectors, self.dimensions)
+        vectors = checked_rows(vectors, self.dimensions)
         with self._lock:
             start, end = len(self), len(self) + len(ids)
             if end > len(self._ids):
@@ -144,7 +144,7 @@ class ExactIndex:
                     self._places[int(self._ids[place])] = place
 
     def search(self, queries: Vectors, k: int, allowed: Ids | None = None) -> list[list[Hit]]:
-        queries = _rows(queries, self.dimensions)
+        queries = checked_rows(queries, self.dimensions)
         found: list[list[Hit]] = [[] for _ in queries]
         with self._lock:
             count = len(self)
@@ -243,7 +243,7 @@ class GrowingIndex:
             self._maintain()
 
     def search(self, queries: Vectors, k: int, allowed: Ids | None = None) -> list[list[Hit]]:
-        queries = _rows(queries, self.dimensions)
+        queries = checked_rows(queries, self.dimensions)
         with self._lock:
             state, count = self._state, len(self._exact)
         wanted = min(k, count if allowed is None else len(allowed))
@@ -369,7 +369,7 @@ class SharedSearch:
         """As VectorIndex.search."""
         if allowed is not None:
             return self._index.search(queries, k, allowed)
-        mine = _Asked(_rows(queries, self._index.dimensions), k)
+        mine = _Asked(checked_rows(queries, self._index.dimensions), k)
         with self._turn:
             self._asked.append(mine)
             self._turn.wait_for(lambda: mine.answer.done() or not self._searching)
@@ -437,7 +437,7 @@ def _has_faiss() -> bool:
     return importlib.util.find_spec("faiss") is not None
 
 
-def _rows(vectors: Vectors, dimensions: int) -> Vectors:
+def checked_rows(vectors: Vectors, dimensions: int) -> Vectors:
     """Contiguous float32 (N, D). Raises InputError for other dimensions or numbers that are not finite."""
     rows = np.ascontiguousarray(vectors, np.float32)
     if rows.ndim != 2 or rows.shape[1] != dimensions:
