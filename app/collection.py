@@ -16,10 +16,9 @@ from numpy.typing import NDArray
 from app import statistics
 from app.duplicates import duplicate_groups
 from app.filters import Condition
-from app.index import Ids, VectorIndex, Vectors
+from app.index import Ids, SharedSearch, VectorIndex, Vectors
 from app.pictures import place_of
 from models.errors import InputError, NotFoundError
-from models.retrieval import Hit
 
 Kind = Literal["image", "text"]
 Target = Literal["image", "text", "any"]
@@ -110,7 +109,7 @@ class Collection(ABC):
         pictures: StoredPictures,
     ) -> None:
         self.key, self.name, self.model, self.fingerprint, self.dimensions = key, name, model, fingerprint, dimensions
-        self._index = index
+        self._index, self._searches = index, SharedSearch(index)
         self._stored_pictures = pictures
 
     def close(self) -> None:
@@ -249,16 +248,13 @@ class Collection(ABC):
         """At most k hits of a unit vector (1, D), best first, and whether there may be more."""
         gone = set[int]()
         while True:
-            hits = self._found(query, k, self._allowed(target, filters, ids))
+            hits = self._searches.search(query, k, self._allowed(target, filters, ids))[0]
             items = self._items([hit.id for hit in hits])
             if (unseen := {hit.id for hit in hits} - items.keys()) <= gone:
                 # Rows that are being replaced or deleted are not among the items; others shall have their places.
                 return [SearchHit(items[hit.id], hit.score) for hit in hits if hit.id in items], len(hits) == k
             # Not committed yet, deleted, or replaced since the index was asked: another look finds the new one.
             gone |= unseen
-
-    def _found(self, query: Vectors, k: int, allowed: Ids | None) -> list[Hit]:
-        return self._index.search(query, k, allowed)[0]
 
     @abstractmethod
     def _put(self, ids: Sequence[str], items: Sequence[NewItem], vectors: Vectors) -> None:

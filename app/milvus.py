@@ -12,7 +12,7 @@ import importlib
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -28,7 +28,9 @@ _MOST = 16_384  # candidates that Milvus gives to one query, and rows to one pag
 # Ids in one expression. 10,000 are read in some milliseconds, and from 50,000 on the reading is what takes the time.
 _CHUNK = 8_192
 _MESSAGE = 16 << 20  # bytes of vectors in one message, of the 64 MiB that a server takes
+_LOOKS = 10  # at most, where what was found is removed before it is read
 _ROUNDING = 1e-5  # by how much Milvus' scores may differ from ours
+_STARTING = 60.0  # seconds in which a Milvus must be there that is started beside us
 _MISSING, _RELEASED = 100, 101  # Milvus' codes for a collection that is not there, and for one that is not loaded
 
 
@@ -108,15 +110,15 @@ class MilvusIndex:
         """Every id, ascending."""
         return np.concatenate([np.empty(0, np.int64), *self.pages()])
 
-    def pages(self) -> Iterator[Ids]:
-        """Every id, ascending, in arrays of at most 8,192; what is added or removed meanwhile may be among them."""
+    def pages(self, last: int | None = None) -> Iterator[Ids]:
+        """Every id up to `last`, ascending, in arrays of at most 8,192; what comes or goes meanwhile may be in it."""
         # As pymilvus' own iterator asks, but every page by itself, so that each may be asked for again.
         options: dict[str, Any] = {"limit": _CHUNK, "iterator": "True", "reduce_stop_for_best": "True"}
-        after = ""
-        while page := self._query(after, ["row"], **options):
+        upto, within = ("", "") if last is None else (f" and row <= {last}", f"row <= {last}")
+        while page := self._query(within, ["row"], **options):
             keys = np.array([each["row"] for each in page], np.int64)
             yield keys
-            after = f"row > {keys[-1]}"
+            within = f"row > {keys[-1]}{upto}"
 
     def vectors(self, ids: Ids) -> tuple[Ids, Vectors]:
         """Those of the ids that are there, in their order, with their vectors."""
@@ -178,10 +180,14 @@ class MilvusIndex:
         at_once = max(1, _MESSAGE // (4 * self.dimensions * limit))
         for start in range(0, len(queries), at_once):
             block = queries[start : start + at_once]
-            answers = self._call("search", self._name, block, **options)
-            named = np.unique([row for answer in answers for row in answer.ids]).astype(np.int64)
-            # Who has named them has them, so nothing need be waited for; another replica may not have them yet.
-            candidates = self._candidates(named, "Eventually", "Strong")
+            for _ in range(_LOOKS):
+                answers = self._call("search", self._name, block, **options)
+                named = np.unique([row for answer in answers for row in answer.ids]).astype(np.int64)
+                # Who has named them has them, so nothing need be waited for; another replica may not have them yet.
+                candidates = self._candidates(named, "Eventually", "Strong")
+                # One that went since may have been replaced: what took its place is found by another look alone.
+                if len(candidates) == len(named):
+                    break
             for answer, hits in zip(answers, candidates.search(block, k, allowed), strict=True):
                 found.append(hits)
                 complete.append(self._complete(answer, hits, k, limit, among is not None))
@@ -267,6 +273,38 @@ class MilvusIndex:
                         self._client.load_collection(self._name, timeout=max(0.1, end - time.monotonic()))
             time.sleep(pause)
             pause = min(2 * pause, 2.0)
+
+
+def collections_of(uri: str, prefix: str) -> set[str]:
+    """The names of the collections there that begin so. Raises StorageError for a server that does not answer."""
+    with _client(uri) as client:
+        return {name for name in client.list_collections() if name.startswith(prefix)}
+
+
+def drop(uri: str, name: str) -> None:
+    """Delete a collection there. Raises StorageError for a server that does not answer."""
+    with _client(uri) as client:
+        client.drop_collection(name)
+
+
+@contextmanager
+def _client(uri: str) -> Iterator[Any]:
+    """For what is asked once, when a server starts."""
+    milvus, end = _pymilvus(), time.monotonic() + _STARTING
+    while True:
+        try:
+            client = milvus.MilvusClient(uri, timeout=_STARTING)
+            break
+        except milvus.MilvusException as error:
+            if time.monotonic() > end:
+                raise StorageError(f"Milvus at {uri} does not answer: {error}; see that it runs") from error
+            time.sleep(0.2)
+    try:
+        yield client
+    except milvus.MilvusException as error:
+        raise StorageError(f"Milvus at {uri} refuses: {error}") from error
+    finally:
+        client.close()
 
 
 def _chunks(ids: Ids) -> Iterator[Ids]:

@@ -53,7 +53,7 @@ CREATE TABLE items (
   picture text COLLATE "C" REFERENCES pictures, size integer NOT NULL, vector vector NOT NULL,
   PRIMARY KEY (collection, number), UNIQUE (collection, id)) PARTITION BY LIST (collection);
 CREATE INDEX ON items (picture) WHERE picture IS NOT NULL;
-CREATE TABLE format (version integer NOT NULL);
+CREATE TABLE format (version integer NOT NULL, store uuid NOT NULL DEFAULT gen_random_uuid());
 """
 
 
@@ -128,7 +128,7 @@ def _prepare(connection: Connection[Any], name: str) -> None:
         connection.execute("SET LOCAL search_path = semblance, public")
         if connection.execute("SELECT to_regclass('semblance.format')").fetchone() == (None,):
             connection.execute(_SCHEMA)
-            connection.execute("INSERT INTO format VALUES (%s)", (FORMAT,))
+            connection.execute("INSERT INTO format (version) VALUES (%s)", (FORMAT,))
         (version,) = connection.execute("SELECT max(version) FROM format").fetchone() or (0,)
     if version > FORMAT:
         raise StorageError(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,14 +17,18 @@ from app import statistics
 from app.collection import Collection, Item, NewItem, SearchHit, Target, item_of
 from app.filters import Condition
 from app.index import Ids, VectorIndex, Vectors
+from app.milvus import MilvusIndex
 from app.pictures import Places, kept_size, name_of, place_of
 from app.postgres import PATIENCE, Postgres
 from app.postgres_index import NOTHING, TableIndex, numbers_of
-from models.errors import InputError, NotFoundError
+from app.reconciliation import reconcile
+from models.errors import InputError, NotFoundError, StorageError
 
+log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _ITEM = sql.SQL("id, kind, caption, metadata, picture")
+_PAGE = 10_000  # numbers of rows that are read at once
 _NUL = re.compile(r"(?<!\\)(\\\\)*\\u0000")  # of JSON; after an odd backslash it is six characters of a text
 _COPY = "COPY {} (collection, number, id, kind, caption, metadata, picture, size, vector) FROM STDIN (FORMAT BINARY)"
 _TYPES = ["int8", "int8", "text", "text", "text", "text", "text", "int4", "vector"]
@@ -103,6 +108,37 @@ class PostgresCollection(Collection):
         self._postgres, self._gone = postgres, gone
         self.table = sql.Identifier(f"items_{key}")
 
+    def forget(self) -> None:
+        """Drop what an index of its own keeps of it, after it has been deleted."""
+        try:
+            if isinstance(self._index, MilvusIndex):
+                self._index.drop()
+        except StorageError as error:  # the next start of a server sees what is left
+            log.warning("collection %s is deleted, but not in Milvus yet: %s", self.name, error)
+        self.close()
+
+    def reconcile(self) -> None:
+        """Make an index of its own hold what the table does, as after a crash between the two."""
+        if not isinstance(self._index, MilvusIndex):
+            return
+
+        def horizon(connection: Connection[Any]) -> int:
+            # Who adds holds the collection from before its numbers are taken: none up to this one is still to come.
+            connection.execute("SELECT 1 FROM collections WHERE key = %s FOR UPDATE", (self.key,))
+            return connection.execute("SELECT last_value FROM numbers").fetchall()[0][0]
+
+        def rows() -> Iterator[Ids]:
+            last = 0
+            while page := self._rows(f"SELECT number FROM {{1}} WHERE number > %s ORDER BY number LIMIT {_PAGE}", last):
+                yield np.array(page, np.int64).reshape(-1)
+                last = page[-1][0]
+
+        table = TableIndex(self._postgres, self.key, self.dimensions, "flat", built=False)
+        last = self._run(horizon, transaction=True)
+        added, removed = reconcile(self._index, rows(), table.vectors, last)
+        if added or removed:
+            log.info("collection %s in Milvus: %d items were missing, %d were too many", self.name, added, removed)
+
     def update(self, name: str, built: bool) -> None:
         """Take over what another server may have changed: its name, and whether there is a graph."""
         self.name = name
@@ -120,7 +156,9 @@ class PostgresCollection(Collection):
         """As `coverage`; patience: seconds in which the database must be there."""
         statement = sql.SQL("SELECT count(*) FROM {}").format(self.table)
         ((count,),) = self._run(lambda connection: connection.execute(statement).fetchall(), patience=patience)
-        return count, count if self._index.kind != "flat" else 0
+        if isinstance(self._index, TableIndex):
+            return count, count if self._index.built else 0
+        return count, min(count, self._index.indexed)
 
     def _put(self, ids: Sequence[str], items: Sequence[NewItem], vectors: Vectors) -> None:
         for position, item in enumerate(items):

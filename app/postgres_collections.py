@@ -13,15 +13,18 @@ from psycopg import Connection, sql
 
 from app.collection import Collection, Item, item_of
 from app.collections import STAGED, Collections, refused
+from app.index import KINDS, VectorIndex
+from app.milvus import MilvusIndex, collections_of, drop
 from app.postgres import CHANGED, Postgres
 from app.postgres_collection import UNUSED, PostgresCollection, PostgresPictures
-from app.postgres_index import KINDS, TableIndex
+from app.postgres_index import TABLE_KINDS, TableIndex
 from models.errors import InputError, NotFoundError, SemblanceError
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _INLINE = 1_500  # numbers of a vector that fit into a row; longer ones lie beside it, and each costs another read
+_MILVUS_PATIENCE = 10.0  # seconds that a call waits for a Milvus that is away
 _PAUSE = 1.0  # seconds between two looks for the end of the server, and for a database that is away
 _KNOWN = """
     SELECT key, name, model, fingerprint, dimensions, kind, COALESCE(
@@ -46,14 +49,18 @@ class PostgresCollections(Collections):
     collection gone, or a name that it does not know, looks again. Raises StorageError as Postgres does.
     """
 
-    def __init__(self, url: str, picture_root: Path | None = None) -> None:
-        """picture_root: below which pictures are read that items refer to in place; the same for every server."""
+    def __init__(self, url: str, picture_root: Path | None = None, milvus: str | None = None) -> None:
+        """picture_root: below which pictures are read that items refer to in place; the same for every server. milvus:
+        the address of a Milvus that is searched in pgvector's place; it is made to agree with the tables first."""
         self._postgres = Postgres(url)
         self._pictures = PostgresPictures(self._postgres, picture_root)
         self._open: dict[str, PostgresCollection] = {}
         self._mutex, self._refreshing = threading.Lock(), threading.Lock()
         self._closing = threading.Event()
+        self._milvus = milvus
         self.refresh()
+        if milvus is not None:
+            self._reconcile(milvus)
         self._listener = threading.Thread(target=self._listen, name="collections", daemon=True)
         self._listener.start()
 
@@ -68,7 +75,7 @@ class PostgresCollections(Collections):
             for key, name, model, fingerprint, dimensions, kind, built in known:
                 found = there.pop(key, None)
                 if found is None:
-                    index = TableIndex(self._postgres, key, dimensions, kind, built)
+                    index = self._index(key, dimensions, kind, built)
                     found = PostgresCollection(
                         self._postgres, self._pictures, key, name, model, fingerprint, dimensions, index, self.refresh
                     )
@@ -77,7 +84,7 @@ class PostgresCollections(Collections):
             with self._mutex:
                 self._open = opened
         for each in there.values():  # deleted
-            each.close()
+            each.forget()
 
     def lacking(self, name: str, after: str, limit: int) -> list[Item]:
         statement = sql.SQL(_LACKING + "AND old.id > %s ORDER BY old.id LIMIT %s").format(**self._pair(name))
@@ -121,9 +128,30 @@ class PostgresCollections(Collections):
         with self._mutex:
             return self._open.get(name)
 
+    def _index(self, key: int, dimensions: int, kind: str, built: bool) -> VectorIndex:
+        if self._milvus is None:
+            return TableIndex(self._postgres, key, dimensions, kind, built)
+        return MilvusIndex(self._milvus, f"{self._store()}_{key}", dimensions, kind, _MILVUS_PATIENCE)
+
+    def _store(self) -> str:
+        """What the collections in Milvus begin with that are of this database."""
+        ((store,),) = self._postgres.run(lambda connection: connection.execute("SELECT store FROM format").fetchall())
+        return f"semblance_{store.hex}"
+
+    def _reconcile(self, milvus: str) -> None:
+        """Drop from Milvus what has no table any more, and make the rest agree."""
+        there = collections_of(milvus, self._store())  # before the tables, which are made first
+        self.refresh()
+        for each in self._open.values():
+            each.reconcile()
+        known = {f"{self._store()}_{each.key}" for each in self._open.values()}
+        for name in there - known:
+            drop(milvus, name)
+
     def _check_index(self, kind: str) -> None:
-        if kind not in KINDS:
-            raise InputError(f"index {kind!r} is unknown to PostgreSQL; choose one of {', '.join(KINDS)}")
+        known = TABLE_KINDS if self._milvus is None else KINDS
+        if kind not in known:
+            raise InputError(f"index {kind!r} is unknown to PostgreSQL; choose one of {', '.join(known)}")
 
     def _make(self, name: str, model: str, fingerprint: str, dimensions: int, index: str) -> Collection:
         def change(connection: Connection[Any]) -> None:

@@ -20,7 +20,7 @@ from models.retrieval import Hit
 log = logging.getLogger(__name__)
 
 NOTHING = sql.SQL("")
-KINDS = ("auto", "flat", "hnsw")
+TABLE_KINDS = ("auto", "flat", "hnsw")
 _LEAST = {"auto": 10_000, "hnsw": 1_000}  # from how many items on there is a graph
 _WIDEST = 4_000  # numbers of a vector that pgvector's graph takes in half precision
 _LOOK = 1_000  # items that are added between two looks at whether a graph is due

@@ -24,26 +24,30 @@ class PagedIndex(Protocol):
         """As VectorIndex.remove."""
         ...
 
-    def pages(self) -> Iterator[Ids]:
-        """Every id, ascending, in arrays of some thousand; what is behind the last page may change meanwhile."""
+    def pages(self, last: int | None = None) -> Iterator[Ids]:
+        """Every id up to `last`, ascending, in arrays of some thousand; others may come and go meanwhile."""
         ...
 
 
-def reconcile(index: PagedIndex, rows: Iterable[Ids], vectors_of: Callable[[Ids], Vectors]) -> tuple[int, int]:
+def reconcile(
+    index: PagedIndex,
+    rows: Iterable[Ids],
+    vectors_of: Callable[[Ids], tuple[Ids, Vectors]],
+    last: int | None = None,
+) -> tuple[int, int]:
     """Make the index hold what the truth does, as after a crash between the two. -> how many were added, and removed.
 
     rows: the truth's row numbers, ascending, in arrays of any length; neither they nor Milvus' keys are ever all in
-    memory. vectors_of: the vectors (N, D) of row numbers (N,). Row numbers are never used twice, so an equal key means
-    an equal vector, and no vectors are compared. Nobody else may write meanwhile. Raises InputError for rows that are
-    not ascending.
+    memory. vectors_of: as VectorIndex.vectors, of the truth. last: up to which row numbers this goes; others may add
+    above it meanwhile, and delete anywhere. Row numbers are never used twice, so an equal key means an equal vector,
+    and no vectors are compared. Raises InputError for rows that are not ascending.
     """
     added = removed = 0
-    for truth, there in _side_by_side(rows, index.pages()):
+    for truth, there in _side_by_side(rows, index.pages(last)):
         extra, missing = np.setdiff1d(there, truth), np.setdiff1d(truth, there)
         index.remove(extra)
         for start in range(0, len(missing), _PART):
-            part = missing[start : start + _PART]
-            index.add(part, vectors_of(part))
+            index.add(*vectors_of(missing[start : start + _PART]))
         added, removed = added + len(missing), removed + len(extra)
     return added, removed
 

@@ -60,6 +60,11 @@ class Settings(BaseSettings):
         description="postgresql://... that has the collections, which several servers may share; none: the folder has "
         "them",
     )
+    milvus: str | None = Field(
+        None,
+        description="http://HOST:PORT of a Milvus that says where to look, for more than PostgreSQL can search; with "
+        "DATABASE, which stays the truth",
+    )
     picture_root: Path | None = Field(
         None, description="folder of pictures that items may refer to in place; none: all are kept in the store"
     )

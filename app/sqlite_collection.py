@@ -14,10 +14,9 @@ from app import statistics
 from app.collection import Collection, Item, NewItem, Target, item_of
 from app.database import Database, rows
 from app.filters import Condition
-from app.index import Ids, SharedSearch, VectorIndex, Vectors
+from app.index import Ids, VectorIndex, Vectors
 from app.pictures import Pictures
 from models.errors import NotFoundError, StorageError
-from models.retrieval import Hit
 
 _ITEM = "id, kind, caption, metadata, picture"
 _AMONG = "id IN (SELECT value FROM json_each(?))"
@@ -49,7 +48,6 @@ class SQLiteCollection(Collection):
     ) -> None:
         super().__init__(key, name, model, fingerprint, dimensions, index, pictures)
         self._database, self._pictures = database, pictures
-        self._searches = SharedSearch(index)
 
     def _put(self, ids: Sequence[str], items: Sequence[NewItem], vectors: Vectors) -> None:
         digests = [None if item.picture is None else self._pictures.put(item.picture) for item in items]
@@ -130,9 +128,6 @@ class SQLiteCollection(Collection):
             )
         vectors = vectors_of([vector for vector, *_ in found], self.dimensions, self._database.file)
         return [item_of(rest) for _, *rest in found], vectors
-
-    def _found(self, query: Vectors, k: int, allowed: Ids | None) -> list[Hit]:
-        return self._searches.search(query, k, allowed)[0]
 
     def _stored(self, ids: Sequence[str]) -> list[Vectors | None]:
         with self._database.read() as connection:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from app.collections import Collections
 from app.settings import Settings
+from models.errors import StorageError
 
 
 def open_collections(settings: Settings, note: str = "") -> Collections:
@@ -15,7 +16,9 @@ def open_collections(settings: Settings, note: str = "") -> Collections:
     if settings.database is not None:
         from app.postgres_collections import PostgresCollections
 
-        return PostgresCollections(settings.database.get_secret_value(), picture_root=settings.picture_root)
+        return PostgresCollections(settings.database.get_secret_value(), settings.picture_root, settings.milvus)
+    if settings.milvus is not None:
+        raise StorageError("a Milvus is no store by itself: give its PostgreSQL as SEMBLANCE_DATABASE")
     from app.sqlite_collections import SQLiteCollections
 
     return SQLiteCollections(settings.store, note, settings.picture_root)

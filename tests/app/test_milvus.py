@@ -7,18 +7,16 @@ from __future__ import annotations
 
 import os
 import random
-import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
+from databases import MilvusServer
 from support import unit_rows
 
 from app import milvus as milvus_module
@@ -31,56 +29,17 @@ from models.errors import ConflictError, InputError, StorageError
 SIZE = 16
 Make = Callable[..., MilvusIndex]
 SERVERS = ["milvus-lite", *(["milvus"] if os.environ.get("MILVUS_SERVER") else [])]
-_SERVE = {
-    "milvus-lite": """
-from milvus_lite.adapter.grpc.server import run_server
-run_server({folder!r}, "127.0.0.1", {port})
-""",
-    "milvus": """
-import signal
-from milvus import MilvusServer
-server = MilvusServer()
-server.set_base_dir({folder!r})
-server.listen_port = {port}
-server.start()
-signal.pause()
-""",
-}
-
-
-class Milvus:
-    """A server in a process of its own."""
-
-    def __init__(self, what: str, folder: Path) -> None:
-        self.what, self.folder = what, folder
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-        self.uri = f"http://127.0.0.1:{self.port}"
-        self.start()
-
-    def start(self) -> None:
-        code = _SERVE[self.what].format(folder=str(self.folder), port=self.port)
-        # A group of its own, which a kill takes as a whole: the package starts its server as another process.
-        python = os.environ["MILVUS_SERVER"] if self.what == "milvus" else sys.executable
-        self._process = subprocess.Popen(
-            [python, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-        )
-
-    def kill(self) -> None:
-        os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
 
 
 @pytest.fixture(scope="module", params=SERVERS)
-def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Milvus]:
-    running = Milvus(request.param, tmp_path_factory.mktemp("milvus") / "data")
+def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[MilvusServer]:
+    running = MilvusServer(request.param, tmp_path_factory.mktemp("milvus") / "data")
     yield running
     running.kill()
 
 
 @pytest.fixture
-def make(server: Milvus) -> Iterator[Make]:
+def make(server: MilvusServer) -> Iterator[Make]:
     """Opens an index, in a new collection unless it is named; all are dropped at the end."""
     opened: dict[str, MilvusIndex] = {}
 
@@ -94,7 +53,7 @@ def make(server: Milvus) -> Iterator[Make]:
         index.drop()
 
 
-def _kinds(server: Milvus) -> list[str]:
+def _kinds(server: MilvusServer) -> list[str]:
     return ["flat", "hnsw", *(["ivfpq"] if server.what == "milvus" else [])]
 
 
@@ -105,7 +64,7 @@ def _agree(index: MilvusIndex, exact: ExactIndex, queries: np.ndarray, k: int, a
 
 
 def test_it_agrees_with_an_exact_index_through_adds_replacements_removes_and_filters(
-    server: Milvus, make: Make, monkeypatch: pytest.MonkeyPatch
+    server: MilvusServer, make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(milvus_module, "_CHUNK", 64)  # so that pages and expressions are several
     vectors, queries, rng = unit_rows(400, 0, SIZE), unit_rows(6, 1, SIZE), np.random.default_rng(0)
@@ -136,7 +95,7 @@ def test_it_agrees_with_an_exact_index_through_adds_replacements_removes_and_fil
 
 
 def test_equal_scores_come_by_id_wherever_the_cut_is(
-    server: Milvus, make: Make, monkeypatch: pytest.MonkeyPatch
+    server: MilvusServer, make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(milvus_module, "_MOST", 80)  # and so they do where Milvus does not give enough of them
     same = np.repeat(unit_rows(1, 0, SIZE), 200, 0)
@@ -148,7 +107,9 @@ def test_equal_scores_come_by_id_wherever_the_cut_is(
         assert [hit.id for hit in index.search(same[:1], 3, np.arange(150, 170))[0]] == [150, 151, 152]
 
 
-def test_an_added_a_replaced_and_a_removed_vector_are_seen_at_once_also_by_others(server: Milvus, make: Make) -> None:
+def test_an_added_a_replaced_and_a_removed_vector_are_seen_at_once_also_by_others(
+    server: MilvusServer, make: Make
+) -> None:
     name, vectors = f"c_{uuid.uuid4().hex}", unit_rows(60, 0, SIZE)
     index, other = make("hnsw", name=name), MilvusIndex(server.uri, name, SIZE)
     assert other.kind == "hnsw"
@@ -173,7 +134,7 @@ def test_many_candidates_do_not_go_into_one_message(make: Make, monkeypatch: pyt
     _agree(index, exact, unit_rows(5, 1, SIZE), 20, None)
 
 
-def test_what_is_wrong_is_said(server: Milvus, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_wrong_is_said(server: MilvusServer, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     name = f"c_{uuid.uuid4().hex}"
     index = make("flat", name=name)
     with pytest.raises(InputError, match="expected"):
@@ -223,16 +184,16 @@ def test_reconciling_makes_the_keys_of_both_equal(make: Make, monkeypatch: pytes
         index.add(np.array(there, np.int64), vectors[there])
         size = rng.randrange(1, 60)
         rows = [np.array(truth[start : start + size], np.int64) for start in range(0, len(truth), size)]
-        counts = reconcile(index, rows, lambda ids: vectors[ids])
+        counts = reconcile(index, rows, lambda ids: (ids, vectors[ids]))
         assert counts == (len(set(truth) - set(there)), len(set(there) - set(truth)))
         assert index.ids().tolist() == truth
         np.testing.assert_array_equal(index.vectors(np.array(truth, np.int64))[1], vectors[truth])
     for wrong in ([np.array([3, 2])], [np.array([1, 2]), np.array([2])]):
         with pytest.raises(InputError, match="ascend"):
-            reconcile(index, wrong, lambda ids: vectors[ids])
+            reconcile(index, wrong, lambda ids: (ids, vectors[ids]))
 
 
-def test_a_server_that_is_killed_in_mid_writing_holds_the_truth_once_it_is_reconciled(server: Milvus) -> None:
+def test_a_server_that_is_killed_in_mid_writing_holds_the_truth_once_it_is_reconciled(server: MilvusServer) -> None:
     vectors, truth = unit_rows(3000, 0, SIZE), dict[int, np.ndarray]()
     name, stop = f"c_{uuid.uuid4().hex}", threading.Event()
     index = MilvusIndex(server.uri, name, SIZE, "flat", patience=120)
@@ -276,7 +237,7 @@ def test_a_server_that_is_killed_in_mid_writing_holds_the_truth_once_it_is_recon
         index.remove(np.array(sorted(truth))[:3])
         rows = np.array(sorted(truth))
         added, removed = reconcile(
-            index, [rows[:100], rows[100:]], lambda ids: np.stack([truth[i] for i in ids.tolist()])
+            index, [rows[:100], rows[100:]], lambda ids: (ids, np.stack([truth[i] for i in ids.tolist()]))
         )
         assert added >= 3
         assert removed >= 1

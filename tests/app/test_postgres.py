@@ -10,12 +10,13 @@ from contextlib import ExitStack
 import numpy as np
 import psycopg
 import pytest
-from databases import PostgresServer
+from databases import MilvusServer, PostgresServer
 from support import new_item, unit_rows
 
 from app import postgres_index
 from app.collection import Collection
 from app.filters import Condition
+from app.milvus import MilvusIndex, collections_of
 from app.postgres import Postgres
 from app.postgres_collections import PostgresCollections
 from app.postgres_index import TableIndex
@@ -230,7 +231,7 @@ def test_a_wrong_address_is_told_without_its_password(url: str) -> None:
 def test_a_newer_format_is_refused(url: str) -> None:
     PostgresCollections(url).close()
     with psycopg.connect(url) as connection:
-        connection.execute("INSERT INTO semblance.format VALUES (2)")
+        connection.execute("INSERT INTO semblance.format (version) VALUES (2)")
     with pytest.raises(StorageError, match="format 2, this version reads up to 1: upgrade"):
         PostgresCollections(url)
 
@@ -262,3 +263,37 @@ def test_a_full_disk_refuses_the_write_and_keeps_searching(url: str) -> None:
         with pytest.raises(StorageError, match="nothing of it is kept: no space"):
             collections._postgres.run(full, transaction=True)
         assert [hit.item.id for hit in made.search(unit_rows(1, 1)[0], 10)] == ["i1"]
+
+
+def test_milvus_is_made_to_agree_when_a_server_starts(url: str, milvus: MilvusServer) -> None:
+    """What a crash between the two may leave: rows too many, rows too few, and a collection that is no more."""
+    with PostgresCollections(url, milvus=milvus.uri) as collections:
+        made = _create(collections)
+        made.add([new_item(i) for i in range(50)])
+        made.delete("i7")
+        _create(collections, "gone")
+        index, gone = made._index, collections.get("gone")._index
+        assert isinstance(index, MilvusIndex)
+        assert isinstance(gone, MilvusIndex)
+        rows = np.sort(index.ids())
+        index.remove(rows[:5])
+        index.add(np.array([100_000, 2**40]), unit_rows(2))
+        assert made.info().count == 49  # of the table, which is the truth
+        with psycopg.connect(url) as connection:
+            connection.execute("SET search_path = semblance; DROP TABLE items_2; DELETE FROM collections WHERE key = 2")
+        names = collections_of(milvus.uri, gone._name)
+        assert names == {gone._name}
+    with PostgresCollections(url, milvus=milvus.uri) as collections:
+        made = collections.get("c")
+        index = made._index
+        assert isinstance(index, MilvusIndex)
+        # What is above every number that was given out is of nobody yet.
+        assert set(index.ids().tolist()) - set(rows.tolist()) <= {100_000, 2**40}
+        assert set(rows.tolist()) <= set(index.ids().tolist())
+        assert len(made.search(unit_rows(1)[0], 100)) == 49
+        assert not collections_of(milvus.uri, names.pop())
+        collections.delete("c")
+        ends = time.monotonic() + 10
+        while collections_of(milvus.uri, index._name):
+            assert time.monotonic() < ends
+            time.sleep(0.05)

@@ -20,13 +20,14 @@ from models.errors import ConflictError, InputError, NotFoundError
 Open = Callable[[], Collections]
 
 
-@pytest.fixture(params=["sqlite", "postgres"])
+@pytest.fixture(params=["sqlite", "postgres", "milvus"])
 def opened(request: pytest.FixtureRequest, tmp_path: Path) -> Open:
     """Opens a store that is empty at first; all that is asked of it is asked of each kind."""
     if request.param == "sqlite":
         return lambda: SQLiteCollections(tmp_path / "data")
     url = request.getfixturevalue("postgres").database()
-    return lambda: PostgresCollections(url)
+    milvus = request.getfixturevalue("milvus").uri if request.param == "milvus" else None
+    return lambda: PostgresCollections(url, milvus=milvus)
 
 
 def _create(collections: Collections, name: str = "c") -> Collection:
