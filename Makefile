@@ -7,7 +7,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .PHONY: serve test test-app test-others format train-demo screenshots fuzz fuzz-decoding sbom stalls torture \
-	faults-training faults-serving bulk-ray milvus bench-training bench-generation bench-decoding bench-search bench-bulk \
+	faults-training faults-serving bulk-ray milvus bench-training bench-generation bench-decoding bench-search bench-stores bench-bulk \
 	bench-sizes bench-serving bench-device clean
 
 serve: .venv/.serve
@@ -105,6 +105,10 @@ bench-decoding: .venv/.test
 
 bench-search: .venv/.test
 	$(BIN)/python tests/benchmarks/bench_search.py
+
+# SQLite, PostgreSQL and Milvus beside each other.
+bench-stores: .venv/.test
+	$(BIN)/python tests/benchmarks/bench_stores.py
 
 # What collections take: disk, memory, and seconds until a killed server is ready again.
 bench-bulk: .venv/.test

@@ -36,23 +36,41 @@ class Condition:
         return f"EXISTS (SELECT 1 FROM json_each(items.metadata) WHERE {' AND '.join(conditions)})", values
 
     def postgres(self) -> tuple[str, list[Any]]:
-        """The same on a row of PostgreSQL, for psycopg. Each comparison is reached only by what it is made for."""
-        conditions = ["facets ? %s"]
-        values: list[Any] = [self.key]
+        """The same on a row of PostgreSQL, for psycopg: containment where it can be, which has an index and statistics,
+        and comparisons that are reached only by what they are made for."""
+        conditions, values = list[str](), list[Any]()
         if self.texts or self.numbers:
-            conditions.append(
-                "(COALESCE(facets ->> %s, 'null') = ANY(%s) OR CASE jsonb_typeof(facets -> %s) WHEN 'number' "
-                "THEN (facets ->> %s)::numeric = ANY(%s::text[]::numeric[]) ELSE false END)"
-            )
-            values += [self.key, list(self.texts), self.key, self.key, [repr(number) for number in self.numbers]]
+            either = [("facets @> %s::jsonb", [self._as_json(each)]) for each in (*self.texts, *self.numbers)]
+            for text in self.texts:
+                if (word := _word(text)) is not None:
+                    # 2 and 2.0 are one number, and two ways of writing it.
+                    written = "(facets @> %s::jsonb AND COALESCE(facets ->> %s, 'null') = %s)"
+                    either.append((written, [f"{{{json.dumps(self.key)}: {word}}}", self.key, text]))
+            conditions.append(f"({' OR '.join(condition for condition, _ in either)})")
+            values += [value for _, asked in either for value in asked]
         for sign, bound in self.bounds:
-            text = isinstance(bound, str)
-            compared = (
-                f'(facets ->> %s) COLLATE "C" {sign} %s' if text else f"(facets ->> %s)::numeric {sign} %s::numeric"
+            kind, type, asked = "::numeric", "number", repr(bound)
+            if isinstance(bound, str):
+                kind, type, asked = 'COLLATE "C"', "string", bound
+            conditions.append(
+                f"CASE jsonb_typeof(facets -> %s) WHEN %s THEN (facets ->> %s) {kind} {sign} %s {kind} ELSE false END"
             )
-            conditions.append(f"CASE jsonb_typeof(facets -> %s) WHEN %s THEN {compared} ELSE false END")
-            values += [self.key, "string" if text else "number", self.key, bound if text else repr(bound)]
+            values += [self.key, type, self.key, asked]
+        if not conditions:
+            return "facets ? %s", [self.key]
         return f"({' AND '.join(conditions)})", values
+
+    def _as_json(self, value: str | Number) -> str:
+        return json.dumps({self.key: value})
+
+
+def _word(text: str) -> str | None:
+    """A text that is a number, true, false or null as JSON writes it; None for any other."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return None
+    return text if value is None or isinstance(value, (int, float)) else None
 
 
 _IS_NUMBER, _IS_TEXT = "type IN ('integer', 'real')", "type = 'text'"

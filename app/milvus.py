@@ -28,10 +28,14 @@ _MOST = 16_384  # candidates that Milvus gives to one query, and rows to one pag
 # Ids in one expression. 10,000 are read in some milliseconds, and from 50,000 on the reading is what takes the time.
 _CHUNK = 8_192
 _MESSAGE = 16 << 20  # bytes of vectors in one message, of the 64 MiB that a server takes
-_LOOKS = 10  # at most, where what was found is removed before it is read
 _ROUNDING = 1e-5  # by how much Milvus' scores may differ from ours
 _STARTING = 60.0  # seconds in which a Milvus must be there that is started beside us
 _MISSING, _RELEASED = 100, 101  # Milvus' codes for a collection that is not there, and for one that is not loaded
+
+
+class _WentError(Exception):
+    """Something that was found has been removed before it was read. It may have been replaced, and what took its place
+    is found by another look alone."""
 
 
 class MilvusIndex:
@@ -89,6 +93,12 @@ class MilvusIndex:
         another. A query for more than Milvus gives, 16,384, is answered by all vectors, a page at a time.
         """
         queries = checked_rows(queries, self.dimensions)
+        while True:
+            with suppress(_WentError):
+                return self._search(queries, k, allowed)
+
+    def _search(self, queries: Vectors, k: int, allowed: Ids | None) -> list[list[Hit]]:
+        """As `search`. Raises _WentError if something was removed between being named and being read."""
         found: list[list[Hit]] = [[] for _ in queries]
         left = np.arange(len(queries))
         limit = self._width(k) if allowed is None else _MOST + 1
@@ -101,7 +111,9 @@ class MilvusIndex:
             left = left[~complete]
             limit = _MOST if limit < _MOST < 4 * limit else 4 * limit
         if len(left):
-            among = self._among(queries[left], k, self.pages() if allowed is None else _chunks(allowed))
+            named = allowed is None  # by Milvus, else by who asks, and some may never have been there
+            chunks = self.pages() if allowed is None else _chunks(allowed)
+            among = self._among(queries[left], k, chunks, named)
             for place, hits in zip(left.tolist(), among, strict=True):
                 found[place] = hits
         return found
@@ -180,14 +192,12 @@ class MilvusIndex:
         at_once = max(1, _MESSAGE // (4 * self.dimensions * limit))
         for start in range(0, len(queries), at_once):
             block = queries[start : start + at_once]
-            for _ in range(_LOOKS):
-                answers = self._call("search", self._name, block, **options)
-                named = np.unique([row for answer in answers for row in answer.ids]).astype(np.int64)
-                # Who has named them has them, so nothing need be waited for; another replica may not have them yet.
-                candidates = self._candidates(named, "Eventually", "Strong")
-                # One that went since may have been replaced: what took its place is found by another look alone.
-                if len(candidates) == len(named):
-                    break
+            answers = self._call("search", self._name, block, **options)
+            named = np.unique([row for answer in answers for row in answer.ids]).astype(np.int64)
+            # Who has named them has them, so nothing need be waited for; another replica may not have them yet.
+            candidates = self._candidates(named, "Eventually", "Strong")
+            if len(candidates) < len(named):
+                raise _WentError
             for answer, hits in zip(answers, candidates.search(block, k, allowed), strict=True):
                 found.append(hits)
                 complete.append(self._complete(answer, hits, k, limit, among is not None))
@@ -209,15 +219,19 @@ class MilvusIndex:
         # Equal scores come by id, and at the cut Milvus takes any of them. Those of codes are no measure of it.
         return self.kind == "ivfpq" or answer.distances[-1] < hits[-1].score - _ROUNDING
 
-    def _among(self, queries: Vectors, k: int, chunks: Iterable[Ids]) -> list[list[Hit]]:
-        """The k best of each query among ids that come in chunks, of which none is too long for an expression."""
+    def _among(self, queries: Vectors, k: int, chunks: Iterable[Ids], named: bool) -> list[list[Hit]]:
+        """The k best of each query among ids that come in chunks, of which none is too long for an expression. named:
+        all of them were there."""
         best: list[list[Hit]] = [[] for _ in queries]
         for chunk in chunks:
             limit, complete = self._width(k), np.zeros(len(queries), bool)
             if limit < len(chunk):
                 found, complete = self._near(queries, k, limit, among=chunk)
             if not complete.all():
-                found = self._candidates(chunk, "Strong").search(queries, k)
+                candidates = self._candidates(chunk, "Strong")
+                if named and len(candidates) < len(chunk):
+                    raise _WentError
+                found = candidates.search(queries, k)
             best = [
                 sorted(one + two, key=lambda hit: (-hit.score, hit.id))[:k]
                 for one, two in zip(best, found, strict=True)

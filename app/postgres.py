@@ -14,7 +14,7 @@ from psycopg import Connection, errors
 from psycopg.conninfo import conninfo_to_dict
 from psycopg_pool import ConnectionPool, PoolTimeout
 
-from models.errors import BusyError, StorageError
+from models.errors import BusyError, InputError, StorageError
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -53,6 +53,7 @@ CREATE TABLE items (
   picture text COLLATE "C" REFERENCES pictures, size integer NOT NULL, vector vector NOT NULL,
   PRIMARY KEY (collection, number), UNIQUE (collection, id)) PARTITION BY LIST (collection);
 CREATE INDEX ON items (picture) WHERE picture IS NOT NULL;
+CREATE INDEX ON items USING gin (facets jsonb_path_ops);
 CREATE TABLE format (version integer NOT NULL, store uuid NOT NULL DEFAULT gen_random_uuid());
 """
 
@@ -83,7 +84,8 @@ class Postgres:
 
         `work` may therefore have taken effect before: it must come to the same when it runs twice. transaction: of all
         its statements, else each is one. patience: seconds in which the database must be back.
-        Raises what `work` raises, BusyError if the database stays away, and StorageError if it refuses.
+        Raises what `work` raises, InputError for what it cannot hold, such as the character U+0000, BusyError if it
+        stays away, and StorageError if it refuses.
         """
         ends = time.monotonic() + patience
         while True:
@@ -97,6 +99,8 @@ class Postgres:
                 raise
             except _FULL as error:
                 raise StorageError(f"{self.name} refused it, and nothing of it is kept: {_said(error)}") from error
+            except psycopg.DataError as error:
+                raise InputError(f"PostgreSQL does not take it: {_said(error)}") from error
             except _COLLIDED as error:
                 if time.monotonic() > ends:
                     raise BusyError(f"{self.name} is too busy with the same items: {_said(error)}") from error
@@ -143,7 +147,7 @@ def _configure(connection: Connection[Any]) -> None:
     way is short; a graph is followed on until the filter has let enough through."""
     connection.execute(
         "SET search_path = semblance, public; SET plan_cache_mode = force_custom_plan; SET synchronous_commit = on; "
-        "SET hnsw.ef_search = 100; SET hnsw.iterative_scan = strict_order"
+        "SET jit = off; SET hnsw.ef_search = 100; SET hnsw.iterative_scan = strict_order"
     )
     register_vector(connection)
 

@@ -170,6 +170,8 @@ class PostgresCollections(Collections):
             connection.execute(sql.SQL("CREATE TABLE {} PARTITION OF items FOR VALUES IN ({})").format(table, key))
             if dimensions <= _INLINE:
                 connection.execute(sql.SQL("ALTER TABLE {} ALTER vector SET STORAGE PLAIN").format(table))
+                # Else what is short goes elsewhere, and each look at it is another read, for a row is above 2 kB.
+                connection.execute(sql.SQL("ALTER TABLE {} SET (toast_tuple_target = 8160)").format(table))
 
         self._change(change)
         return self._made(name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
@@ -24,6 +25,9 @@ TABLE_KINDS = ("auto", "flat", "hnsw")
 _LEAST = {"auto": 10_000, "hnsw": 1_000}  # from how many items on there is a graph
 _WIDEST = 4_000  # numbers of a vector that pgvector's graph takes in half precision
 _LOOK = 1_000  # items that are added between two looks at whether a graph is due
+# Seconds between two looks at how many are added meanwhile: a row costs ten times as much where there is a graph, which
+# is built faster of all at once. So it waits for a pause, but not for ever.
+_SETTLE, _LONGEST = 2.0, 600.0
 _LOCK = 0x736D6278  # whoever builds holds it, with the collection's key
 _VALID = "SELECT indisvalid FROM pg_index WHERE indexrelid = to_regclass('semblance.items_' || %s || '_hnsw')"
 _PATIENCE = 5.0  # seconds that a close waits for a build that it has cancelled
@@ -43,7 +47,7 @@ class TableIndex:
         self._lock = threading.Lock()
         self._builder: threading.Thread | None = None
         self._building: Connection[Any] | None = None
-        self._closed = False
+        self._closing = threading.Event()
 
     @property
     def kind(self) -> str:
@@ -68,7 +72,7 @@ class TableIndex:
             return
         with self._lock:
             self._unseen += added
-            if self._unseen < _LOOK or self._builder is not None or self._closed:
+            if self._unseen < _LOOK or self._builder is not None or self._closing.is_set():
                 return
             self._unseen = 0
             self._builder = threading.Thread(target=self._build, name="index", daemon=True)
@@ -126,7 +130,7 @@ class TableIndex:
     def close(self) -> None:
         """Stop building; what is not finished is begun again by the next server that adds something."""
         with self._lock:
-            self._closed = True
+            self._closing.set()
             builder, building = self._builder, self._building
         if building is not None:
             with suppress(psycopg.Error):
@@ -142,14 +146,23 @@ class TableIndex:
     def _rows(self, statement: sql.Composed, *values: Any) -> list[Any]:
         return self._postgres.run(lambda connection: connection.execute(statement, values).fetchall())
 
+    def _settle(self) -> None:
+        """Wait until few are being added."""
+        ends, last = time.monotonic() + _LONGEST, len(self)
+        while not self._closing.wait(_SETTLE) and time.monotonic() < ends:
+            if (count := len(self)) - last < _LOOK:
+                return
+            last = count
+
     def _build(self) -> None:
         """Build the graph if it is due and no other server does; searches and writes go on meanwhile."""
         try:
             if len(self) < _LEAST[self._asked]:
                 return
+            self._settle()
             with self._postgres.alone() as connection:
                 with self._lock:
-                    if self._closed:
+                    if self._closing.is_set():
                         return
                     self._building = connection
                 if connection.execute("SELECT pg_try_advisory_lock(%s, %s)", (_LOCK, self._key)).fetchone() != (True,):
@@ -168,7 +181,7 @@ class TableIndex:
                 self.built = True
                 connection.execute(sql.SQL("NOTIFY {}").format(sql.Identifier(CHANGED)))
         except psycopg.Error as error:
-            if not self._closed:
+            if not self._closing.is_set():
                 log.warning("a graph was not built, searches stay exact until the next try: %s", error)
         finally:
             with self._lock:

@@ -7,11 +7,14 @@ import base64
 import json
 import operator
 import string
+from collections.abc import Iterator
 from typing import Any
 
 import apsw
 import numpy as np
+import psycopg
 import pytest
+from databases import PostgresServer
 from fastapi.exceptions import RequestValidationError
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
@@ -100,13 +103,16 @@ def test_a_filter_says_key_and_value_as_they_were_written(key: str, value: str) 
     assert _condition(f"{key}:{value}") == Condition(key, (value,))
 
 
-@given(
+FILTERED = given(
     st.lists(st.dictionaries(st.sampled_from("abc"), VALUES), max_size=6),
     st.fixed_dictionaries({"key": st.sampled_from("abc")}, optional={
         "in": st.lists(VALUES.filter(lambda value: value != ""), min_size=1, max_size=3),
         **dict.fromkeys(("gte", "gt", "lte", "lt"), NUMBERS | TEXTS.filter(bool)),
     }),
 )  # fmt: skip
+
+
+@FILTERED
 def test_a_filter_finds_what_a_loop_over_the_items_finds(items: list[dict[str, Any]], asked: dict[str, Any]) -> None:
     assume(len(asked) > 1)
     condition, values = Filter.model_validate(asked).condition().sql()
@@ -116,9 +122,33 @@ def test_a_filter_finds_what_a_loop_over_the_items_finds(items: list[dict[str, A
     found = [
         row[0] - 1 for row in database.execute(f"SELECT rowid FROM items WHERE {condition} ORDER BY rowid", values)
     ]
-    assert found == [
-        place for place, item in enumerate(items) if asked["key"] in item and _fits(item[asked["key"]], asked)
-    ]
+    assert found == _passing(items, asked)
+
+
+@pytest.fixture(scope="module")
+def connection(postgres: PostgresServer) -> Iterator[psycopg.Connection[Any]]:
+    with psycopg.connect(postgres.database()) as connected:
+        yield connected
+
+
+@FILTERED
+def test_so_does_a_filter_of_postgresql(
+    connection: psycopg.Connection[Any], items: list[dict[str, Any]], asked: dict[str, Any]
+) -> None:
+    written = [json.dumps(item) for item in items]
+    assume(len(asked) > 1 and not any("\\u0000" in each for each in (*written, json.dumps(asked))))
+    condition, values = Filter.model_validate(asked).condition().postgres()
+    table = (
+        "(SELECT place, metadata::jsonb AS facets FROM unnest(%s::text[]) WITH ORDINALITY AS given (metadata, place))"
+    )
+    rows = connection.execute(
+        f"SELECT place FROM {table} AS items WHERE {condition} ORDER BY place", (written, *values)
+    )
+    assert [place - 1 for (place,) in rows] == _passing(items, asked)
+
+
+def _passing(items: list[dict[str, Any]], asked: dict[str, Any]) -> list[int]:
+    return [place for place, item in enumerate(items) if asked["key"] in item and _fits(item[asked["key"]], asked)]
 
 
 def _fits(value: Any, asked: dict[str, Any]) -> bool:

@@ -246,6 +246,11 @@ def test_what_postgresql_does_not_have_is_refused_in_words(url: str) -> None:
                 made.add([new_item(1), new_item(2, **wrong)])
             assert caught.value.index == 1
         assert made.info().count == 0
+        with pytest.raises(InputError, match="does not take it"):
+            made.get("a\0b")
+        for condition in (Condition("a", ("\0",)), Condition("\0"), Condition("a", bounds=((">", "\0"),))):
+            with pytest.raises(InputError, match="does not take it"):
+                made.search(unit_rows(1)[0], 3, filters=[condition])
         # A backslash and what looks like it are no such character.
         made.add([new_item(1, metadata={"path": "\\u0000"})])
         assert made.get("i1").metadata == {"path": "\\u0000"}
