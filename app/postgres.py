@@ -23,6 +23,7 @@ FORMAT = 1
 CHANGED = "semblance_changed"  # the channel on which servers tell each other that the list of collections is another
 PATIENCE = 10.0  # seconds that a call waits for a database that is away: as long as its restart takes
 _CONNECTIONS = 16
+_TRY = 1.0  # seconds that one try to get a connection takes at most
 _LOCK = 0x73656D62  # of the schema while it is made
 # Two changes at once: one of them was undone, and done again it succeeds.
 _COLLIDED = (
@@ -76,7 +77,14 @@ class Postgres:
             ) from error
         self._url = url
         self._pool = ConnectionPool(
-            url, min_size=1, max_size=_CONNECTIONS, kwargs={"autocommit": True}, configure=_configure, open=True
+            url,
+            min_size=1,
+            max_size=_CONNECTIONS,
+            kwargs={"autocommit": True},
+            configure=_configure,
+            # By itself it tries again after 1, 2, 4, 8 s. So it gives up at once, and whoever asks lets it try anew.
+            reconnect_timeout=_TRY,
+            open=True,
         )
 
     def run(self, work: Callable[[Connection[Any]], T], *, transaction: bool = False, patience: float = PATIENCE) -> T:
@@ -90,7 +98,7 @@ class Postgres:
         ends = time.monotonic() + patience
         while True:
             try:
-                with self._pool.connection(timeout=max(0.5, ends - time.monotonic())) as connection:
+                with self._pool.connection(timeout=_TRY) as connection:
                     if not transaction:
                         return work(connection)
                     with connection.transaction():
