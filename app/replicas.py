@@ -153,11 +153,12 @@ class Generator(_Replica):
             with self._taking(call) as deadline:
                 async with aclosing(self._served.draw(prompt, seeds, sampling, deadline, known, style)) as steps:
                     async for drawings in steps:
+                        done = [each.done for each in drawings]  # once: the worker's thread draws on meanwhile
                         yield [
-                            (start, each.ids[start : each.done].clone())
-                            for start, each in zip(told, drawings, strict=True)
+                            (start, each.ids[start:end].clone())
+                            for start, end, each in zip(told, done, drawings, strict=True)
                         ]
-                        told = [each.done for each in drawings]
+                        told = done
         except SemblanceError as error:
             yield error
 
