@@ -213,7 +213,9 @@ def run(options: argparse.Namespace) -> int:
     plans = plans_of(list(models), options.replicas or [], options.gpus or [])
     logs.configure(settings.log)
     settings = settings.model_copy(update={"store": settings.store.absolute()})
-    ray.init(address=options.address, include_dashboard=False if options.address is None else None)
+    # "local", for without an address Ray would join whatever cluster is or was on this host.
+    own = {} if options.address else {"include_dashboard": False}
+    ray.init(address=options.address or "local", log_to_driver=False, **own)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
         serve.start(

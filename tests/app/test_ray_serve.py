@@ -16,6 +16,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -156,6 +157,14 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+@contextmanager
+def _places_for_ray() -> Iterator[dict[str, str]]:
+    """The environment of a cluster, with a folder of its own: what it leaves behind leads no other astray. Sockets lie
+    in it, whose paths have a hundred characters at most."""
+    with tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as folder:
+        yield {**ENVIRONMENT, "RAY_TMPDIR": folder}
+
+
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     folder = tmp_path_factory.mktemp("ray")
@@ -164,16 +173,17 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     port = _free_port()
     # Logical cores: replicas of these models need hardly any.
     command = [RAY, "start", "--head", "--block", "--port", str(port), "--num-cpus", "8", *SMALL]
-    with (folder / "head").open("wb") as said:
-        head = subprocess.Popen([*command], stdout=said, stderr=said, env=ENVIRONMENT)
-    _wait_for(lambda: b"Ray runtime started" in (folder / "head").read_bytes(), 60)
-    yield Cluster(head, f"127.0.0.1:{port}", _free_port(), folder)
-    started = list(_below(head.pid))
-    head.kill()
-    head.wait()
-    for pid in started:
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+    with _places_for_ray() as environment:
+        with (folder / "head").open("wb") as said:
+            head = subprocess.Popen([*command], stdout=said, stderr=said, env=environment)
+        _wait_for(lambda: b"Ray runtime started" in (folder / "head").read_bytes(), 60)
+        yield Cluster(head, f"127.0.0.1:{port}", _free_port(), folder)
+        started = list(_below(head.pid))
+        head.kill()
+        head.wait()
+        for pid in started:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
 
 @pytest.fixture(scope="module")
@@ -355,17 +365,17 @@ def test_a_picture_whose_generator_is_killed_is_drawn_by_the_next(served: httpx.
 @pytest.mark.skipif(not (ALLOWED and os.environ.get("FAULTS")), reason="needs root and FAULTS=1: make faults-ray")
 def test_one_of_three_hosts_may_be_lost_under_load(tmp_path: Path) -> None:
     save_checkpoint(tiny_clip(), tmp_path / "checkpoints" / "clip", provenance={"data": "none"})
-    with Hosts(3) as hosts:
+    with Hosts(3) as hosts, _places_for_ray() as environment:
         head = f"{hosts.address(0)}:6379"
         for host in range(3):
             # One replica each: the router takes no core.
             command = [RAY, "start", "--block", "--num-cpus", "1", "--node-ip-address", hosts.address(host), *SMALL[:2]]
             command += ["--head", "--port", "6379", *SMALL[2:]] if host == 0 else ["--address", head]
-            hosts.start(host, command, tmp_path / f"host{host}", ENVIRONMENT, tmp_path)
+            hosts.start(host, command, tmp_path / f"host{host}", environment, tmp_path)
             _wait_for(lambda file=tmp_path / f"host{host}": "Ray runtime started" in file.read_text(), 60)  # type: ignore[misc]
         serve = [sys.executable, "-m", "app", "ray-serve", "--address", head, "--replicas", "3", "--threads", "1"]
         serve += ["--checkpoints", str(tmp_path / "checkpoints"), "--data", str(tmp_path / "data")]
-        hosts.start(0, serve, tmp_path / "said", ENVIRONMENT, tmp_path)
+        hosts.start(0, serve, tmp_path / "said", environment, tmp_path)
         _wait_for(lambda: " ready on " in (tmp_path / "said").read_text(), 120)
         command = [sys.executable, __file__, "http://127.0.0.1:8000", "40"]
         client = hosts.start(0, command, tmp_path / "answers", ENVIRONMENT, tmp_path)
