@@ -7,8 +7,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .PHONY: serve test test-app test-others format train-demo screenshots fuzz fuzz-decoding sbom stalls torture \
-	faults-training faults-serving bulk-ray milvus bench-training bench-generation bench-decoding bench-search bench-stores bench-bulk \
-	bench-sizes bench-serving bench-device clean
+	faults-training faults-serving ray faults-ray milvus bench-training bench-generation bench-decoding bench-search \
+	bench-stores bench-bulk bench-ray bench-sizes bench-serving bench-device clean
 
 serve: .venv/.serve
 	$(BIN)/semblance serve --demo --host $(HOST) --port $(PORT) --data $(DATA)
@@ -79,8 +79,14 @@ faults-serving: .venv/.test
 	FAULTS=1 $(BIN)/pytest -s tests/app/test_replicas.py
 
 # Ray in an environment of its own: the suite's would be half as large again with it.
-bulk-ray: .venv-ray/.done
-	.venv-ray/bin/pytest tests/app/test_bulk.py
+ray: .venv-ray/.done
+	.venv-ray/bin/pytest tests/app/test_bulk.py tests/app/test_ray_serve.py
+
+faults-ray: .venv-ray/.done
+	FAULTS=1 .venv-ray/bin/pytest -s tests/app/test_ray_serve.py -k hosts
+
+bench-ray: .venv-ray/.done
+	.venv-ray/bin/python tests/benchmarks/bench_ray_serve.py
 
 .venv-ray/.done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-ray
@@ -163,4 +169,5 @@ bench-generation: .venv-bench/.done .venv-dalle-pytorch/.done
 	touch $@
 
 clean:
-	rm -rf .venv .venv-bench .venv-milvus .venv-infinity .venv-clip-as-service .venv-dalle-pytorch build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf .venv .venv-bench .venv-ray .venv-milvus .venv-infinity .venv-clip-as-service .venv-dalle-pytorch build *.egg-info \
+		.mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -54,6 +54,29 @@ def build_parser() -> argparse.ArgumentParser:
     serve.add_argument("--demo", action="store_true", help="fill the default collection with scenes on first start")
     serve.add_argument("--insecure", action="store_true", help="serve other machines without an API key")
 
+    text = "Serve the API on a cluster of Ray: replicas of each model, and a router before them"
+    on_ray = add_command(commands, "ray-serve", _ray_serve, text)
+    add_settings(on_ray, "host", "port", "store", "checkpoints", "device", "backend", "threads")
+    on_ray.add_argument("--model", action="append", metavar="NAME=REFERENCE", help=MODEL)
+    on_ray.add_argument("--demo", action="store_true", help="fill the default collection with scenes on first start")
+    on_ray.add_argument("--insecure", action="store_true", help="serve other machines without an API key")
+    on_ray.add_argument("--address", help="of the cluster; auto: the one of this host (default: one of its own)")
+    on_ray.add_argument(
+        "--replicas",
+        action="append",
+        metavar="[NAME=]N[-M]",
+        help="of a model, or of each; may be repeated (default: 1)",
+    )
+    on_ray.add_argument(
+        "--gpus",
+        action="append",
+        metavar="[NAME=]SHARE",
+        help="of a GPU, for each replica (default: 0.25, if there are)",
+    )
+    on_ray.add_argument(
+        "--wait-ms", type=float, default=250, help="more replicas where inputs wait longer than this (default: 250)"
+    )
+
     of_collections = _collection_commands(commands)
     operator_commands(commands)
 
@@ -178,6 +201,12 @@ def _serve(options: argparse.Namespace) -> int:
         )
         DrainingServer(config, app.state.service.drain).run()
     return 0
+
+
+def _ray_serve(options: argparse.Namespace) -> int:
+    from app.ray_serve import run
+
+    return run(options)
 
 
 def _with_client(options: argparse.Namespace, work: Callable[..., Coroutine[Any, Any, int]]) -> int:

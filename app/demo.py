@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import httpx
 
 from app.collections import Collections
-from app.engine import Engine
+from app.engine import Engine, RemoteEngine
 from app.ingest import ingest
 from app.main import create_app
 from app.settings import Settings
@@ -15,7 +15,9 @@ from app.settings import Settings
 SHARD = "scenes.tar.gz"  # made by `semblance-train scenes`
 
 
-async def fill_demo(settings: Settings, engines: Mapping[str, Engine], collections: Collections) -> int | None:
+async def fill_demo(
+    settings: Settings, engines: Mapping[str, Engine | RemoteEngine], collections: Collections
+) -> int | None:
     """Fill the default collection unless it exists already. -> how many pictures it got, None if it was left alone.
 
     A fill that was interrupted is finished by the next start; what the user did to the collection since stays.

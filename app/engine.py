@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -30,8 +31,8 @@ _BATCH_TOKENS = 4096  # of one forward
 _LABEL_SETS = 32  # remembered; one has a thousand rows at most
 
 
-class Engine(Protocol):
-    """A model on its device. Rows of embeddings are float32 and of unit length; calls block and are thread-safe."""
+class Description(Protocol):
+    """What there is to know of a model that embeds, wherever it runs."""
 
     name: str
     fingerprint: str
@@ -40,6 +41,10 @@ class Engine(Protocol):
     takes_text: bool
     details: dict[str, Any]
     scale: Scale
+
+
+class Engine(Description, Protocol):
+    """A model on its device. Rows of embeddings are float32 and of unit length; calls block and are thread-safe."""
 
     def prepare_image(self, image: Image.Image) -> Tensor: ...
     def prepare_texts(self, texts: Sequence[str]) -> list[Tensor]: ...
@@ -141,39 +146,39 @@ class ModelEngine:
         return unit(rows)
 
 
-class ServedEngine:
-    """What requests talk to: decodes in a thread pool, batches on the worker thread, remembers texts."""
+class TextRow(NamedTuple):
+    """A text's embedding (D,), and how many tokens it has."""
 
-    def __init__(
-        self, engine: Engine, settings: Settings, pool: Executor, worker: Executor, metrics: Metrics | None = None
-    ) -> None:
-        """pool: decodes and tokenises. worker: one thread, shared by every engine of a device."""
+    vector: Array
+    tokens: int
+
+
+class RemoteEngine(ABC):
+    """A model that other processes embed with: given in the place of an Engine."""
+
+    description: Description
+
+    @abstractmethod
+    def served(self, settings: Settings, metrics: Metrics) -> ServedEngine:
+        """What requests talk to; inside the event loop that will use it."""
+
+
+class ServedEngine(ABC):
+    """What requests talk to: one model's embeddings, wherever they are made. Texts and label sets are remembered."""
+
+    def __init__(self, engine: Description, settings: Settings, metrics: Metrics) -> None:
         self.engine = engine
-        self._pool = pool
         self._loop = asyncio.get_running_loop()
-        self._metrics = metrics or Metrics()
-        self._images = self._batcher("image", engine.encode_images, settings, worker)
-        self._texts = self._batcher("text", engine.encode_texts, settings, worker)
-        self._cache: OrderedDict[str, asyncio.Future[tuple[Array, int]]] = OrderedDict()  # a text's row and tokens
+        self._metrics = metrics
+        self._cache: OrderedDict[str, asyncio.Future[TextRow]] = OrderedDict()
         self._cache_size = settings.text_cache
         self._label_sets: OrderedDict[tuple[tuple[str, ...], tuple[str, ...]], Array] = OrderedDict()
 
+    @abstractmethod
     def depths(self) -> dict[Tower, int]:
         """Inputs of each kind that are admitted and not answered; from any thread."""
-        return {"image": self._images.depth, "text": self._texts.depth}
 
-    def _batcher(
-        self, kind: Tower, encode: Callable[[Sequence[Tensor]], Array], settings: Settings, worker: Executor
-    ) -> Batcher[Tensor, Array]:
-        return Batcher(
-            lambda rows: _finite(encode(rows)),
-            worker,
-            max_batch=settings.batch_size,
-            max_wait=settings.batch_wait_ms / 1000,
-            queue_size=settings.queue_size,
-            meter=self._metrics.batches(self.engine.name, kind),
-        )
-
+    @abstractmethod
     async def embed_images(self, openers: Sequence[Opener], deadline: float) -> Array:
         """B pictures -> (B, D), each on its way to the device as soon as it is decoded.
 
@@ -182,13 +187,13 @@ class ServedEngine:
             InputError: whatever an opener raises.
         """
 
-        with self._span("embed images", len(openers)), self._images.admit(len(openers), deadline) as submit:
+    @abstractmethod
+    async def encode_texts(self, texts: Sequence[str], deadline: float) -> list[TextRow]:
+        """B strings -> B rows, none of them remembered. Raises as embed_images does."""
 
-            async def embed(opener: Opener) -> Array:
-                row = await self._loop.run_in_executor(self._pool, self._prepare, opener)
-                return await submit(row)
-
-            return self._stack(await _all_before(deadline, [embed(opener) for opener in openers]))
+    @abstractmethod
+    async def close(self) -> None:
+        """Take no more, and tell whoever still waits."""
 
     async def embed_texts(self, texts: Sequence[str], deadline: float) -> tuple[Array, int]:
         """B strings -> (B, D) and the number of tokens they have. Raises as embed_images does.
@@ -205,7 +210,9 @@ class ServedEngine:
             self._cache.popitem(last=False)
         if missing:
             try:
-                await self._encode_texts(missing, deadline)
+                rows = await self.encode_texts(list(missing), deadline)
+                for answer, row in zip(missing.values(), rows, strict=True):
+                    answer.set_result(row)
             except BaseException:
                 for text, answer in missing.items():
                     answer.cancel()
@@ -219,7 +226,7 @@ class ServedEngine:
         if any(answer.cancelled() for answer in known.values()):  # who had it embedded has failed or left
             return await self.embed_texts(texts, deadline)
         found = [known[text].result() for text in texts]
-        return self._stack([vector for vector, _ in found]), sum(tokens for _, tokens in found)
+        return self._stack([row.vector for row in found]), sum(row.tokens for row in found)
 
     async def embed_labels(self, labels: Sequence[str], templates: Sequence[str], deadline: float) -> Array:
         """A unit row a label, the mean over the templates of its prompts: (C, D). Sets that are asked for again are
@@ -237,15 +244,57 @@ class ServedEngine:
             self._label_sets.popitem(last=False)
         return found
 
-    async def _encode_texts(self, answers: Mapping[str, asyncio.Future[tuple[Array, int]]], deadline: float) -> None:
-        with self._span("embed texts", len(answers)), self._texts.admit(len(answers), deadline) as submit:
-            rows = await self._loop.run_in_executor(self._pool, self.engine.prepare_texts, list(answers))
-            vectors = await _all_before(deadline, [submit(row) for row in rows])
-        for answer, row, vector in zip(answers.values(), rows, vectors, strict=True):
-            answer.set_result((vector, int(torch.count_nonzero(row))))
-
     def _span(self, name: str, inputs: int) -> AbstractContextManager[Any]:
         return tracing.span(name, model=self.engine.name, inputs=inputs)
+
+    def _stack(self, rows: Sequence[Array]) -> Array:
+        return np.stack(rows) if rows else np.zeros((0, self.engine.embed_dim), np.float32)
+
+
+class LocalEngine(ServedEngine):
+    """An engine of this process: decodes in a thread pool, batches on the worker thread."""
+
+    engine: Engine
+
+    def __init__(
+        self, engine: Engine, settings: Settings, pool: Executor, worker: Executor, metrics: Metrics | None = None
+    ) -> None:
+        """pool: decodes and tokenises. worker: one thread, shared by every engine of a device."""
+        super().__init__(engine, settings, metrics or Metrics())
+        self._pool = pool
+        self._images = self._batcher("image", engine.encode_images, settings, worker)
+        self._texts = self._batcher("text", engine.encode_texts, settings, worker)
+
+    def depths(self) -> dict[Tower, int]:
+        """As ServedEngine's, and so the others."""
+        return {"image": self._images.depth, "text": self._texts.depth}
+
+    def _batcher(
+        self, kind: Tower, encode: Callable[[Sequence[Tensor]], Array], settings: Settings, worker: Executor
+    ) -> Batcher[Tensor, Array]:
+        return Batcher(
+            lambda rows: _finite(encode(rows)),
+            worker,
+            max_batch=settings.batch_size,
+            max_wait=settings.batch_wait_ms / 1000,
+            queue_size=settings.queue_size,
+            meter=self._metrics.batches(self.engine.name, kind),
+        )
+
+    async def embed_images(self, openers: Sequence[Opener], deadline: float) -> Array:
+        with self._span("embed images", len(openers)), self._images.admit(len(openers), deadline) as submit:
+
+            async def embed(opener: Opener) -> Array:
+                row = await self._loop.run_in_executor(self._pool, self._prepare, opener)
+                return await submit(row)
+
+            return self._stack(await _all_before(deadline, [embed(opener) for opener in openers]))
+
+    async def encode_texts(self, texts: Sequence[str], deadline: float) -> list[TextRow]:
+        with self._span("embed texts", len(texts)), self._texts.admit(len(texts), deadline) as submit:
+            rows = await self._loop.run_in_executor(self._pool, self.engine.prepare_texts, texts)
+            vectors = await _all_before(deadline, [submit(row) for row in rows])
+        return [TextRow(vector, int(torch.count_nonzero(row))) for row, vector in zip(rows, vectors, strict=True)]
 
     async def close(self) -> None:
         """Stop both batchers."""
@@ -257,9 +306,6 @@ class ServedEngine:
         row = self.engine.prepare_image(opener(self.engine.image_size))
         self._metrics.decode.labels(self.engine.name).observe(time.perf_counter() - began)
         return row
-
-    def _stack(self, rows: Sequence[Array]) -> Array:
-        return np.stack(rows) if rows else np.zeros((0, self.engine.embed_dim), np.float32)
 
 
 def like_lengths(lengths: Sequence[int]) -> list[list[int]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import Executor
@@ -142,36 +143,31 @@ class DecodeLoop:
                 self._rows.pop()
 
 
-class ServedGenerator:
-    """What requests talk to: a bounded queue before a decode loop, whose steps run on the worker's one thread."""
+class RemoteGenerator(ABC):
+    """A model that other processes draw with: given in the place of a DALLETransformer. model: the same without its
+    numbers (on the device "meta"), for what there is to know of it and what reads texts and masks."""
 
-    def __init__(
-        self,
-        name: str,
-        model: DALLETransformer,
-        settings: Settings,
-        worker: Executor,
-        metrics: Metrics | None = None,
-    ) -> None:
-        self._step_seconds = (metrics or Metrics()).drawing.labels(name)
+    model: DALLETransformer
+
+    @abstractmethod
+    def served(self, name: str, settings: Settings, metrics: Metrics) -> ServedGenerator:
+        """What requests talk to; inside the event loop that will use it."""
+
+
+class ServedGenerator(ABC):
+    """What requests talk to: one model's pictures, wherever they are drawn. size: pixels of their sides."""
+
+    def __init__(self, name: str, model: DALLETransformer) -> None:
         self.name, self.model = name, model
         self.size = model.preprocess.size
-        self._tokenizer = ImageTokenizer(model.dvae)
-        self._steps = DecodeLoop(model, settings.generate_lanes)
-        self._queue_size = settings.generate_queue
-        self._worker = worker
-        self._waiting: deque[Drawing] = deque()
-        self._moved = asyncio.Condition()
-        self._wake = asyncio.Event()
-        self._loop = asyncio.get_running_loop()
-        self._task = self._loop.create_task(self._run())
 
     @property
+    @abstractmethod
     def depth(self) -> int:
         """Pictures that are admitted and not drawn; from any thread."""
-        return sum(not drawing.cancelled for drawing in (*self._waiting, *self._steps.drawings))
 
-    async def draw(
+    @abstractmethod
+    def draw(
         self,
         prompt: str,
         seeds: Sequence[int],
@@ -185,16 +181,87 @@ class ServedGenerator:
         known: of each picture the tokens that are given, -1 where one is to be drawn. style: one of the model's.
         Stop iterating, or be cancelled, and nothing more is drawn. Raises BusyError, DeadlineError, ModelError.
         """
+
+    @abstractmethod
+    async def decoded(self, ids: Tensor) -> Tensor:
+        """int64 (B, length) -> uint8 (B, 3, S, S)."""
+
+    @abstractmethod
+    async def tokens(self, pixels: Tensor) -> Tensor:
+        """uint8 (3, S, S) -> its tokens, int64 (length,)."""
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Take no more, and tell whoever still waits."""
+
+    def begun(
+        self,
+        prompt: str,
+        seeds: Sequence[int],
+        sampling: Sampling,
+        known: Sequence[Tensor | None] | None,
+        style: str | None,
+    ) -> list[Drawing]:
+        """A picture a seed, none of its tokens drawn."""
+        length = self.model.image_length
+        return [
+            Drawing(prompt, seed, sampling, torch.zeros(length, dtype=torch.int64), given, style)
+            for seed, given in zip(seeds, known or [None] * len(seeds), strict=True)
+        ]
+
+    async def pictures(self, drawings: Sequence[Drawing]) -> list[Tensor]:
+        """uint8 (3, S, S) of each; what is not drawn yet looks like the last token that is."""
+        rows = []
+        for drawing in drawings:
+            ids = drawing.ids.clone()
+            ids[drawing.done :] = ids[max(0, drawing.done - 1)]
+            rows.append(ids)
+        return list(await self.decoded(torch.stack(rows)))
+
+
+class LocalGenerator(ServedGenerator):
+    """A generator of this process: a bounded queue before a decode loop, whose steps run on the worker's one thread."""
+
+    def __init__(
+        self,
+        name: str,
+        model: DALLETransformer,
+        settings: Settings,
+        worker: Executor,
+        metrics: Metrics | None = None,
+    ) -> None:
+        super().__init__(name, model)
+        self._step_seconds = (metrics or Metrics()).drawing.labels(name)
+        self._tokenizer = ImageTokenizer(model.dvae)
+        self._steps = DecodeLoop(model, settings.generate_lanes)
+        self._queue_size = settings.generate_queue
+        self._worker = worker
+        self._waiting: deque[Drawing] = deque()
+        self._moved = asyncio.Condition()
+        self._wake = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+        self._task = self._loop.create_task(self._run())
+
+    @property
+    def depth(self) -> int:
+        """As ServedGenerator's, and so the others."""
+        return sum(not drawing.cancelled for drawing in (*self._waiting, *self._steps.drawings))
+
+    async def draw(
+        self,
+        prompt: str,
+        seeds: Sequence[int],
+        sampling: Sampling,
+        deadline: float,
+        known: Sequence[Tensor | None] | None = None,
+        style: str | None = None,
+    ) -> AsyncGenerator[list[Drawing]]:
         if self._task.done():
             raise shutting_down()
         admitted = self.depth
         if admitted + len(seeds) > self._queue_size:
             raise BusyError(f"{admitted} pictures are waiting already; try again shortly", retry_after=5)
-        length = self.model.image_length
-        drawings = [
-            Drawing(prompt, seed, sampling, torch.zeros(length, dtype=torch.int64), given, style)
-            for seed, given in zip(seeds, known or [None] * len(seeds), strict=True)
-        ]
+        drawings = self.begun(prompt, seeds, sampling, known, style)
         span = tracing.begin("draw", model=self.name, pictures=len(seeds))
         self._waiting += drawings
         self._wake.set()
@@ -215,19 +282,11 @@ class ServedGenerator:
             for drawing in drawings:
                 drawing.cancelled = not drawing.whole
 
-    async def pictures(self, drawings: Sequence[Drawing]) -> list[Tensor]:
-        """uint8 (3, S, S) of each; what is not drawn yet looks like the last token that is."""
-        rows = []
-        for drawing in drawings:
-            ids = drawing.ids.clone()
-            ids[drawing.done :] = ids[max(0, drawing.done - 1)]
-            rows.append(ids)
-        ids = torch.stack(rows).to(self.model.image_embedding.weight.device)
-        pixels = await self._loop.run_in_executor(self._worker, self._tokenizer.decode, ids)
-        return list(pixels.cpu())
+    async def decoded(self, ids: Tensor) -> Tensor:
+        there = ids.to(self.model.image_embedding.weight.device)
+        return (await self._loop.run_in_executor(self._worker, self._tokenizer.decode, there)).cpu()
 
     async def tokens(self, pixels: Tensor) -> Tensor:
-        """uint8 (3, S, S) -> its tokens, int64 (length,)."""
         batch = pixels[None].to(self.model.image_embedding.weight.device)
         return (await self._loop.run_in_executor(self._worker, self._tokenizer.encode, batch))[0].cpu()
 

@@ -9,20 +9,21 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from app.backends import Array, choose_device, has_native_bf16, in_bf16, towers_of
-from app.engine import Engine, ModelEngine
+from app.engine import Description, Engine, ModelEngine
 from app.exports import choose
 from app.settings import Settings
 from models.dalle import DALLETransformer
 from models.errors import CheckpointError
 
 log = logging.getLogger(__name__)
+Described = TypeVar("Described", bound=Description)
 
 
 def find_models(settings: Settings) -> dict[str, str]:
@@ -78,32 +79,34 @@ def load_engines(settings: Settings) -> dict[str, Engine]:
     engines: list[Engine] = []
     shelf = Shelf(settings.model_memory)
     for name, reference in find_models(settings).items():
-        if _generates(reference):
+        if generates(reference):
             continue
         load = partial(load_engine, name, reference, settings)
         engines.append(ShelvedEngine(name, load, shelf) if settings.model_memory else load())
     return in_order(engines)
 
 
-def in_order(engines: Sequence[Engine]) -> dict[str, Engine]:
+def in_order(engines: Sequence[Described]) -> dict[str, Described]:
     """By name, those that take text before the rest."""
     return {engine.name: engine for engine in sorted(engines, key=lambda engine: not engine.takes_text)}
 
 
 def load_generators(settings: Settings) -> dict[str, DALLETransformer]:
     """Every model that makes pictures, by name, on its device. Raises CheckpointError."""
+    found = find_models(settings).items()
+    return {name: load_generator(reference, settings) for name, reference in found if generates(reference)}
+
+
+def load_generator(reference: str, settings: Settings) -> DALLETransformer:
+    """A model that makes pictures, on its device. Raises CheckpointError."""
     from models.checkpoint import load_checkpoint
 
     device = choose_device(settings.device)
     # On a CPU a row's logits in bfloat16 depend on how many others there are, and a seed's picture would with them.
     native = device.type == "cuda" and has_native_bf16(device)
     bfloat16 = settings.generate_precision == "bf16" or (settings.generate_precision == "auto" and native)
-    found = {}
-    for name, reference in find_models(settings).items():
-        if _generates(reference):
-            model: DALLETransformer = load_checkpoint(reference).to(device)
-            found[name] = model.cast(torch.bfloat16) if bfloat16 else model
-    return found
+    model: DALLETransformer = load_checkpoint(reference).to(device)
+    return model.cast(torch.bfloat16) if bfloat16 else model
 
 
 class Shelf:
@@ -172,7 +175,8 @@ class ShelvedEngine:
         return self._get().embed_texts(texts)
 
 
-def _generates(reference: str) -> bool:
+def generates(reference: str) -> bool:
+    """Whether it is a model that makes pictures."""
     return describe_checkpoint(reference).get("architecture") == "dalle"
 
 

@@ -14,7 +14,8 @@ from fastapi_offline import FastAPIOffline
 
 from app import errors, page, routes
 from app.collections import Collections
-from app.engine import Engine
+from app.engine import Engine, RemoteEngine
+from app.generator import RemoteGenerator
 from app.keys import Keyring
 from app.middleware import OPEN_PATHS, BodyLimit, Envelope, Gate, Presence
 from app.service import Service
@@ -26,9 +27,9 @@ DESCRIPTION = "Embeddings of pictures and texts, zero-shot labels, and search ov
 
 def create_app(
     settings: Settings,
-    engines: Mapping[str, Engine],
+    engines: Mapping[str, Engine | RemoteEngine],
     collections: Collections,
-    generators: Mapping[str, DALLETransformer] | None = None,
+    generators: Mapping[str, DALLETransformer | RemoteGenerator] | None = None,
     keys: Keyring | None = None,
 ) -> FastAPI:
     """The ASGI application over loaded models (by name) and open collections, which the caller closes.

@@ -52,6 +52,12 @@ class Metrics:
             ("model", "cache", "result"),
             registry=self.registry,
         )
+        self.resent = Counter(
+            "semblance_resent_calls",
+            "Calls sent to another replica, for the first was lost (Ray Serve)",
+            ("model",),
+            registry=self.registry,
+        )
         self.drawing = seconds("semblance_generation_step_seconds", "One step of all pictures being drawn", ("model",))
         self._waits = seconds("semblance_queue_wait_seconds", "An input's time in the queue", ("model", "kind"))
         self._inference = seconds("semblance_inference_seconds", "One forward of a batch", ("model", "kind"))

@@ -21,9 +21,9 @@ from app import images, tracing
 from app.backends import Array
 from app.collection import Collection, Item
 from app.collections import Collections
-from app.engine import Engine, Opener, ServedEngine
+from app.engine import Description, Engine, LocalEngine, Opener, RemoteEngine, ServedEngine
 from app.fetching import Fetcher
-from app.generator import ServedGenerator
+from app.generator import LocalGenerator, RemoteGenerator, ServedGenerator
 from app.inputs import Input, image_bytes, image_limits
 from app.keys import Keyring
 from app.metrics import Metrics
@@ -50,9 +50,9 @@ class Service:
     def __init__(
         self,
         settings: Settings,
-        engines: Mapping[str, Engine],
+        engines: Mapping[str, Engine | RemoteEngine],
         collections: Collections,
-        generators: Mapping[str, DALLETransformer],
+        generators: Mapping[str, DALLETransformer | RemoteGenerator],
         keys: Keyring,
     ) -> None:
         self.settings = settings
@@ -60,9 +60,17 @@ class Service:
         self.fetcher: Fetcher | None = None
         self.metrics = Metrics()
         self.metrics.watch(self)
-        self.engines = dict(engines)
-        self.generators = dict(generators)
+        self._given, self._given_generators = dict(engines), dict(generators)
+        self.engines: dict[str, Description] = {
+            name: each.description if isinstance(each, RemoteEngine) else each for name, each in engines.items()
+        }
+        self.generators = {
+            name: each.model if isinstance(each, RemoteGenerator) else each for name, each in generators.items()
+        }
         self.collections = collections
+        self._harmless = settings.model_copy(
+            update={"api_keys": (), "database": None}
+        )  # what may go to other processes
         self.state: Literal["starting", "ready", "draining"] = "starting"
         self._served: dict[str, ServedEngine] = {}
         self._generators: dict[str, ServedGenerator] = {}
@@ -83,12 +91,16 @@ class Service:
         worker = ThreadPoolExecutor(1, "model")  # one thread owns the device
         self._pools = [self._decoders, self._storers, worker]
         self._served = {
-            name: ServedEngine(engine, self.settings, self._decoders, worker, self.metrics)
-            for name, engine in self.engines.items()
+            name: each.served(self.settings, self.metrics)
+            if isinstance(each, RemoteEngine)
+            else LocalEngine(each, self.settings, self._decoders, worker, self.metrics)
+            for name, each in self._given.items()
         }
         self._generators = {
-            name: ServedGenerator(name, model, self.settings, worker, self.metrics)
-            for name, model in self.generators.items()
+            name: each.served(name, self.settings, self.metrics)
+            if isinstance(each, RemoteGenerator)
+            else LocalGenerator(name, each, self.settings, worker, self.metrics)
+            for name, each in self._given_generators.items()
         }
         if self.settings.fetch_hosts:
             self.fetcher = Fetcher(self.settings.fetch_hosts, self.settings.max_body, self.settings.fetch_seconds)
@@ -250,15 +262,8 @@ class Service:
         return Embedded(vectors, tokens)
 
     def opener(self, value: str | bytes | Path, index: int) -> Opener:
-        """Decodes one `image` value when called, in a worker thread; its errors carry `index`."""
-        return partial(self._open, value, index)
-
-    def _open(self, value: str | bytes | Path, index: int, target: int) -> Image.Image:
-        try:
-            return images.decode(image_bytes(value, self.settings), image_limits(self.settings), target)
-        except InputError as error:
-            error.index = index
-            raise
+        """Decodes one `image` value when called, in a worker thread or another process; its errors carry `index`."""
+        return partial(_open, self._harmless, value, index)
 
     def deadline(self, seconds: float | None = None) -> float:
         """When work that starts now must be done, in the event loop's time; by the settings' deadline or another."""
@@ -285,6 +290,14 @@ class Service:
     async def decode(self, call: Callable[..., T], *args: Any) -> T:
         """A blocking call about pixels, in one of the decoding threads."""
         return await asyncio.get_running_loop().run_in_executor(self._decoders, call, *args)
+
+
+def _open(settings: Settings, value: str | bytes | Path, index: int, target: int) -> Image.Image:
+    try:
+        return images.decode(image_bytes(value, settings), image_limits(settings), target)
+    except InputError as error:
+        error.index = index
+        raise
 
 
 def get_service(request: Request) -> Service:

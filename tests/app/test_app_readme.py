@@ -19,8 +19,10 @@ from test_readme_commands import ROOT, blocks
 
 from models.checkpoint import save_checkpoint
 
-# What test_readme_commands.py looks at in another way: an engine for containers, or the network, is needed.
+# What test_readme_commands.py looks at in another way: an engine for containers, or the network, is needed; and what
+# test_ray_serve.py runs, where Ray is.
 ELSEWHERE = ("docker ", "pip ", "SEMBLANCE_API_KEYS=", "SEMBLANCE_CHECKPOINTS=", "PICTURES=")
+ELSEWHERE += ("ray ", "semblance ray-serve")
 
 
 @pytest.fixture

@@ -250,8 +250,8 @@ def test_the_command_says_what_it_needs(place: Path, tmp_path: Path, capsys: pyt
 
 @pytest.mark.filterwarnings("ignore")  # they are Ray's own
 def test_ray_makes_the_same_parts(place: Path, tmp_path: Path, settings: Settings) -> None:
-    """`make bulk-ray`, in an environment of its own; an actor is killed under way."""
-    ray = pytest.importorskip("ray", reason="needs Ray: make bulk-ray")
+    """`make ray`, in an environment of its own; an actor is killed under way."""
+    ray = pytest.importorskip("ray", reason="needs Ray: make ray")
     killed: list[int] = []
 
     def kill(done: int) -> None:

@@ -14,7 +14,7 @@ import torch
 from support import tiny_clip
 
 from app.batching import Batcher
-from app.engine import Engine, ModelEngine, ServedEngine, like_lengths
+from app.engine import Engine, LocalEngine, ModelEngine, like_lengths
 from app.fairness import CALLER, FairQueue, Flow
 from app.loading import Shelf, ShelvedEngine, find_models, load_engine, load_engines
 from app.settings import Settings
@@ -234,7 +234,7 @@ class Counting:
 def _serve(work: Any, engine: Counting, **settings: Any) -> None:
     async def main() -> None:
         with ThreadPoolExecutor(1) as pool, ThreadPoolExecutor(1) as worker:
-            served = ServedEngine(engine, Settings(**settings), pool, worker)  # type: ignore[arg-type]
+            served = LocalEngine(engine, Settings(**settings), pool, worker)  # type: ignore[arg-type]
             await work(served, asyncio.get_running_loop().time() + 5)
             await served.close()
 
@@ -244,7 +244,7 @@ def _serve(work: Any, engine: Counting, **settings: Any) -> None:
 def test_served_texts_are_remembered_and_not_finite_rows_fail_alone() -> None:
     engine = Counting()
 
-    async def work(served: ServedEngine, deadline: float) -> None:
+    async def work(served: LocalEngine, deadline: float) -> None:
         first, tokens = await served.embed_texts(["a", "bb", "a"], deadline)
         assert first[:, 0].tolist() == [1, 2, 1]
         assert (engine.texts, tokens) == (2, 9)
@@ -264,7 +264,7 @@ def test_served_texts_are_remembered_and_not_finite_rows_fail_alone() -> None:
 def test_label_sets_are_remembered_whole() -> None:
     engine = Counting()
 
-    async def work(served: ServedEngine, deadline: float) -> None:
+    async def work(served: LocalEngine, deadline: float) -> None:
         first = await served.embed_labels(["a", "bb"], ["{}", "{}{}"], deadline)
         texts, _ = await served.embed_texts(["a", "aa", "bb", "bbbb"], deadline)
         mean = texts.reshape(2, 2, -1).mean(1)
@@ -283,7 +283,7 @@ def test_label_sets_are_remembered_whole() -> None:
 def test_a_text_that_several_ask_for_at_once_is_embedded_once(cache: int) -> None:
     engine = Counting(seconds=0.1)
 
-    async def work(served: ServedEngine, deadline: float) -> None:
+    async def work(served: LocalEngine, deadline: float) -> None:
         asked = [["a", "bb"], ["bb", "ccc"], ["a"], ["a"]]
         found = await asyncio.gather(*(served.embed_texts(texts, deadline) for texts in asked))
         assert [rows[:, 0].tolist() for rows, _ in found] == [[1, 2], [2, 3], [1], [1]]
@@ -296,7 +296,7 @@ def test_a_text_that_several_ask_for_at_once_is_embedded_once(cache: int) -> Non
 def test_who_waits_for_a_text_of_another_goes_on_alone_if_that_one_leaves_and_is_late_by_its_own_deadline() -> None:
     engine = Counting(seconds=0.2)
 
-    async def work(served: ServedEngine, deadline: float) -> None:
+    async def work(served: LocalEngine, deadline: float) -> None:
         first = asyncio.create_task(served.embed_texts(["a"], deadline))
         await asyncio.sleep(0.05)
         hurried = asyncio.create_task(served.embed_texts(["a"], asyncio.get_running_loop().time() + 0.05))

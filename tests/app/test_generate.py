@@ -19,7 +19,7 @@ from starlette.testclient import TestClient
 from support import problem, running, tiny_clip, tiny_dalle
 
 from app.__main__ import main
-from app.generator import DecodeLoop, Drawing, ServedGenerator
+from app.generator import DecodeLoop, Drawing, LocalGenerator
 from app.inputs import EXAMPLE_IMAGE
 from app.loading import load_generators
 from app.settings import Settings
@@ -244,8 +244,8 @@ def test_a_deadline_ends_the_wait_and_the_work(start: Start, model: DALLETransfo
     problem(painter.post("/generate", json={"prompt": "a red star"}), 504, "drawn")
 
 
-def _served(model: DALLETransformer, pool: ThreadPoolExecutor, **options: Any) -> ServedGenerator:
-    return ServedGenerator("dalle", model, Settings(**options), pool)
+def _served(model: DALLETransformer, pool: ThreadPoolExecutor, **options: Any) -> LocalGenerator:
+    return LocalGenerator("dalle", model, Settings(**options), pool)
 
 
 def test_row_32_who_leaves_is_drawn_for_no_more_and_others_share_the_steps(model: DALLETransformer) -> None:
