@@ -151,7 +151,7 @@ class PostgresCollections(Collections):
     def _check_index(self, kind: str) -> None:
         known = TABLE_KINDS if self._milvus is None else KINDS
         if kind not in known:
-            raise InputError(f"index {kind!r} is unknown to PostgreSQL; choose one of {', '.join(known)}")
+            raise InputError(f"index {kind!r} is unknown; choose one of {', '.join(known)}")
 
     def _make(self, name: str, model: str, fingerprint: str, dimensions: int, index: str) -> Collection:
         def change(connection: Connection[Any]) -> None:
