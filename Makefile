@@ -8,7 +8,7 @@ BIN := .venv/bin
 
 .PHONY: serve test test-app test-others format train-demo screenshots fuzz fuzz-decoding sbom stalls torture \
 	faults-training faults-serving ray faults-ray milvus bench-training bench-generation bench-decoding bench-search \
-	bench-stores bench-bulk bench-ray bench-sizes bench-serving bench-device clean
+	bench-stores bench-scaling bench-bulk bench-ray bench-sizes bench-serving bench-device clean
 
 serve: .venv/.serve
 	$(BIN)/semblance serve --demo --host $(HOST) --port $(PORT) --data $(DATA)
@@ -111,6 +111,10 @@ bench-decoding: .venv/.test
 
 bench-search: .venv/.test
 	$(BIN)/python tests/benchmarks/bench_search.py
+
+# Training by one process and by two.
+bench-scaling: .venv/.test
+	$(BIN)/python tests/benchmarks/bench_scaling.py
 
 # SQLite, PostgreSQL and Milvus beside each other.
 bench-stores: .venv/.test
