@@ -70,9 +70,15 @@ def items_a_second(made: Collection, vectors: np.ndarray, first: int, size: int)
 
 
 def covered(made: Collection) -> float:
-    """Seconds until a graph covers all but what came since the last was begun, or until nothing more is built."""
-    begun = time.perf_counter()
-    while (count := made.info()).indexed < 0.95 * count.count and time.perf_counter() - begun < 1800:
+    """Seconds until a graph covers all but what came since the last was begun; nan if it covers no more for two
+    minutes, as that of Milvus while it holds its last segments open."""
+    begun = moved = time.perf_counter()
+    covers = 0
+    while (info := made.info()).indexed < 0.95 * info.count:
+        if info.indexed > covers:
+            covers, moved = info.indexed, time.perf_counter()
+        if time.perf_counter() - moved > 120:
+            return float("nan")
         time.sleep(0.5)
     return time.perf_counter() - begun
 
