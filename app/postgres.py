@@ -76,6 +76,8 @@ class Postgres:
                 f"{self.name} cannot be opened ({_said(error)}); check the address, and that the server has pgvector"
             ) from error
         self._url = url
+        # It has a line for each try to come back to a database that is away; what fails at last is raised.
+        logging.getLogger("psycopg.pool").setLevel(logging.ERROR)
         self._pool = ConnectionPool(
             url,
             min_size=1,

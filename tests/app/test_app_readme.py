@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from databases import PostgresServer
 from PIL import Image
 from support import Server, running, tiny_clip, tiny_dalle
 from test_readme_commands import ROOT, blocks
@@ -59,7 +60,8 @@ def _run(command: str, folder: Path, **environment: str) -> str:
     return str(done.stdout + done.stderr)
 
 
-def test_every_command_of_the_servers_readme_runs(folder: Path, server: Server) -> None:
+def test_every_command_of_the_servers_readme_runs(folder: Path, server: Server, postgres: PostgresServer) -> None:
+    database = postgres.database()
     here = {
         "SEMBLANCE_PORT": str(server.port), "SEMBLANCE_CHECKPOINTS": "checkpoints", "SEMBLANCE_THREADS": "1",
         "SEMBLANCE_STORE": "data",
@@ -67,7 +69,7 @@ def test_every_command_of_the_servers_readme_runs(folder: Path, server: Server) 
     _run("semblance index some-of-ours --collection photos", folder, **here)
     commands = [command for command in blocks(ROOT / "app" / "README.md") if not command.startswith(ELSEWHERE)]
     assert {command.split()[1] for command in commands if command.startswith("semblance")} == {
-        "keys", "backup", "restore", "reindex", "dump", "index", "export", "serve",
+        "keys", "backup", "restore", "migrate-store", "reindex", "dump", "index", "export", "serve",
     }  # fmt: skip
     # What gives a collection another model comes last here, for a dump is of the model that it has.
     for command in sorted(commands, key=lambda command: "reindex" in command):
@@ -76,9 +78,11 @@ def test_every_command_of_the_servers_readme_runs(folder: Path, server: Server) 
         # Once there are keys the server asks for one, so they are made for another folder.
         elsewhere = {"SEMBLANCE_STORE": "keyed"} if " keys " in command else {}
         done = command.replace("localhost:8000", f"127.0.0.1:{server.port}")
+        done = done.replace("postgresql://semblance@db.example/semblance", database)
         done = done.replace("curl ", "curl --silent --show-error --fail-with-body ", 1)
         _run(done, folder, **here | elsewhere)
     assert (folder / "somewhere-new" / "store.db").is_file()
+    assert (folder / "another-folder" / "store.db").is_file()
     assert (folder / "photos.parquet").is_file()
     assert (folder / "star.png").read_bytes().startswith(b"\x89PNG")
     found = _run(f"curl --silent 127.0.0.1:{server.port}/collections", folder)
