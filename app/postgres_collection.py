@@ -139,11 +139,13 @@ class PostgresCollection(Collection):
         if added or removed:
             log.info("collection %s in Milvus: %d items were missing, %d were too many", self.name, added, removed)
 
-    def update(self, name: str, built: bool) -> None:
-        """Take over what another server may have changed: its name, and whether there is a graph."""
+    def update(self, name: str, built: bool, about: float) -> None:
+        """Take over what another server may have changed: its name, whether there is a graph, and roughly how many
+        items there are, for a graph that is due though nothing is added any more."""
         self.name = name
         if isinstance(self._index, TableIndex):
             self._index.built = built
+            self._index.look(max(0, int(about)))  # -1: not known yet
 
     def __len__(self) -> int:
         return self.counted()[0]

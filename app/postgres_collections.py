@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import psycopg
-from psycopg import Connection, sql
+from psycopg import Connection, errors, sql
 
 from app.collection import Collection, Item, item_of
 from app.collections import STAGED, Collections, refused
@@ -28,7 +28,8 @@ _MILVUS_PATIENCE = 10.0  # seconds that a call waits for a Milvus that is away
 _PAUSE = 1.0  # seconds between two looks for the end of the server, and for a database that is away
 _KNOWN = """
     SELECT key, name, model, fingerprint, dimensions, kind, COALESCE(
-      (SELECT indisvalid FROM pg_index WHERE indexrelid = to_regclass('semblance.items_' || key || '_hnsw')), false)
+      (SELECT indisvalid FROM pg_index WHERE indexrelid = to_regclass('semblance.items_' || key || '_hnsw')), false),
+      (SELECT reltuples FROM pg_class WHERE oid = to_regclass('semblance.items_' || key))
     FROM collections
 """
 # Items of one collection that another has not, or has otherwise; and those that the other alone has.
@@ -72,14 +73,14 @@ class PostgresCollections(Collections):
         with self._refreshing:  # whoever asks last has what was there last
             known = self._postgres.run(lambda connection: connection.execute(_KNOWN).fetchall())
             there, opened = {each.key: each for each in self._open.values()}, dict[str, PostgresCollection]()
-            for key, name, model, fingerprint, dimensions, kind, built in known:
+            for key, name, model, fingerprint, dimensions, kind, built, about in known:
                 found = there.pop(key, None)
                 if found is None:
                     index = self._index(key, dimensions, kind, built)
                     found = PostgresCollection(
                         self._postgres, self._pictures, key, name, model, fingerprint, dimensions, index, self.refresh
                     )
-                found.update(name, built)
+                found.update(name, built, about)
                 opened[name] = found
             with self._mutex:
                 self._open = opened
@@ -88,19 +89,22 @@ class PostgresCollections(Collections):
 
     def lacking(self, name: str, after: str, limit: int) -> list[Item]:
         statement = sql.SQL(_LACKING + "AND old.id > %s ORDER BY old.id LIMIT %s").format(**self._pair(name))
-        found = self._postgres.run(lambda connection: connection.execute(statement, (after, limit)).fetchall())
+        found = self._run(lambda connection: connection.execute(statement, (after, limit)).fetchall())
         return [item_of(row) for row in found]
 
     def switch(self, name: str) -> bool:
         old, new = self.get(name), self._stage_of(name)
         pair = self._pair(name)
-        surplus = self._postgres.run(lambda connection: connection.execute(sql.SQL(_SURPLUS).format(**pair)).fetchall())
+        surplus = self._run(lambda connection: connection.execute(sql.SQL(_SURPLUS).format(**pair)).fetchall())
         for (id,) in surplus:
             new.delete(id)
 
         def change(connection: Connection[Any]) -> bool:
-            # Nobody adds to either until this has ended.
-            connection.execute("SELECT 1 FROM collections WHERE key = ANY(%s) FOR UPDATE", ([old.key, new.key],))
+            # Nobody adds to either or deletes from it until this has ended.
+            locked = "SELECT key, name FROM collections WHERE key = ANY(%s) FOR UPDATE"
+            if connection.execute(locked, ([old.key, new.key],)).fetchall() == [(new.key, name)]:
+                return True  # by an earlier try, whose end was not heard of
+            connection.execute(sql.SQL("LOCK TABLE {old}, {new} IN SHARE ROW EXCLUSIVE MODE").format(**pair))
             for differing in (_LACKING, _SURPLUS):
                 if connection.execute(sql.SQL(f"{differing} LIMIT 1").format(**pair)).fetchone() is not None:
                     return False
@@ -218,9 +222,16 @@ class PostgresCollections(Collections):
             connection.execute(sql.SQL("NOTIFY {}").format(sql.Identifier(CHANGED)))
             return change(connection)
 
-        changed = self._postgres.run(told, transaction=True)
+        changed = self._run(told, transaction=True)
         self.refresh()
         return changed
+
+    def _run(self, work: Callable[[Connection[Any]], T], *, transaction: bool = False) -> T:
+        try:
+            return self._postgres.run(work, transaction=transaction)
+        except errors.UndefinedTable as error:
+            self.refresh()
+            raise NotFoundError("the collection has been deleted") from error
 
     def _pair(self, name: str) -> dict[str, sql.Identifier]:
         keys = {"old": self.get(name).key, "new": self._stage_of(name).key}

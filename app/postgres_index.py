@@ -43,7 +43,7 @@ class TableIndex:
         self._postgres, self._key, self._asked = postgres, key, asked
         self._table, self._graph = sql.Identifier(f"items_{key}"), sql.Identifier(f"items_{key}_hnsw")
         self._half = sql.SQL("vector::halfvec({})").format(sql.Literal(dimensions))
-        self._unseen = _LOOK
+        self._unseen = 0
         self._lock = threading.Lock()
         self._builder: threading.Thread | None = None
         self._building: Connection[Any] | None = None
@@ -67,7 +67,7 @@ class TableIndex:
         """The rows are what it knows."""
 
     def look(self, added: int) -> None:
-        """So many rows have been committed; a graph is built when it is due."""
+        """So many rows have been committed, or are there already; a graph is built when it is due."""
         if self.built or self._asked == "flat" or self.dimensions > _WIDEST:
             return
         with self._lock:

@@ -7,10 +7,13 @@ import socket
 from pathlib import Path
 
 import pytest
+from databases import PostgresServer
+from pydantic import SecretStr
 
 from app.__main__ import main
 from app.doctor import Finding, examine
 from app.keys import Keyring
+from app.postgres_collections import PostgresCollections
 from app.settings import Settings
 from app.sqlite_collections import SQLiteCollections
 
@@ -87,3 +90,17 @@ def test_the_command(settings: Settings, capsys: pytest.CaptureFixture[str]) -> 
     assert "ok   collection mine: 0 items" in capsys.readouterr().out
     assert main(["doctor", *options, "--host", "0.0.0.0"]) == 1
     assert "bad  address" in capsys.readouterr().out
+
+
+def test_a_database_is_looked_at_in_the_folder_s_place(settings: Settings, postgres: PostgresServer) -> None:
+    url = postgres.database()
+    with PostgresCollections(url) as collections:
+        collections.create("photos", model="clip", fingerprint="f", dimensions=8)
+    findings = found(settings.model_copy(update={"database": SecretStr(url)}))
+    assert findings["collection photos"].text.startswith("0 items")
+    assert "collection mine" not in findings
+    away = SecretStr("postgresql://u:secret@127.0.0.1:1/db")
+    finding = found(settings.model_copy(update={"database": away}))["database"]
+    assert finding.verdict == "bad"
+    assert "127.0.0.1:1/db cannot be opened" in finding.text
+    assert "secret" not in finding.text

@@ -84,6 +84,37 @@ def test_a_collection_that_another_server_deleted_or_replaced_is_noticed(pair: P
     assert there.get("c").model == "n"
 
 
+def test_what_is_deleted_while_another_takes_the_place_is_not_in_it(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, there = pair
+    items = [new_item(i) for i in range(3)]
+    _create(here).add(items)
+    here.stage("c", "n", "g", 8).add(items)
+    old, outcome = _soon(there, "c"), list[BaseException]()
+    drop = here._drop
+
+    def delete() -> None:
+        try:
+            old.delete("i1")
+        except BaseException as error:
+            outcome.append(error)
+
+    deleting = threading.Thread(target=delete)
+
+    def meanwhile(connection: psycopg.Connection[object], key: int) -> None:
+        deleting.start()
+        deleting.join(0.5)
+        assert deleting.is_alive()  # it waits
+        drop(connection, key)
+
+    monkeypatch.setattr(here, "_drop", meanwhile)
+    assert here.switch("c")
+    deleting.join()
+    assert isinstance(outcome[0], NotFoundError)  # by which the service looks for what has taken its place
+    assert _soon(there, "c").get("i1").id == "i1"
+
+
 def test_servers_tell_each_other_without_being_asked(pair: Pair) -> None:
     here, there = pair
     _create(here)
@@ -160,8 +191,25 @@ def test_what_a_crash_left_of_a_graph_is_made_again(url: str, monkeypatch: pytes
         assert made.info().index == "hnsw"
 
 
+def test_a_graph_that_is_due_is_built_though_nothing_is_added(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after a stop while it was being built."""
+    with PostgresCollections(url) as collections:
+        _create(collections).add([new_item(i) for i in range(50)])
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute("ANALYZE semblance.items_1")  # as PostgreSQL does by itself
+    monkeypatch.setitem(postgres_index._LEAST, "auto", 10)
+    monkeypatch.setattr(postgres_index, "_LOOK", 10)
+    with PostgresCollections(url) as collections:
+        index = collections.get("c")._index
+        assert isinstance(index, TableIndex)
+        index.wait()
+        assert collections.get("c").info().index == "hnsw"
+
+
 def test_a_graph_that_is_being_built_does_not_hold_up_a_close(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(postgres_index._LEAST, "auto", 10)
+    monkeypatch.setattr(postgres_index, "_LOOK", 10)
+    monkeypatch.setattr(postgres_index, "_SETTLE", 0.1)
     with psycopg.connect(url) as blocking, PostgresCollections(url) as collections:
         made = _create(collections)
         blocking.execute("SELECT txid_current(), (SELECT count(*) FROM semblance.items_1)")
