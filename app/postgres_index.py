@@ -16,6 +16,7 @@ from psycopg import Connection, sql
 
 from app.index import Ids, Vectors
 from app.postgres import CHANGED, Postgres
+from models.errors import SemblanceError
 from models.retrieval import Hit
 
 log = logging.getLogger(__name__)
@@ -180,7 +181,7 @@ class TableIndex:
                 )
                 self.built = True
                 connection.execute(sql.SQL("NOTIFY {}").format(sql.Identifier(CHANGED)))
-        except psycopg.Error as error:
+        except (psycopg.Error, SemblanceError) as error:
             if not self._closing.is_set():
                 log.warning("a graph was not built, searches stay exact until the next try: %s", error)
         finally:
