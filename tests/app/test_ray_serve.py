@@ -36,11 +36,11 @@ from starlette.testclient import TestClient
 from support import tiny_clip, tiny_dalle
 from test_readme_commands import ROOT, blocks
 
-from app.collections import Collections
 from app.loading import load_engines, load_generators
 from app.main import create_app
 from app.ray_serve import Plan, QueueWait, plans_of
 from app.settings import Settings
+from app.sqlite_collections import SQLiteCollections
 from models.checkpoint import save_checkpoint
 from models.errors import InputError
 
@@ -206,7 +206,7 @@ def plain(cluster: Cluster, tmp_path: Path) -> Iterator[TestClient]:
     settings = Settings(
         checkpoints=cluster.folder / "checkpoints", store=tmp_path, threads=1, device="cpu", backend="torch-fp32"
     )
-    with Collections(settings.store) as collections:
+    with SQLiteCollections(settings.store) as collections:
         app = create_app(settings, load_engines(settings), collections, load_generators(settings))
         with TestClient(app, base_url="http://127.0.0.1", raise_server_exceptions=False) as client:
             yield client
