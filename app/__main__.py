@@ -157,16 +157,14 @@ def _serve(options: argparse.Namespace) -> int:
 
     from app import logs, tracing
     from app.demo import fill_demo
-    from app.keys import Keyring
+    from app.keys import keys_to_serve
     from app.loading import load_engines, load_generators
     from app.main import create_app
     from app.protocol import DrainingServer, punctual
     from app.stores import open_collections
 
     settings = settings_of(options)
-    keys = Keyring(settings.store, settings.plain_keys)
-    keys.names()  # a damaged one is told now, not to whoever brings it
-    settings.check_exposure(keyed=keys.required)
+    keys = keys_to_serve(settings)
     logs.configure(settings.log)
     tracing.configure()
     log = logging.getLogger("semblance")

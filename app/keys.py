@@ -18,6 +18,7 @@ from fastapi import Depends, Request
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from app.inputs import Name
+from app.settings import Settings
 from models.errors import ConflictError, ForbiddenError, NotFoundError, RateLimitError, StorageError
 
 log = logging.getLogger(__name__)
@@ -198,3 +199,12 @@ def _digest(token: str) -> str:
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def keys_to_serve(settings: Settings) -> Keyring:
+    """The keys of a server that is about to start. Raises StorageError for a damaged one, which is told now and not to
+    whoever brings it, and ForbiddenError as Settings.check_exposure."""
+    keys = Keyring(settings.store, settings.plain_keys)
+    keys.names()
+    settings.check_exposure(keyed=keys.required)
+    return keys

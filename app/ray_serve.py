@@ -23,7 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from app import logs, tracing
 from app.commandline import settings_of
 from app.demo import fill_demo
-from app.keys import Keyring
+from app.keys import Keyring, keys_to_serve
 from app.loading import find_models, generates, in_order
 from app.main import create_app
 from app.replicas import QUEUE_WAIT, Encoder, EngineOfReplicas, Generator, GeneratorOfReplicas
@@ -198,9 +198,7 @@ def run(options: argparse.Namespace) -> int:
     except ImportError:
         raise DataError("semblance ray-serve needs Ray: pip install 'semblance[ray]'") from None
     settings = settings_of(options)
-    keys = Keyring(settings.store, settings.plain_keys)
-    keys.names()
-    settings.check_exposure(keyed=keys.required)
+    keys_to_serve(settings)
     models = find_models(settings)
     if not models:
         raise CheckpointError(f"no model to serve in {settings.checkpoints}: give --checkpoints or --model")
