@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -76,6 +76,17 @@ class CollectionInfo:
     bytes: int
 
 
+class Made(NamedTuple):
+    """What a store says of a collection: its key there, and what it was made with. kind: of index, as asked for."""
+
+    key: int
+    name: str
+    model: str
+    fingerprint: str
+    dimensions: int
+    kind: str
+
+
 class StoredPictures(Protocol):
     """The pictures of a store, by the name that an item has them under."""
 
@@ -98,17 +109,8 @@ class Collection(ABC):
     A store says how it keeps items (`_put` and the like) and which index answers searches by their row numbers.
     """
 
-    def __init__(
-        self,
-        key: int,
-        name: str,
-        model: str,
-        fingerprint: str,
-        dimensions: int,
-        index: VectorIndex,
-        pictures: StoredPictures,
-    ) -> None:
-        self.key, self.name, self.model, self.fingerprint, self.dimensions = key, name, model, fingerprint, dimensions
+    def __init__(self, made: Made, index: VectorIndex, pictures: StoredPictures) -> None:
+        self.key, self.name, self.model, self.fingerprint, self.dimensions, self.kind = made
         self._index, self._searches = index, SharedSearch(index)
         self._stored_pictures = pictures
 

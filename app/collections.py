@@ -33,10 +33,6 @@ class Collections(ABC):
     def refresh(self) -> None:
         """Look again at what other processes may have made or deleted, where they can."""
 
-    def asked(self) -> dict[str, tuple[Collection, str]]:
-        """Every collection by name, with the kind of index that was asked for."""
-        return {name: (found := self.get(name), self._index_of(found)) for name in self.names()}
-
     def create(self, name: str, *, model: str, fingerprint: str, dimensions: int, index: str = "auto") -> Collection:
         """Make a collection, or give the one there is if it was made the same way.
 
@@ -52,11 +48,11 @@ class Collections(ABC):
 
         Raises NotFoundError if there is no other.
         """
-        index = self._index_of(self.get(name))
+        kind = self.get(name).kind
         staged = self.staged(name)
         if staged is not None and staged.fingerprint != fingerprint:
             self._delete(staged)
-        return self._make(STAGED + name, model, fingerprint, dimensions, index)
+        return self._make(STAGED + name, model, fingerprint, dimensions, kind)
 
     def staged(self, name: str) -> Collection | None:
         """What `stage` made and `switch` has not put in its place."""
@@ -115,10 +111,6 @@ class Collections(ABC):
     @abstractmethod
     def _make(self, name: str, model: str, fingerprint: str, dimensions: int, index: str) -> Collection:
         """As `create`; of a staged one too."""
-
-    @abstractmethod
-    def _index_of(self, collection: Collection) -> str:
-        """The kind of index that was asked for."""
 
     @abstractmethod
     def _delete(self, collection: Collection) -> None:

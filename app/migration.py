@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -29,45 +29,40 @@ class Pass(NamedTuple):
 
 
 @contextmanager
-def reading(folder: Path, picture_root: Path | None) -> Iterator[dict[str, tuple[Collection, str]]]:
-    """The collections of a data folder and the kinds of index asked for, for reading alone, whoever serves it.
+def reading(folder: Path, picture_root: Path | None) -> Iterator[Mapping[str, Collection]]:
+    """The collections of a data folder by name, for reading alone, whoever serves it.
 
     Raises NotFoundError if it is no data folder, StorageError if it is damaged.
     """
-    from app.database import Database, rows
+    from app.database import Database
     from app.index import make_index
     from app.pictures import Pictures
     from app.sqlite_collection import SQLiteCollection
+    from app.sqlite_collections import known
 
     if not (folder / "store.db").is_file():
         raise NotFoundError(f"{folder} is no data folder: it has no store.db")
     database, pictures = Database(folder / "store.db"), Pictures(folder / "pictures", picture_root)
     try:
         with database.read() as connection:
-            known = rows(connection, "SELECT key, name, model, fingerprint, dimensions, kind FROM collections")
+            found = known(connection)
+        # An index is never asked, and so need not be filled.
         yield {
-            name: (
-                # Its index is never asked, and so need not be made.
-                SQLiteCollection(
-                    database, pictures, key, name, model, fingerprint, dimensions, make_index("flat", dimensions)
-                ),
-                kind,
-            )
-            for key, name, model, fingerprint, dimensions, kind in known
+            made.name: SQLiteCollection(database, pictures, made, make_index("flat", made.dimensions)) for made in found
         }
     finally:
         database.close()
 
 
-def migrate(source: Collection, index: str, target: Collections, progress: Callable[[Pass], None]) -> Pass:
+def migrate(source: Collection, target: Collections, progress: Callable[[Pass], None]) -> Pass:
     """Make the collection of the same name in `target` hold what `source` does, and compare until nothing differs.
 
-    index: the kind that was asked for; one that the target has not becomes "auto". progress: called after each pass.
+    A kind of index that the target has not becomes "auto". progress: called after each pass.
     Raises ConflictError if the target has it of another model, or if it changes faster than it is copied.
     """
     made = {"model": source.model, "fingerprint": source.fingerprint, "dimensions": source.dimensions}
     try:
-        copy = target.create(source.name, index=index, **made)  # type: ignore[arg-type]
+        copy = target.create(source.name, index=source.kind, **made)  # type: ignore[arg-type]
     except InputError:
         copy = target.create(source.name, **made)  # type: ignore[arg-type]
     for _ in range(_PASSES):

@@ -120,7 +120,8 @@ def _migrate(options: argparse.Namespace) -> int:
         if settings.database is None:
             known = stack.enter_context(reading(settings.store, settings.picture_root))
         else:
-            known = stack.enter_context(open_collections(settings)).asked()
+            collections = stack.enter_context(open_collections(settings))
+            known = {name: collections.get(name) for name in collections.names()}
         wanted = options.collection or sorted(known)
         if unknown := [name for name in wanted if name not in known]:
             raise NotFoundError(f"no collection {unknown[0]!r}; there are: {', '.join(sorted(known)) or 'none'}")
@@ -130,7 +131,7 @@ def _migrate(options: argparse.Namespace) -> int:
             def progress(found: Pass, name: str = name) -> None:
                 print(f"{name}: {found.items:,} items, {found.copied:,} copied, {found.deleted:,} deleted")  # noqa: T201
 
-            found = migrate(*known[name], target, progress)
+            found = migrate(known[name], target, progress)
             print(f"{name}: the same in both, {found.items:,} items, SHA-256 {found.checksums[1]}")  # noqa: T201
     return 0
 

@@ -7,6 +7,7 @@ import random
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
+from uuid import UUID
 
 import psycopg
 from pgvector.psycopg import register_vector
@@ -20,7 +21,8 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 FORMAT = 1
-CHANGED = "semblance_changed"  # the channel on which servers tell each other that the list of collections is another
+# How servers tell each other that the list of collections, or what is known of one, is another.
+TELL, LISTEN = "NOTIFY semblance_changed", "LISTEN semblance_changed"
 PATIENCE = 10.0  # seconds that a call waits for a database that is away: as long as its restart takes
 _CONNECTIONS = 16
 _TRY = 1.0  # seconds that one try to get a connection takes at most
@@ -62,6 +64,8 @@ CREATE TABLE format (version integer NOT NULL, store uuid NOT NULL DEFAULT gen_r
 class Postgres:
     """A database that several servers may share; everything is in its schema `semblance`. Thread-safe.
 
+    store: what tells it from every other.
+
     Raises StorageError, naming the database without its password and the way out, if it cannot be reached, lacks
     pgvector or is of a newer format.
     """
@@ -70,7 +74,7 @@ class Postgres:
         self.name = _shown(url)
         try:
             with psycopg.connect(url, autocommit=True) as connection:
-                _prepare(connection, self.name)
+                self.store = _prepare(connection, self.name)
         except psycopg.Error as error:
             raise StorageError(
                 f"{self.name} cannot be opened ({_said(error)}); check the address, and that the server has pgvector"
@@ -133,8 +137,9 @@ class Postgres:
         self._pool.close()
 
 
-def _prepare(connection: Connection[Any], name: str) -> None:
-    """Make the schema, once among all who come; raises StorageError for one of a newer format."""
+def _prepare(connection: Connection[Any], name: str) -> UUID:
+    """Make the schema, once among all who come; gives what tells this database from every other. Raises StorageError
+    for a newer format."""
     with connection.transaction():
         connection.execute("SELECT pg_advisory_xact_lock(%s)", (_LOCK,))
         connection.execute("CREATE SCHEMA IF NOT EXISTS semblance")
@@ -143,13 +148,15 @@ def _prepare(connection: Connection[Any], name: str) -> None:
         if connection.execute("SELECT to_regclass('semblance.format')").fetchone() == (None,):
             connection.execute(_SCHEMA)
             connection.execute("INSERT INTO format (version) VALUES (%s)", (FORMAT,))
-        (version,) = connection.execute("SELECT max(version) FROM format").fetchone() or (0,)
+        rows = connection.execute("SELECT version, store FROM format ORDER BY version").fetchall()
+    version, store = rows[-1][0], rows[0][1]
     if version > FORMAT:
         raise StorageError(
             f"{name} is of format {version}, this version reads up to {FORMAT}: upgrade, or use another database"
         )
     if connection.execute("SHOW fsync").fetchone() == ("off",):
         log.warning("%s does not sync (fsync = off): what is acknowledged is lost when its machine fails", name)
+    return store
 
 
 def _configure(connection: Connection[Any]) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 from psycopg import Connection, errors, sql
 
 from app import statistics
-from app.collection import Collection, Item, NewItem, SearchHit, Target, item_of
+from app.collection import Collection, Item, Made, NewItem, SearchHit, Target, item_of
 from app.filters import Condition
 from app.index import Ids, VectorIndex, Vectors
 from app.milvus import MilvusIndex
@@ -95,18 +95,14 @@ class PostgresCollection(Collection):
         self,
         postgres: Postgres,
         pictures: PostgresPictures,
-        key: int,
-        name: str,
-        model: str,
-        fingerprint: str,
-        dimensions: int,
+        made: Made,
         index: VectorIndex,
         gone: Callable[[], None],
     ) -> None:
         """gone: called when it is found to have been deleted."""
-        super().__init__(key, name, model, fingerprint, dimensions, index, pictures)
+        super().__init__(made, index, pictures)
         self._postgres, self._gone = postgres, gone
-        self.table = sql.Identifier(f"items_{key}")
+        self.table = sql.Identifier(f"items_{made.key}")
 
     def forget(self) -> None:
         """Drop what an index of its own keeps of it, after it has been deleted."""

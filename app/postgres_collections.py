@@ -11,11 +11,11 @@ from typing import Any, TypeVar
 import psycopg
 from psycopg import Connection, errors, sql
 
-from app.collection import Collection, Item, item_of
+from app.collection import Collection, Item, Made, item_of
 from app.collections import STAGED, Collections, refused
 from app.index import KINDS, VectorIndex
 from app.milvus import MilvusIndex, collections_of, drop
-from app.postgres import CHANGED, Postgres
+from app.postgres import LISTEN, TELL, Postgres
 from app.postgres_collection import UNUSED, PostgresCollection, PostgresPictures
 from app.postgres_index import TABLE_KINDS, TableIndex
 from models.errors import InputError, NotFoundError, SemblanceError
@@ -58,10 +58,12 @@ class PostgresCollections(Collections):
         self._open: dict[str, PostgresCollection] = {}
         self._mutex, self._refreshing = threading.Lock(), threading.Lock()
         self._closing = threading.Event()
-        self._milvus = milvus
+        self._milvus, self._prefix = milvus, f"semblance_{self._postgres.store.hex}"
+        # Those in Milvus before the tables, which are made first.
+        there = set[str]() if milvus is None else collections_of(milvus, self._prefix)
         self.refresh()
         if milvus is not None:
-            self._reconcile(milvus)
+            self._reconcile(milvus, there)
         self._listener = threading.Thread(target=self._listen, name="collections", daemon=True)
         self._listener.start()
 
@@ -73,15 +75,14 @@ class PostgresCollections(Collections):
         with self._refreshing:  # whoever asks last has what was there last
             known = self._postgres.run(lambda connection: connection.execute(_KNOWN).fetchall())
             there, opened = {each.key: each for each in self._open.values()}, dict[str, PostgresCollection]()
-            for key, name, model, fingerprint, dimensions, kind, built, about in known:
-                found = there.pop(key, None)
+            for *columns, built, about in known:
+                made = Made(*columns)
+                found = there.pop(made.key, None)
                 if found is None:
-                    index = self._index(key, dimensions, kind, built)
-                    found = PostgresCollection(
-                        self._postgres, self._pictures, key, name, model, fingerprint, dimensions, index, self.refresh
-                    )
-                found.update(name, built, about)
-                opened[name] = found
+                    index = self._index(made, built)
+                    found = PostgresCollection(self._postgres, self._pictures, made, index, self.refresh)
+                found.update(made.name, built, about)
+                opened[made.name] = found
             with self._mutex:
                 self._open = opened
         for each in there.values():  # deleted
@@ -132,24 +133,17 @@ class PostgresCollections(Collections):
         with self._mutex:
             return self._open.get(name)
 
-    def _index(self, key: int, dimensions: int, kind: str, built: bool) -> VectorIndex:
+    def _index(self, made: Made, built: bool) -> VectorIndex:
         if self._milvus is None:
-            return TableIndex(self._postgres, key, dimensions, kind, built)
-        return MilvusIndex(self._milvus, f"{self._store()}_{key}", dimensions, kind, _MILVUS_PATIENCE)
+            return TableIndex(self._postgres, made.key, made.dimensions, made.kind, built)
+        return MilvusIndex(self._milvus, f"{self._prefix}_{made.key}", made.dimensions, made.kind, _MILVUS_PATIENCE)
 
-    def _store(self) -> str:
-        """What the collections in Milvus begin with that are of this database."""
-        ((store,),) = self._postgres.run(lambda connection: connection.execute("SELECT store FROM format").fetchall())
-        return f"semblance_{store.hex}"
-
-    def _reconcile(self, milvus: str) -> None:
-        """Drop from Milvus what has no table any more, and make the rest agree."""
-        there = collections_of(milvus, self._store())  # before the tables, which are made first
-        self.refresh()
+    def _reconcile(self, milvus: str, there: set[str]) -> None:
+        """Make Milvus agree with the tables, and drop from it those that were there before these were read and have
+        none any more."""
         for each in self._open.values():
             each.reconcile()
-        known = {f"{self._store()}_{each.key}" for each in self._open.values()}
-        for name in there - known:
+        for name in there - {f"{self._prefix}_{each.key}" for each in self._open.values()}:
             drop(milvus, name)
 
     def _check_index(self, kind: str) -> None:
@@ -178,19 +172,9 @@ class PostgresCollections(Collections):
                 connection.execute(sql.SQL("ALTER TABLE {} SET (toast_tuple_target = 8160)").format(table))
 
         self._change(change)
-        return self._made(name)
-
-    def _made(self, name: str) -> Collection:
         if (found := self._find(name)) is None:
             raise NotFoundError(f"collection {name!r} has been deleted")
         return found
-
-    def _index_of(self, collection: Collection) -> str:
-        asked = "SELECT kind FROM collections WHERE key = %s"
-        found = self._postgres.run(lambda connection: connection.execute(asked, (collection.key,)).fetchone())
-        if found is None:
-            raise NotFoundError(f"collection {collection.name!r} has been deleted")
-        return found[0]
 
     def _delete(self, collection: Collection) -> None:
         there = False
@@ -219,7 +203,7 @@ class PostgresCollections(Collections):
         """Change the list of collections here and, once it is durable, with every server."""
 
         def told(connection: Connection[Any]) -> T:
-            connection.execute(sql.SQL("NOTIFY {}").format(sql.Identifier(CHANGED)))
+            connection.execute(TELL)
             return change(connection)
 
         changed = self._run(told, transaction=True)
@@ -242,7 +226,7 @@ class PostgresCollections(Collections):
         while not self._closing.is_set():
             try:
                 with self._postgres.alone() as connection:
-                    connection.execute(sql.SQL("LISTEN {}").format(sql.Identifier(CHANGED)))
+                    connection.execute(LISTEN)
                     self.refresh()
                     while not self._closing.is_set():
                         for _ in connection.notifies(timeout=_PAUSE, stop_after=1):

@@ -15,7 +15,7 @@ from pgvector import Vector
 from psycopg import Connection, sql
 
 from app.index import Ids, Vectors
-from app.postgres import CHANGED, Postgres
+from app.postgres import TELL, Postgres
 from models.errors import SemblanceError
 from models.retrieval import Hit
 
@@ -180,7 +180,7 @@ class TableIndex:
                     ).format(self._graph, self._table, self._half)
                 )
                 self.built = True
-                connection.execute(sql.SQL("NOTIFY {}").format(sql.Identifier(CHANGED)))
+                connection.execute(TELL)
         except (psycopg.Error, SemblanceError) as error:
             if not self._closing.is_set():
                 log.warning("a graph was not built, searches stay exact until the next try: %s", error)

@@ -11,7 +11,7 @@ import apsw
 import numpy as np
 
 from app import statistics
-from app.collection import Collection, Item, NewItem, Target, item_of
+from app.collection import Collection, Item, Made, NewItem, Target, item_of
 from app.database import Database, rows
 from app.filters import Condition
 from app.index import Ids, VectorIndex, Vectors
@@ -35,18 +35,8 @@ _FREQUENT = """
 class SQLiteCollection(Collection):
     """Rows of one SQLite file. Their vectors are in an index of this process before a search can miss them."""
 
-    def __init__(
-        self,
-        database: Database,
-        pictures: Pictures,
-        key: int,
-        name: str,
-        model: str,
-        fingerprint: str,
-        dimensions: int,
-        index: VectorIndex,
-    ) -> None:
-        super().__init__(key, name, model, fingerprint, dimensions, index, pictures)
+    def __init__(self, database: Database, pictures: Pictures, made: Made, index: VectorIndex) -> None:
+        super().__init__(made, index, pictures)
         self._database, self._pictures = database, pictures
 
     def _put(self, ids: Sequence[str], items: Sequence[NewItem], vectors: Vectors) -> None:

@@ -9,7 +9,7 @@ import apsw
 import numpy as np
 
 from app import snapshots
-from app.collection import Collection, Item, item_of
+from app.collection import Collection, Item, Made, item_of
 from app.collections import STAGED, Collections, refused
 from app.database import Database, rows
 from app.index import make_index
@@ -65,10 +65,6 @@ class SQLiteCollections(Collections):
         with self._mutex:
             return self._open.get(name)
 
-    def _index_of(self, collection: Collection) -> str:
-        with self._database.read() as connection:
-            return rows(connection, "SELECT kind FROM collections WHERE key = ?", collection.key)[0][0]
-
     def lacking(self, name: str, after: str, limit: int) -> list[Item]:
         keys = self.get(name).key, self._stage_of(name).key
         with self._database.read() as connection:
@@ -104,7 +100,7 @@ class SQLiteCollections(Collections):
         return True
 
     def _make(self, name: str, model: str, fingerprint: str, dimensions: int, index: str) -> Collection:
-        def change(connection: apsw.Connection) -> tuple[int, str] | None:
+        def change(connection: apsw.Connection) -> Made | None:
             for theirs, print_ in rows(connection, "SELECT model, fingerprint FROM collections WHERE name = ?", name):
                 if print_ != fingerprint:
                     raise refused(name, theirs, print_, model, fingerprint)
@@ -113,15 +109,12 @@ class SQLiteCollections(Collections):
                 "INSERT INTO collections (name, model, fingerprint, dimensions, kind) VALUES (?, ?, ?, ?, ?)",
                 (name, model, fingerprint, dimensions, index),
             )
-            return connection.last_insert_rowid(), name
+            return Made(connection.last_insert_rowid(), name, model, fingerprint, dimensions, index)
 
-        def after(made_now: tuple[int, str] | None) -> None:
-            if made_now is not None:
-                key = made_now[0]
-                made = make_index(index, dimensions, snapshot=self._snapshot(key))
-                opened = SQLiteCollection(
-                    self._database, self._pictures, key, name, model, fingerprint, dimensions, made
-                )
+        def after(made: Made | None) -> None:
+            if made is not None:
+                empty = make_index(index, dimensions, snapshot=self._snapshot(made.key))
+                opened = SQLiteCollection(self._database, self._pictures, made, empty)
                 with self._mutex:
                     self._open[name] = opened
 
@@ -162,20 +155,23 @@ class SQLiteCollections(Collections):
     def _load(self) -> None:
         """Make every index of the stored vectors; drop pictures and snapshots that nothing has: what a crash left."""
         with self._database.read() as connection:
-            known = "SELECT key, name, model, fingerprint, dimensions, kind FROM collections"
-            for key, name, model, fingerprint, dimensions, kind in rows(connection, known):
+            for made in known(connection):
                 stored = rows(
-                    connection, "SELECT row, vector FROM vectors JOIN items USING (row) WHERE collection = ?", key
+                    connection, "SELECT row, vector FROM vectors JOIN items USING (row) WHERE collection = ?", made.key
                 )
                 ids = np.array([row for row, _ in stored], np.int64)
-                vectors = vectors_of([blob for _, blob in stored], dimensions, self._database.file)
-                index = make_index(kind, dimensions, ids, vectors, self._snapshot(key))
-                self._open[name] = SQLiteCollection(
-                    self._database, self._pictures, key, name, model, fingerprint, dimensions, index
-                )
+                vectors = vectors_of([blob for _, blob in stored], made.dimensions, self._database.file)
+                index = make_index(made.kind, made.dimensions, ids, vectors, self._snapshot(made.key))
+                self._open[made.name] = SQLiteCollection(self._database, self._pictures, made, index)
             kept = rows(connection, "SELECT DISTINCT picture FROM items WHERE picture NOTNULL")
             self._pictures.keep_only({row[0] for row in kept})
         snapshots.keep_only([self._snapshot(each.key) for each in self._open.values()], self.folder / _SNAPSHOTS)
 
     def _snapshot(self, key: int) -> Path:
         return self.folder / _SNAPSHOTS / str(key)
+
+
+def known(connection: apsw.Connection) -> list[Made]:
+    """What a database says of its collections."""
+    found = rows(connection, "SELECT key, name, model, fingerprint, dimensions, kind FROM collections")
+    return [Made(*each) for each in found]

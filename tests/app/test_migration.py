@@ -47,7 +47,7 @@ def test_a_folder_goes_into_postgresql_and_back_to_the_bit(
         assert said[2].startswith("c: the same in both, 152 items, SHA-256 ")
         assert said[-1].startswith("other: the same in both, 0 items")
         with PostgresCollections(url) as copied:
-            assert {name: kind for name, (_, kind) in copied.asked().items()} == {"c": "auto", "other": "flat"}
+            assert {name: copied.get(name).kind for name in copied.names()} == {"c": "auto", "other": "flat"}
             _same(collections, copied)
             made.delete("i7")
             made.add([new_item(8, caption="another")])
@@ -88,7 +88,7 @@ def test_it_ends_with_the_same_in_both_while_others_write(postgres: PostgresServ
                 writer.join()
 
         with reading(tmp_path / "data", None) as known:
-            found = migrate(*known["c"], target, after)
+            found = migrate(known["c"], target, after)
         assert not failures
         assert len(passes) > 3
         assert found.checksums[0] == found.checksums[1]
@@ -105,13 +105,13 @@ def test_what_cannot_be_is_said(postgres: PostgresServer, tmp_path: Path, capsys
         made.add([new_item(1)])
         target.create("c", model="n", fingerprint="g", dimensions=8)
         with pytest.raises(ConflictError, match="model 'n'"), reading(tmp_path / "data", None) as known:
-            migrate(*known["c"], target, print)
+            migrate(known["c"], target, print)
         target.delete("c")
 
         def meddle(found: Pass) -> None:
             made.add([new_item(1, caption=str(found.checksums))])
 
         with pytest.raises(ConflictError, match="faster than it is copied"), reading(tmp_path / "data", None) as known:
-            migrate(*known["c"], target, meddle)
+            migrate(known["c"], target, meddle)
         assert main(["migrate-store", url, "--data", str(tmp_path / "data"), "--collection", "d"]) == 1
         assert "no collection 'd'; there are: c" in capsys.readouterr().err
