@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from app.collection import Collection, Item, NewItem
-from app.collections import Collections
+from app.collections import STAGED, Collections
 from app.index import Vectors
 from models.errors import ConflictError, InputError, NotFoundError
 
@@ -48,7 +48,9 @@ def reading(folder: Path, picture_root: Path | None) -> Iterator[Mapping[str, Co
             found = known(connection)
         # An index is never asked, and so need not be filled.
         yield {
-            made.name: SQLiteCollection(database, pictures, made, make_index("flat", made.dimensions)) for made in found
+            made.name: SQLiteCollection(database, pictures, made, make_index("flat", made.dimensions))
+            for made in found
+            if not made.name.startswith(STAGED)
         }
     finally:
         database.close()

@@ -40,6 +40,7 @@ def test_a_folder_goes_into_postgresql_and_back_to_the_bit(
         made.add([new_item(i, vector=5 * unit_rows(1, i)[0]) for i in range(150)])
         made.add([new_item(200, kind="text", picture=None, metadata={}), new_item(201, picture=place)])
         collections.create("other", model="n", fingerprint="g", dimensions=4, index="flat")
+        collections.stage("other", "m", "f", 8)  # a reindexing that is under way is not copied
         # It is held by this process, as by one that serves it.
         assert main(["migrate-store", url, "--data", str(tmp_path / "data")]) == 0
         said = capsys.readouterr().out.splitlines()
