@@ -83,7 +83,7 @@ ray: .venv-ray/.done
 	.venv-ray/bin/pytest tests/app/test_bulk.py tests/app/test_ray_serve.py
 
 faults-ray: .venv-ray/.done
-	FAULTS=1 .venv-ray/bin/pytest -s tests/app/test_ray_serve.py -k hosts
+	FAULTS=1 .venv-ray/bin/pytest -s tests/app/test_ray_serve.py tests/app/test_bulk.py -k 'host or more_replicas'
 
 bench-ray: .venv-ray/.done
 	.venv-ray/bin/python tests/benchmarks/bench_ray_serve.py
@@ -95,7 +95,8 @@ bench-ray: .venv-ray/.done
 
 # A whole server of Milvus beside milvus-lite, which is the suite's; its last package is of Linux and 2.3.
 milvus: .venv/.test .venv-milvus/.done
-	MILVUS_SERVER=.venv-milvus/bin/python $(BIN)/pytest --durations 15 tests/app/test_milvus.py
+	MILVUS_SERVER=.venv-milvus/bin/python $(BIN)/pytest -s --durations 15 tests/app/test_milvus.py tests/app/test_store.py \
+		tests/app/test_torture.py -k milvus
 
 .venv-milvus/.done:
 	$(PYTHON) -m venv .venv-milvus

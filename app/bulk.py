@@ -12,12 +12,13 @@ import json
 import multiprocessing
 import os
 import threading
+import uuid
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +26,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from PIL import Image
+from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from app import images
@@ -141,11 +143,13 @@ class PartWriter:
 
     def _write(self, part: Part, records: Sequence[Record], vectors: np.ndarray, bad: list[str]) -> None:
         arrow = pyarrow_for(self._folder)
+        made = uuid.uuid4().hex  # by which the two files know each other
         about = {
             "model": self._engine.name,
             "fingerprint": self._engine.fingerprint,
             "records": part.digest,
             "bad": bad,
+            "made": made,
         }
         names = ("id", "kind", "caption", "metadata", "where")
         schema = arrow.schema([(name, arrow.string()) for name in names], metadata={OWN: json.dumps(about)})
@@ -155,8 +159,8 @@ class PartWriter:
             caption = record.captions[0] if record.captions else None
             values = (picture.id, "image", caption, json.dumps(picture.metadata), record.where)
             listed.append(dict(zip(names, values, strict=True)))
-        unfinished = self._folder / f".{part.name}.{os.getpid()}"
-        save_file({"embedding": vectors}, unfinished)
+        unfinished = self._folder / f".{part.name}.{made}"
+        save_file({"embedding": vectors}, unfinished, {"made": made})
         _settle(unfinished, self._folder / f"{part.name}.safetensors")
         arrow.parquet.write_table(arrow.Table.from_pylist(listed, schema), unfinished)
         _settle(unfinished, self._folder / f"{part.name}.parquet")
@@ -164,7 +168,7 @@ class PartWriter:
     def _agree(self) -> None:
         """One folder has the embeddings of one model, whichever process comes first."""
         file, mine = self._folder / "model.json", {"model": self._engine.name, "fingerprint": self._engine.fingerprint}
-        unfinished = self._folder / f".model.{os.getpid()}"
+        unfinished = self._folder / f".model.{uuid.uuid4().hex}"
         unfinished.write_text(json.dumps(mine))
         try:
             os.link(unfinished, file)
@@ -191,8 +195,8 @@ def embed_source(
 ) -> Report:
     """Embed every picture of `source` (as models.readers.read takes it) into parts in `folder`; what is there stays.
 
-    embedder: a model's name, the first by default. workers: processes, 0: one a GPU, one where there is none; they
-    share the threads. progress: told how many records were dealt with.
+    embedder: a model's name, the first by default. workers: processes, 0: one a GPU, one a host where there is none;
+    those of a host share its threads. progress: told how many records were dealt with.
     Raises ConflictError for a folder of another source or model, StorageError for one that another command fills,
     DataError where there is nothing to read, ModelError if a part ends every process that tries it.
     """
@@ -210,7 +214,7 @@ def embed_source(
         number = 0
         while part := list(islice(records, PART)):
             made = Part(number, part)
-            if (known := _written(place / f"{made.name}.parquet", made)) is None:
+            if (known := _written(place / made.name, made)) is None:
                 yield made
             else:
                 report.present += len(part) - len(known)
@@ -225,9 +229,9 @@ def embed_source(
 
     run = {"processes": run_processes, "ray": run_ray}[engine]
     with closing(lock(place, f"process {os.getpid()}")):
-        for unfinished in place.glob(".part-*"):  # of a process that was killed
+        for unfinished in chain(place.glob(".part-*"), place.glob(".model.*")):  # of a process that was killed
             unfinished.unlink()
-        run(missing(), arguments, settings, workers or max(1, torch.cuda.device_count()), done)
+        run(missing(), arguments, settings, workers, done)
     report.bad += rows.rows
     return report
 
@@ -240,6 +244,7 @@ def run_processes(
     done: Callable[[Done], None],
 ) -> None:
     """Parts to processes of this machine; one that dies is followed by another, which begins with its part."""
+    workers = workers or max(1, torch.cuda.device_count())
     slots: list[_Process | None] = [None] * workers
     again: deque[Part] = deque()
     deaths: Counter[int] = Counter()
@@ -321,17 +326,23 @@ def run_ray(
         import ray.data  # type: ignore[import-not-found,unused-ignore]
     except ImportError:
         raise DataError("--engine ray needs Ray: pip install 'semblance[ray]'") from None
-    listed = list(parts)
-    if not listed:
-        return
     if not ray.is_initialized():
         ray.init(log_to_driver=False, include_dashboard=False)
-    gpus = torch.cuda.device_count() > 0
-    made = ray.data.from_items([{"part": part} for part in listed], override_num_blocks=len(listed)).map(
+    # In Ray's memory, and on the disk where that is full: a list of millions of records is too much for one process.
+    kept = [ray.put(part) for part in parts]
+    if not kept:
+        return
+    hosts, gpus = sum(each["Alive"] for each in ray.nodes()), int(ray.cluster_resources().get("GPU", 0))
+    workers = workers or gpus or hosts
+    made = ray.data.range(len(kept), override_num_blocks=len(kept)).map(
         _RayWriter,
-        fn_constructor_kwargs={"arguments": dict(arguments), "settings": _shared(settings, None, workers)},
+        fn_constructor_kwargs={
+            "parts": kept,
+            "arguments": dict(arguments),
+            "settings": _shared(settings, None, -(-workers // hosts)),
+        },
         concurrency=workers,
-        num_gpus=1 if gpus else 0,
+        num_gpus=min(1.0, gpus / workers),
     )
     for row in made.iter_rows():
         done(Done(row["added"], list(row["bad"])))
@@ -340,11 +351,13 @@ def run_ray(
 class _RayWriter:
     """What an actor of Ray Data does with a row."""
 
-    def __init__(self, arguments: dict[str, Any], settings: Settings) -> None:
-        self._writer = PartWriter(settings=settings, **arguments)
+    def __init__(self, parts: Sequence[Any], arguments: dict[str, Any], settings: Settings) -> None:
+        self._parts, self._writer = parts, PartWriter(settings=settings, **arguments)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        made = self._writer(row["part"])
+        import ray
+
+        made = self._writer(ray.get(self._parts[row["id"]]))
         return {"added": made.added, "bad": made.bad}
 
 
@@ -374,12 +387,17 @@ def _shared(settings: Settings, number: int | None, workers: int) -> Settings:
 
 
 def _written(file: Path, part: Part) -> list[str] | None:
-    """The bad inputs of a part that is there, None if it is not. Raises ConflictError for one of other records."""
-    if not file.is_file():
+    """The bad inputs of a part that is there, None if it is not, or if its two files are of two processes: one that was
+    cut off from the command goes on, and may come between the other's. Raises ConflictError for one of other records.
+    """
+    if not file.with_suffix(".parquet").is_file() or not file.with_suffix(".safetensors").is_file():
         return None
-    about = json.loads(pyarrow_for(file).parquet.read_schema(file).metadata[OWN])
+    about = json.loads(pyarrow_for(file).parquet.read_schema(file.with_suffix(".parquet")).metadata[OWN])
     if about["records"] != part.digest:
-        raise ConflictError(f"{file} is of other inputs: the source has changed since; give another folder")
+        raise ConflictError(f"{file}.parquet is of other inputs: the source has changed since; give another folder")
+    with safe_open(file.with_suffix(".safetensors"), "numpy") as vectors:
+        if (vectors.metadata() or {}).get("made") != about.get("made"):
+            return None
     bad: list[str] = about["bad"]
     return bad
 

@@ -3,7 +3,8 @@
 
 What was found of the servers it speaks to: milvus-lite (a folder, or a process of `python -m milvus_lite`) has FLAT and
 HNSW and no IVF_PQ, which it takes and then never builds, pages without order unless it is told "iterator". A server
-(2.3) waits up to 0.2 s at every call for its clock, which is what Strong costs: many searches at once wait together.
+(2.3) waits up to 0.2 s at a Strong call for its clock; many searches at once wait together. A Bounded one sees what is
+some seconds old (`common.gracefulTime`, 5 by itself) and does not wait.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ _MOST = 16_384  # candidates that Milvus gives to one query, and rows to one pag
 _CHUNK = 8_192
 _MESSAGE = 16 << 20  # bytes of vectors in one message, of the 64 MiB that a server takes
 _ROUNDING = 1e-5  # by how much Milvus' scores may differ from ours
+_STALE = 10.0  # seconds after which a Bounded call sees a write, twice what Milvus says
 _STARTING = 60.0  # seconds in which a Milvus must be there that is started beside us
 _MISSING, _RELEASED = 100, 101  # Milvus' codes for a collection that is not there, and for one that is not loaded
 
@@ -39,12 +41,17 @@ class _WentError(Exception):
 
 
 class MilvusIndex:
-    """A VectorIndex in a collection of Milvus: `row`, the key, and `vector`, with Strong consistency.
+    """A VectorIndex in a collection of Milvus: `row`, the key, and `vector`. Whatever was written is found.
 
     Milvus says where to look, and what it names is scored here by the vectors that it keeps, so scores are cosines of
     float32 and equal ones come by id whatever it searches by. Every call may be made twice (upsert, delete by key,
     search), so one that fails is made again until `patience` is over, as long as a server takes to start again.
+
+    written: a number that grows with every write of any process, once Milvus has it and before whoever waits for it is
+    answered. Searches wait for Milvus' clock while it grows and for some seconds after, or always where it is None.
     """
+
+    written: Callable[[], int] | None = None
 
     def __init__(self, uri: str, name: str, dimensions: int, kind: str = "auto", patience: float = 60.0) -> None:
         """uri: http://HOST:PORT of a server, or a file NAME.db for milvus-lite. kind: as make_index takes it; "auto" is
@@ -57,6 +64,7 @@ class MilvusIndex:
         if kind not in KINDS:
             raise InputError(f"index {kind!r} is unknown; choose one of {', '.join(KINDS)}")
         self.dimensions = dimensions
+        self._seen = (-1, 0.0)  # what `written` was, and since when
         self._uri, self._name, self._patience = uri, name, patience
         self._milvus = _pymilvus()
         self._client: Any = self._retried(partial(self._milvus.MilvusClient, uri))
@@ -64,7 +72,7 @@ class MilvusIndex:
         self._call("load_collection", name)
 
     def __len__(self) -> int:
-        return int(self._query("", ["count(*)"])[0]["count(*)"])
+        return self._count("Strong")
 
     @property
     def indexed(self) -> int:
@@ -92,28 +100,29 @@ class MilvusIndex:
         allowed ones should be among, and only where that falls short in expressions of 8,192 each, one after
         another. A query for more than Milvus gives, 16,384, is answered by all vectors, a page at a time.
         """
-        queries = checked_rows(queries, self.dimensions)
+        queries, level = checked_rows(queries, self.dimensions), self._level()
         while True:
             with suppress(_WentError):
-                return self._search(queries, k, allowed)
+                return self._search(queries, k, allowed, level)
+            level = "Strong"
 
-    def _search(self, queries: Vectors, k: int, allowed: Ids | None) -> list[list[Hit]]:
+    def _search(self, queries: Vectors, k: int, allowed: Ids | None, level: str) -> list[list[Hit]]:
         """As `search`. Raises _WentError if something was removed between being named and being read."""
         found: list[list[Hit]] = [[] for _ in queries]
         left = np.arange(len(queries))
         limit = self._width(k) if allowed is None else _MOST + 1
         if allowed is not None and len(allowed) > _CHUNK:
-            limit = self._width(max(k, 2 * k * len(self) // len(allowed)))
+            limit = self._width(max(k, 2 * k * self._count(level) // len(allowed)))
         while len(left) and limit <= _MOST:
-            near, complete = self._near(queries[left], k, limit, allowed=allowed)
+            near, complete = self._near(queries[left], k, limit, level, allowed=allowed)
             for place, hits in zip(left.tolist(), near, strict=True):
                 found[place] = hits
             left = left[~complete]
             limit = _MOST if limit < _MOST < 4 * limit else 4 * limit
         if len(left):
             named = allowed is None  # by Milvus, else by who asks, and some may never have been there
-            chunks = self.pages() if allowed is None else _chunks(allowed)
-            among = self._among(queries[left], k, chunks, named)
+            chunks = self.pages(level=level) if allowed is None else _chunks(allowed)
+            among = self._among(queries[left], k, chunks, named, level)
             for place, hits in zip(left.tolist(), among, strict=True):
                 found[place] = hits
         return found
@@ -122,12 +131,12 @@ class MilvusIndex:
         """Every id, ascending."""
         return np.concatenate([np.empty(0, np.int64), *self.pages()])
 
-    def pages(self, last: int | None = None) -> Iterator[Ids]:
+    def pages(self, last: int | None = None, level: str = "Strong") -> Iterator[Ids]:
         """Every id up to `last`, ascending, in arrays of at most 8,192; what comes or goes meanwhile may be in it."""
         # As pymilvus' own iterator asks, but every page by itself, so that each may be asked for again.
         options: dict[str, Any] = {"limit": _CHUNK, "iterator": "True", "reduce_stop_for_best": "True"}
         upto, within = ("", "") if last is None else (f" and row <= {last}", f"row <= {last}")
-        while page := self._query(within, ["row"], **options):
+        while page := self._query(within, ["row"], level, **options):
             keys = np.array([each["row"] for each in page], np.int64)
             yield keys
             within = f"row > {keys[-1]}{upto}"
@@ -177,7 +186,7 @@ class MilvusIndex:
         return next(known for known, name in _TYPES.items() if name == built)
 
     def _near(
-        self, queries: Vectors, k: int, limit: int, *, among: Ids | None = None, allowed: Ids | None = None
+        self, queries: Vectors, k: int, limit: int, level: str, *, among: Ids | None = None, allowed: Ids | None = None
     ) -> tuple[list[list[Hit]], NDArray[np.bool_]]:
         """The k best of `limit` candidates of each query, and whether there can be no better ones. among: an expression
         narrows the candidates to these, of which there are no fewer than `limit`. allowed: others are passed over."""
@@ -185,7 +194,7 @@ class MilvusIndex:
             "limit": limit,
             "filter": "" if among is None else f"row in {among.tolist()}",
             "search_params": {"metric_type": "IP", "params": _search_options(self.kind, limit)},
-            "consistency_level": "Strong",
+            "consistency_level": level,
         }
         found: list[list[Hit]] = []
         complete: list[bool] = []
@@ -200,7 +209,7 @@ class MilvusIndex:
                 raise _WentError
             for answer, hits in zip(answers, candidates.search(block, k, allowed), strict=True):
                 found.append(hits)
-                complete.append(self._complete(answer, hits, k, limit, among is not None))
+                complete.append(self._complete(answer, hits, k, limit, level, among is not None))
         return found, np.array(complete)
 
     def _candidates(self, ids: Ids, *consistencies: str) -> ExactIndex:
@@ -210,25 +219,27 @@ class MilvusIndex:
             exact.add(*self._vectors(np.setdiff1d(ids, exact.ids()), consistency))
         return exact
 
-    def _complete(self, answer: Any, hits: list[Hit], k: int, limit: int, narrowed: bool) -> bool:
+    def _complete(self, answer: Any, hits: list[Hit], k: int, limit: int, level: str, narrowed: bool) -> bool:
         """Whether what Milvus did not name cannot be among the k best; of approximate kinds, whether there are k."""
-        if len(answer.ids) < limit and (self.kind == "flat" or (not narrowed and len(answer.ids) >= len(self))):
+        if len(answer.ids) < limit and (
+            self.kind == "flat" or (not narrowed and len(answer.ids) >= self._count(level))
+        ):
             return True  # that is all there are
         if len(hits) < k:
             return False  # a filter, or the parts of a graph that no path leads to
         # Equal scores come by id, and at the cut Milvus takes any of them. Those of codes are no measure of it.
         return self.kind == "ivfpq" or answer.distances[-1] < hits[-1].score - _ROUNDING
 
-    def _among(self, queries: Vectors, k: int, chunks: Iterable[Ids], named: bool) -> list[list[Hit]]:
+    def _among(self, queries: Vectors, k: int, chunks: Iterable[Ids], named: bool, level: str) -> list[list[Hit]]:
         """The k best of each query among ids that come in chunks, of which none is too long for an expression. named:
         all of them were there."""
         best: list[list[Hit]] = [[] for _ in queries]
         for chunk in chunks:
             limit, complete = self._width(k), np.zeros(len(queries), bool)
             if limit < len(chunk):
-                found, complete = self._near(queries, k, limit, among=chunk)
+                found, complete = self._near(queries, k, limit, level, among=chunk)
             if not complete.all():
-                candidates = self._candidates(chunk, "Strong")
+                candidates = self._candidates(chunk, level, "Strong")
                 if named and len(candidates) < len(chunk):
                     raise _WentError
                 found = candidates.search(queries, k)
@@ -246,6 +257,18 @@ class MilvusIndex:
         there = [each for each in ids.tolist() if each in known]
         rows = np.array([known[each] for each in there], np.float32).reshape(-1, self.dimensions)
         return np.array(there, np.int64), rows
+
+    def _level(self) -> str:
+        """The consistency with which all that was written is seen."""
+        if self.written is None:
+            return "Strong"
+        written = self.written()
+        if written != self._seen[0]:
+            self._seen = written, time.monotonic()
+        return "Strong" if time.monotonic() - self._seen[1] < _STALE else "Bounded"
+
+    def _count(self, level: str) -> int:
+        return int(self._query("", ["count(*)"], level)[0]["count(*)"])
 
     def _width(self, k: int) -> int:
         """Candidates to ask for at first: codes tell near ones apart badly, the others want a few for equal scores."""

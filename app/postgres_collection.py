@@ -88,6 +88,12 @@ class PostgresPictures:
         return None if found is None else found[0]
 
 
+def writes_of(key: int) -> sql.Composed:
+    """Makes the counter of a collection's writes, which goes with its table."""
+    parts = {"table": sql.Identifier(f"items_{key}"), "writes": sql.Identifier(f"writes_{key}")}
+    return sql.SQL("CREATE SEQUENCE IF NOT EXISTS {writes} OWNED BY {table}.number").format(**parts)
+
+
 class PostgresCollection(Collection):
     """One partition of the table `items`. It may be deleted, or put in another's place, by any server at any time."""
 
@@ -103,6 +109,8 @@ class PostgresCollection(Collection):
         super().__init__(made, index, pictures)
         self._postgres, self._gone = postgres, gone
         self.table = sql.Identifier(f"items_{made.key}")
+        if isinstance(index, MilvusIndex):
+            index.written = self._written
 
     def forget(self) -> None:
         """Drop what an index of its own keeps of it, after it has been deleted."""
@@ -121,6 +129,7 @@ class PostgresCollection(Collection):
         def horizon(connection: Connection[Any]) -> int:
             # Who adds holds the collection from before its numbers are taken: none up to this one is still to come.
             connection.execute("SELECT 1 FROM collections WHERE key = %s FOR UPDATE", (self.key,))
+            connection.execute(writes_of(self.key))  # it may have been made by a version without
             return connection.execute("SELECT last_value FROM numbers").fetchall()[0][0]
 
         def rows() -> Iterator[Ids]:
@@ -193,9 +202,11 @@ class PostgresCollection(Collection):
             # Before the commit, for a search leaves out what the table does not show yet. What is left there if this
             # fails is never shown either, and goes when an index of its own is next reconciled.
             self._index.add(numbers, vectors)
+            if isinstance(self._index, MilvusIndex):
+                self._tell(connection)
             return [number for number, _ in old]
 
-        self._index.remove(np.array(self._run(change, transaction=True), np.int64))
+        self._remove(self._run(change, transaction=True))
         if isinstance(self._index, TableIndex):
             self._index.look(len(ids))
 
@@ -210,7 +221,7 @@ class PostgresCollection(Collection):
         self._run(change, transaction=True)
         if not gone:
             raise self._missing(id)
-        self._index.remove(np.array(sorted(gone), np.int64))
+        self._remove(sorted(gone))
 
     def page(self, limit: int, after: str = "", ids: Sequence[str] | None = None) -> list[Item]:
         among, given = ("", ()) if ids is None else ("AND id = ANY(%s)", (list(ids),))
@@ -222,6 +233,20 @@ class PostgresCollection(Collection):
         chosen = known[:: max(1, -(-len(known) // limit))]
         found = self._rows("SELECT vector, {} FROM {} WHERE number = ANY(%s) ORDER BY number", chosen)
         return [item_of(rest) for _, *rest in found], numbers_of([vector for vector, *_ in found])
+
+    def _remove(self, numbers: Sequence[int]) -> None:
+        """From the index, what the table does not have any more."""
+        self._index.remove(np.array(numbers, np.int64))
+        if numbers and isinstance(self._index, MilvusIndex):
+            self._run(self._tell)
+
+    def _tell(self, connection: Connection[Any]) -> None:
+        """To searches of all servers: Milvus has been written to. A sequence, as it is no part of a transaction: it is
+        there for others at once, and nobody waits for it."""
+        connection.execute("SELECT nextval(%s)", (f"writes_{self.key}",))
+
+    def _written(self) -> int:
+        return int(self._run(lambda c: c.execute(f"SELECT last_value FROM writes_{self.key}").fetchall())[0][0])
 
     def _nearest(
         self, query: Vectors, k: int, target: Target, filters: Sequence[Condition], ids: Sequence[str] | None

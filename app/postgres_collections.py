@@ -16,7 +16,7 @@ from app.collections import STAGED, Collections, refused
 from app.index import KINDS, VectorIndex
 from app.milvus import MilvusIndex, collections_of, drop
 from app.postgres import LISTEN, TELL, Postgres
-from app.postgres_collection import UNUSED, PostgresCollection, PostgresPictures
+from app.postgres_collection import UNUSED, PostgresCollection, PostgresPictures, writes_of
 from app.postgres_index import TABLE_KINDS, TableIndex
 from models.errors import InputError, NotFoundError, SemblanceError
 
@@ -166,6 +166,7 @@ class PostgresCollections(Collections):
             assert made is not None  # noqa: S101 - it was inserted
             table, key = sql.Identifier(f"items_{made[0]}"), sql.Literal(made[0])
             connection.execute(sql.SQL("CREATE TABLE {} PARTITION OF items FOR VALUES IN ({})").format(table, key))
+            connection.execute(writes_of(made[0]))
             if dimensions <= _INLINE:
                 connection.execute(sql.SQL("ALTER TABLE {} ALTER vector SET STORAGE PLAIN").format(table))
                 # Else what is short goes elsewhere, and each look at it is another read, for a row is above 2 kB.

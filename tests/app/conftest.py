@@ -50,7 +50,8 @@ def postgres() -> Iterator[PostgresServer]:
 
 @pytest.fixture(scope="session")
 def milvus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MilvusServer]:
-    server = MilvusServer("milvus-lite", tmp_path_factory.mktemp("milvus") / "data")
+    what = "milvus" if os.environ.get("MILVUS_SERVER") else "milvus-lite"
+    server = MilvusServer(what, tmp_path_factory.mktemp("milvus") / "data")
     yield server
     server.kill()
 

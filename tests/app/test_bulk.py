@@ -12,13 +12,16 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet
 import pytest
+from hosts import ALLOWED, Hosts
 from PIL import Image
+from ray_cluster import places_for_ray, start_ray, wait_for
 from safetensors.numpy import load_file
 from support import tiny_clip
 
@@ -60,6 +63,12 @@ def settings(place: Path) -> Settings:
 @pytest.fixture(autouse=True)
 def _short_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bulk, "PART", 32)
+
+
+def _command(arguments: list[str], part: int) -> list[str]:
+    """What runs `semblance` with parts of so many records."""
+    code = f"import sys; from app import bulk; from app.__main__ import main; bulk.PART = {part}; "
+    return [sys.executable, "-c", f"{code}sys.exit(main({arguments}))"]
 
 
 def found_in(folder: Path) -> tuple[dict[str, np.ndarray], list[dict[str, Any]], list[str]]:
@@ -108,6 +117,20 @@ def test_parts_hold_what_the_model_gives_and_what_is_known_of_each_picture(
         assert embeddings[listed[5]["id"]] @ engine.embed_images([image.convert("RGB")])[0] > 0.9999
     again = embed_source(str(place / "photos"), tmp_path / "out", settings)
     assert (again.added, again.present, again.bad) == (0, COUNT - 1, report.bad)
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "parquet"])
+def test_a_part_whose_files_are_of_two_processes_or_one_is_gone_is_made_again(
+    place: Path, tmp_path: Path, settings: Settings, suffix: str
+) -> None:
+    """A process that is cut off from the command goes on, and may write between what follows it."""
+    for name in ("one", "two"):
+        embed_source(str(place / "photos"), tmp_path / name, settings)
+    shutil.copy(tmp_path / "two" / f"part-000002.{suffix}", tmp_path / "one")
+    (tmp_path / "one" / f"part-000004.{suffix}").unlink()
+    report = embed_source(str(place / "photos"), tmp_path / "one", settings)
+    assert (report.added, report.present) == (64 - (BROKEN // 32 in (2, 4)), COUNT - 65 + (BROKEN // 32 in (2, 4)))
+    check_whole(tmp_path / "one")
 
 
 def test_folders_of_another_model_or_source_are_refused(place: Path, tmp_path: Path, settings: Settings) -> None:
@@ -164,14 +187,10 @@ def test_a_part_that_ends_every_process_is_named(
 
 
 def test_a_killed_command_goes_on_where_it_was(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["index", "photos", "--to", str(tmp_path / "out"), "--checkpoints", "checkpoints", "--workers", "2"]
+    arguments = ["index", "photos", "--to", str(tmp_path / "out"), "--checkpoints", "checkpoints", "--workers", "2"]
     environment = {**os.environ, "SEMBLANCE_BACKEND": "torch-fp32"}
-    short = (
-        f"import sys; from app import bulk; from app.__main__ import main; bulk.PART = 32; sys.exit(main({command}))"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", short], cwd=place, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+    command = _command(arguments, 32)
+    process = subprocess.Popen(command, cwd=place, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     end = time.monotonic() + 120
     while not list((tmp_path / "out").glob("part-*.parquet")):
         assert time.monotonic() < end
@@ -180,9 +199,7 @@ def test_a_killed_command_goes_on_where_it_was(place: Path, tmp_path: Path, caps
     process.kill()
     process.communicate()
     before = len(list((tmp_path / "out").glob("part-*.parquet")))
-    done = subprocess.run(
-        [sys.executable, "-c", short], cwd=place, env=environment, capture_output=True, text=True, timeout=120
-    )
+    done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     added, present, _ = (int(word) for word in done.stdout.split() if word.isdigit())
     assert added + present == COUNT - 1
@@ -273,3 +290,46 @@ def test_ray_makes_the_same_parts(place: Path, tmp_path: Path, settings: Setting
     assert killed
     assert report.added == COUNT - 1
     check_whole(tmp_path)
+
+
+@pytest.mark.skipif(
+    not (ALLOWED and os.environ.get("FAULTS") and find_spec("ray")), reason="needs Ray, root and FAULTS=1"
+)
+@pytest.mark.parametrize("fault", ["killed", "cut off"])
+def test_a_host_is_lost_while_three_embed(place: Path, tmp_path: Path, fault: str) -> None:
+    """`make faults-ray`. All hosts see the same folders, as they must; one that is cut off from the others goes on
+    writing into them."""
+    pictures, size, out = 600, 8, tmp_path / "out"
+    (tmp_path / "photos").mkdir()
+    for number in range(pictures):
+        Image.new("RGB", (1600, 1200), (number % 256, number // 256, 0)).save(tmp_path / "photos" / f"{number}.png")
+    with Hosts(3) as hosts, places_for_ray() as environment:
+        head = start_ray(hosts, tmp_path, environment, cores=2)
+        arguments = ["index", "photos", "--to", "out", "--engine", "ray"]
+        command = _command([*arguments, "--checkpoints", str(place / "checkpoints")], size)
+        started = time.monotonic()
+        process = hosts.start(0, command, tmp_path / "said", {**environment, "RAY_ADDRESS": head}, tmp_path)
+
+        def parts() -> int:
+            return len(list(out.glob("part-*.parquet")))
+
+        wait_for(lambda: parts() >= 12 or process.poll() is not None, 120)
+        writers = hosts.run(1, ["pgrep", "-f", "ray::.*_RayWriter"]).split()
+        assert process.poll() is None, (tmp_path / "said").read_text()[-3000:]
+        assert writers, "nothing to lose on that host"
+        lost, before = time.monotonic(), parts()
+        if fault == "killed":
+            hosts.kill(1)
+        else:
+            hosts.cable(1, plugged=False)
+        assert process.wait(180) == 0, (tmp_path / "said").read_text()[-3000:]
+        ended = time.monotonic()
+    said = (tmp_path / "said").read_text()
+    embeddings, listed, bad = found_in(out)
+    assert Counter(Path(row["where"]).stem for row in listed) == Counter(map(str, range(pictures)))
+    assert not bad
+    assert f"{pictures} added" in said, said[-2000:]
+    print(
+        f"{fault} with {before} of {pictures // size} parts there, after {lost - started:.0f} s; {len(embeddings)} of "
+        f"{pictures} pictures are in them once each {ended - lost:.0f} s later"
+    )

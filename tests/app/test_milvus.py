@@ -13,16 +13,19 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
-from databases import MilvusServer
+from databases import MilvusServer, PostgresServer
 from support import unit_rows
 
 from app import milvus as milvus_module
 from app import reconciliation
+from app.collection import NewItem
 from app.index import ExactIndex
 from app.milvus import MilvusIndex
+from app.postgres_collections import PostgresCollections
 from app.reconciliation import reconcile
 from models.errors import ConflictError, InputError, StorageError
 
@@ -246,3 +249,51 @@ def test_a_server_that_is_killed_in_mid_writing_holds_the_truth_once_it_is_recon
         index.remove(rows)
         truth.clear()
     index.drop()
+
+
+def test_what_one_server_changes_another_finds_at_once(
+    server: MilvusServer, postgres: PostgresServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though searches do not wait for Milvus' clock once nothing was written for a while."""
+    stale = 6.0 if server.what == "milvus" else 0.2  # the first has a clock, and shows what is five seconds old
+    monkeypatch.setattr(milvus_module, "_STALE", stale)
+    levels: list[str] = []
+    call = MilvusIndex._call
+
+    def recorded(self: MilvusIndex, method: str, *arguments: Any, **options: Any) -> Any:
+        levels.extend([options["consistency_level"]] if method == "search" else [])
+        return call(self, method, *arguments, **options)
+
+    monkeypatch.setattr(MilvusIndex, "_call", recorded)
+    vectors, database = unit_rows(8, 0, SIZE), postgres.database()
+    with (
+        PostgresCollections(database, milvus=server.uri) as one,
+        PostgresCollections(database, milvus=server.uri) as other,
+    ):
+        mine = one.create("c", model="m", fingerprint="f", dimensions=SIZE)
+        mine.add([NewItem("image", vector, f"old {number}") for number, vector in enumerate(vectors[:4])])
+        other.refresh()
+        theirs = other.get("c")
+
+        def best(place: int) -> str:
+            return theirs.search(vectors[place], 1)[0].item.id
+
+        def settle() -> None:
+            best(0)
+            time.sleep(stale)
+            levels.clear()
+            best(0)
+            assert levels == ["Bounded"]
+            levels.clear()
+
+        for place in (4, 5):
+            settle()
+            mine.add([NewItem("image", vectors[place], "new")])  # the second time in the other's place
+            assert best(place) == "new"
+            assert levels == ["Strong"]
+        assert {hit.item.id for hit in theirs.search(vectors[4], 8)} == {*(f"old {i}" for i in range(4)), "new"}
+        settle()
+        mine.delete("new")
+        assert best(5) != "new"
+        assert levels[0] == "Strong"
+        one.delete("c")

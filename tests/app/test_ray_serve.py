@@ -16,7 +16,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections import Counter
@@ -32,6 +31,7 @@ import httpx
 import pytest
 from hosts import ALLOWED, Hosts
 from PIL import Image
+from ray_cluster import ENVIRONMENT, RAY, SMALL, places_for_ray, start_ray, wait_for
 from starlette.testclient import TestClient
 from support import tiny_clip, tiny_dalle
 from test_readme_commands import ROOT, blocks
@@ -45,21 +45,6 @@ from models.checkpoint import save_checkpoint
 from models.errors import InputError
 
 needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="needs Ray, in an environment of its own: make ray")
-RAY = str(Path(sys.executable).parent / "ray")
-SMALL = ("--object-store-memory", "100000000", "--include-dashboard", "false")
-ENVIRONMENT = {
-    **os.environ,
-    "OMP_NUM_THREADS": "1",
-    "PYTHONPATH": f"{ROOT}:{ROOT}/tests",
-    "RAY_AUTH_MODE": "disabled",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    # A host that is silent is lost after three seconds and not after half a minute (app/README.md).
-    "RAY_health_check_period_ms": "1000",
-    "RAY_health_check_timeout_ms": "1000",
-    "RAY_health_check_failure_threshold": "3",
-    "RAY_health_check_initial_delay_ms": "1000",
-    "SEMBLANCE_BACKEND": "torch-fp32",
-}
 AT_ONCE = 12
 
 
@@ -108,6 +93,11 @@ class Cluster:
         """Processes that are replicas of a deployment."""
         return [pid for pid in _below(self.process.pid) if f":semblance:{of}" in _title(pid)]
 
+    def status(self) -> str:
+        """What Ray says of it."""
+        command = [RAY, "status", "--address", self.address]
+        return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=60).stdout
+
     @contextmanager
     def serving(self, *options: str, log: str) -> Iterator[str]:
         """`semblance ray-serve` as the README has it, with more options -> its address."""
@@ -119,7 +109,7 @@ class Cluster:
         with file.open("wb") as said:
             process = subprocess.Popen(given, stdout=said, stderr=said, env=ENVIRONMENT, cwd=self.folder)
         try:
-            _wait_for(lambda: b" ready on " in file.read_bytes() or process.poll() is not None, 120)
+            wait_for(lambda: b" ready on " in file.read_bytes() or process.poll() is not None, 120)
             assert process.poll() is None, file.read_text()[-3000:]
             yield f"http://127.0.0.1:{self.port}"
         finally:
@@ -149,25 +139,10 @@ def _title(pid: int) -> str:
         return ""
 
 
-def _wait_for(condition: Callable[[], bool], seconds: float) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.1)
-
-
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-@contextmanager
-def _places_for_ray() -> Iterator[dict[str, str]]:
-    """The environment of a cluster, with a folder of its own: what it leaves behind leads no other astray. Sockets lie
-    in it, whose paths have a hundred characters at most."""
-    with tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as folder:
-        yield {**ENVIRONMENT, "RAY_TMPDIR": folder}
 
 
 @pytest.fixture(scope="module")
@@ -176,12 +151,12 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     save_checkpoint(tiny_clip(), folder / "checkpoints" / "clip", provenance={"data": "none"})
     save_checkpoint(tiny_dalle(), folder / "checkpoints" / "dalle", provenance={"data": "none"})
     port = _free_port()
-    # Logical cores: replicas of these models need hardly any.
-    command = [RAY, "start", "--head", "--block", "--port", str(port), "--num-cpus", "8", *SMALL]
-    with _places_for_ray() as environment:
+    # Logical cores and GPUs: replicas of these models need hardly any, and run on the cores.
+    command = [RAY, "start", "--head", "--block", "--port", str(port), "--num-cpus", "8", "--num-gpus", "1", *SMALL]
+    with places_for_ray() as environment:
         with (folder / "head").open("wb") as said:
             head = subprocess.Popen([*command], stdout=said, stderr=said, env=environment)
-        _wait_for(lambda: b"Ray runtime started" in (folder / "head").read_bytes(), 60)
+        wait_for(lambda: b"Ray runtime started" in (folder / "head").read_bytes(), 60)
         yield Cluster(head, f"127.0.0.1:{port}", _free_port(), folder)
         started = list(_below(head.pid))
         head.kill()
@@ -194,7 +169,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 @pytest.fixture(scope="module")
 def served(cluster: Cluster) -> Iterator[httpx.Client]:
     with (
-        cluster.serving("--replicas", "clip=2", log="served") as url,
+        cluster.serving("--replicas", "clip=2", "--gpus", "clip=0.4", "--gpus", "dalle=0.2", log="served") as url,
         httpx.Client(base_url=url, timeout=60) as client,
     ):
         yield client
@@ -248,6 +223,14 @@ def test_answers_are_those_of_the_plain_application(
         assert answers[1].is_success, answers[1].text
         assert _same(answers[0].json(), answers[1].json()), path
         assert len(answers[0].headers.get_list("x-request-id")) == 1
+
+
+@needs_ray
+def test_replicas_share_a_gpu(served: httpx.Client, cluster: Cluster) -> None:
+    """As Ray counts them: all three have a place on the one there is."""
+    assert len(cluster.replicas("encoder-clip")) == 2
+    assert len(cluster.replicas("generator-dalle")) == 1
+    wait_for(lambda: "1.0/1.0 GPU" in cluster.status(), 30)
 
 
 @needs_ray
@@ -333,7 +316,7 @@ def test_what_a_killed_replica_had_is_answered_by_another(served: httpx.Client, 
     while _resent(url) == before:  # a kill may find nothing that was begun; then what waits is Ray's to send again
         rounds += 1
         assert rounds < 6
-        _wait_for(lambda: len(cluster.replicas("encoder-clip")) == 2, 60)
+        wait_for(lambda: len(cluster.replicas("encoder-clip")) == 2, 60)
         victim, other = cluster.replicas("encoder-clip")
 
         def kill(victim: int = victim) -> None:
@@ -347,7 +330,7 @@ def test_what_a_killed_replica_had_is_answered_by_another(served: httpx.Client, 
         timer.join()
         assert Counter(status for _, status in answers).keys() == {200}
         assert len(answers) > AT_ONCE
-        _wait_for(lambda: len(cluster.replicas("encoder-clip")) == 2, 60)
+        wait_for(lambda: len(cluster.replicas("encoder-clip")) == 2, 60)
         assert victim not in cluster.replicas("encoder-clip")
         assert other in cluster.replicas("encoder-clip")
 
@@ -367,26 +350,44 @@ def test_a_picture_whose_generator_is_killed_is_drawn_by_the_next(served: httpx.
 
 
 @needs_ray
+@pytest.mark.skipif(not os.environ.get("FAULTS"), reason="takes minutes: make faults-ray")
+def test_there_are_more_replicas_while_inputs_wait(cluster: Cluster) -> None:
+    """Last of those with this cluster. The replicas that are not needed any more go after the five minutes that Ray
+    gives them."""
+    large = slow_picture(4000, 3000)
+    with cluster.serving("--replicas", "clip=1-3", "--gpus", "0.1", log="scaled") as url:
+        loading = threading.Thread(target=lambda: answers.extend(asyncio.run(load(url, 150, (large,)))))
+        answers: list[tuple[float, int]] = []
+        began = time.monotonic()
+        loading.start()
+        came = []
+        for count in (2, 3):
+            wait_for(lambda count=count: len(cluster.replicas("encoder-clip")) >= count, 140)  # type: ignore[misc]
+            came.append(time.monotonic() - began)
+        loading.join()
+        quiet = time.monotonic()
+        wait_for(lambda: len(cluster.replicas("encoder-clip")) == 1, 700)
+        went = time.monotonic() - quiet
+    assert {status for _, status in answers} == {200}
+    print(f"{AT_ONCE} callers: a second replica after {came[0]:.0f} s and a third after {came[1]:.0f};", end=" ")
+    print(f"one again {went:.0f} s after the last of {len(answers)} requests, of which none was lost")
+
+
+@needs_ray
 @pytest.mark.skipif(not (ALLOWED and os.environ.get("FAULTS")), reason="needs root and FAULTS=1: make faults-ray")
 @pytest.mark.parametrize("fault", ["killed", "cut off"])
 def test_one_of_three_hosts_may_be_lost_under_load(tmp_path: Path, fault: str) -> None:
     save_checkpoint(tiny_clip(), tmp_path / "checkpoints" / "clip", provenance={"data": "none"})
-    with Hosts(3) as hosts, _places_for_ray() as environment:
-        head = f"{hosts.address(0)}:6379"
-        for host in range(3):
-            # One replica each: the router takes no core.
-            command = [RAY, "start", "--block", "--num-cpus", "1", "--node-ip-address", hosts.address(host), *SMALL[:2]]
-            command += ["--head", "--port", "6379", *SMALL[2:]] if host == 0 else ["--address", head]
-            hosts.start(host, command, tmp_path / f"host{host}", environment, tmp_path)
-            _wait_for(lambda file=tmp_path / f"host{host}": "Ray runtime started" in file.read_text(), 60)  # type: ignore[misc]
+    with Hosts(3) as hosts, places_for_ray() as environment:
+        head = start_ray(hosts, tmp_path, environment, cores=1)  # one replica each: the router takes no core
         serve = [sys.executable, "-m", "app", "ray-serve", "--address", head, "--replicas", "3", "--threads", "1"]
         serve += ["--checkpoints", str(tmp_path / "checkpoints"), "--data", str(tmp_path / "data")]
         hosts.start(0, serve, tmp_path / "said", environment, tmp_path)
-        _wait_for(lambda: " ready on " in (tmp_path / "said").read_text(), 120)
+        wait_for(lambda: " ready on " in (tmp_path / "said").read_text(), 120)
         command = [sys.executable, __file__, "http://127.0.0.1:8000", "40"]
         client = hosts.start(0, command, tmp_path / "answers", ENVIRONMENT, tmp_path)
         metrics = ["curl", "--silent", "http://127.0.0.1:8000/metrics"]
-        _wait_for(lambda: 'route="/embed",status="200"' in hosts.run(0, metrics), 60)
+        wait_for(lambda: 'route="/embed",status="200"' in hosts.run(0, metrics), 60)
         time.sleep(11)
         killed = time.time()
         if fault == "killed":

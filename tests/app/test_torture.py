@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from databases import PostgresServer
+from databases import MilvusServer, PostgresServer
 from support import unit_rows
 
 from app.collections import Collections
@@ -31,8 +31,8 @@ from models.errors import SemblanceError, StorageError
 KILLS = int(os.environ.get("KILL_ROUNDS", "25"))
 CUTS = int(os.environ.get("POWER_ROUNDS", "10"))
 
-# Writes five items, or deletes one of five, and says so once it was answered. Arguments: folder or database, first
-# step, and how SQLite is to sync.
+# Writes five items, or deletes one of five, and says so once it was answered. Arguments: folder or database and Milvus,
+# first step, and how SQLite is to sync.
 _WRITER = """
 import sys, numpy as np
 from app.collection import NewItem
@@ -40,7 +40,8 @@ from app.postgres_collections import PostgresCollections
 from app.sqlite_collections import SQLiteCollections
 from models.errors import StorageError
 if sys.argv[1].startswith("postgresql:"):
-    collections = PostgresCollections(sys.argv[1])
+    database, *milvus = sys.argv[1].split()
+    collections = PostgresCollections(database, None, *milvus)
 else:
     collections = SQLiteCollections(sys.argv[1])
     collections._database._connection.pragma("synchronous", sys.argv[3])
@@ -69,6 +70,13 @@ class Acknowledged:
     deleted: set[int] = field(default_factory=set)
     refused: set[int] = field(default_factory=set)
     next: int = 0
+
+
+def _opened(store: Path | str) -> Collections:
+    if isinstance(store, Path):
+        return SQLiteCollections(store)
+    database, *milvus = store.split()
+    return PostgresCollections(database, None, *milvus)
 
 
 def write_and_kill(
@@ -101,8 +109,7 @@ def write_and_kill(
 
 def check(store: Path | str, rng: random.Random, seen: Acknowledged) -> None:
     """Every acknowledged item is there, no deleted one, and of what was not acknowledged all of a batch or nothing."""
-    opened: Collections = PostgresCollections(store) if isinstance(store, str) else SQLiteCollections(store)
-    with opened as collections:
+    with _opened(store) as collections:
         made = collections.get("c")
         there = {item.id: item for item in made.page(1_000_000)}
         for step in seen.added:
@@ -150,6 +157,27 @@ def test_row_36_neither_the_writer_nor_its_postgresql_killed_loses_anything(post
         added, deleted = added + len(seen.added), deleted + len(seen.deleted)
     print(f"{rounds} kills: {added} writes and {deleted} deletes acknowledged by PostgreSQL, 0 lost, 0 undone")
     assert added > rounds
+
+
+def test_row_36_neither_the_writer_nor_the_milvus_beside_its_postgresql_killed_loses_anything(
+    postgres: PostgresServer, milvus: MilvusServer
+) -> None:
+    """Every third round kills the Milvus instead, while a writer writes; what is searched there is all that is true."""
+    rng, added, deleted, rounds = random.Random(0), 0, 0, max(3, KILLS // 8)
+    for start in range(0, rounds, 20):
+        seen, store = Acknowledged(), f"{postgres.database()} {milvus.uri}"
+
+        def restart() -> None:
+            milvus.kill()
+            milvus.start()
+            time.sleep(1 + rng.random())
+
+        for number in range(start, min(start + 20, rounds)):
+            write_and_kill(store, rng, seen, meanwhile=restart if number % 3 == 2 else lambda: None)
+            check(store, rng, seen)
+        added, deleted = added + len(seen.added), deleted + len(seen.deleted)
+    print(f"{rounds} kills: {added} writes and {deleted} deletes acknowledged with {milvus.what}, 0 lost, 0 undone")
+    assert added >= rounds
 
 
 @contextmanager
