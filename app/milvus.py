@@ -13,9 +13,9 @@ import importlib
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,8 @@ from app.index import KINDS, ExactIndex, Ids, Vectors, checked_rows
 from models.errors import ConflictError, InputError, StorageError
 from models.retrieval import Hit
 
+T = TypeVar("T")
+
 _TYPES = {"flat": "FLAT", "hnsw": "HNSW", "ivfpq": "IVF_PQ"}
 _MOST = 16_384  # candidates that Milvus gives to one query, and rows to one page
 # Ids in one expression. 10,000 are read in some milliseconds, and from 50,000 on the reading is what takes the time.
@@ -31,7 +33,7 @@ _CHUNK = 8_192
 _MESSAGE = 16 << 20  # bytes of vectors in one message, of the 64 MiB that a server takes
 _ROUNDING = 1e-5  # by how much Milvus' scores may differ from ours
 _STALE = 10.0  # seconds after which a Bounded call sees a write, twice what Milvus says
-_STARTING = 60.0  # seconds in which a Milvus must be there that is started beside us
+STARTING = 60.0  # seconds in which a Milvus must be there that is started beside us
 _MISSING, _RELEASED = 100, 101  # Milvus' codes for a collection that is not there, and for one that is not loaded
 
 
@@ -53,10 +55,17 @@ class MilvusIndex:
 
     written: Callable[[], int] | None = None
 
-    def __init__(self, uri: str, name: str, dimensions: int, kind: str = "auto", patience: float = 60.0) -> None:
+    def __init__(
+        self,
+        uri: str,
+        name: str,
+        dimensions: int,
+        kind: str = "auto",
+        patience: Callable[[], float] = lambda: STARTING,
+    ) -> None:
         """uri: http://HOST:PORT of a server, or a file NAME.db for milvus-lite. kind: as make_index takes it; "auto" is
         what is there, or "hnsw". Graphs hold every vector in Milvus' memory, "ivfpq" a sixteenth of the bytes.
-        patience: seconds.
+        patience: gives seconds, for each call anew.
 
         Raises InputError for a kind that the server does not have, ConflictError for a collection that was made
         otherwise, StorageError for a server that does not answer; so do all methods.
@@ -289,7 +298,8 @@ class MilvusIndex:
     def _retried(self, call: Callable[..., Any]) -> Any:
         """What a call of the client gives, made again while the server starts or cannot be reached."""
         grpc = importlib.import_module("grpc")
-        end, pause = time.monotonic() + self._patience, 0.1
+        patience, pause = self._patience(), 0.1
+        end = time.monotonic() + patience
         while True:
             try:
                 return call(timeout=max(0.1, end - time.monotonic()))
@@ -302,7 +312,7 @@ class MilvusIndex:
                     raise StorageError(gone) from error
                 if time.monotonic() + pause > end:
                     raise StorageError(
-                        f"Milvus at {self._uri} did not answer in {self._patience:g} s: {error}; see that it runs and "
+                        f"Milvus at {self._uri} did not answer in {patience:g} s: {error}; see that it runs and "
                         "that this machine reaches it"
                     ) from error
                 if getattr(error, "code", None) == _RELEASED:  # as milvus-lite has it after each start
@@ -314,34 +324,28 @@ class MilvusIndex:
 
 def collections_of(uri: str, prefix: str) -> set[str]:
     """The names of the collections there that begin so. Raises StorageError for a server that does not answer."""
-    with _client(uri) as client:
-        return {name for name in client.list_collections() if name.startswith(prefix)}
+    return {name for name in _asked(uri, lambda client: client.list_collections()) if name.startswith(prefix)}
 
 
 def drop(uri: str, name: str) -> None:
     """Delete a collection there. Raises StorageError for a server that does not answer."""
-    with _client(uri) as client:
-        client.drop_collection(name)
+    _asked(uri, lambda client: client.drop_collection(name))
 
 
-@contextmanager
-def _client(uri: str) -> Iterator[Any]:
-    """For what is asked once, when a server starts."""
-    milvus, end = _pymilvus(), time.monotonic() + _STARTING
+def _asked(uri: str, question: Callable[[Any], T]) -> T:
+    """What is asked once, when a server starts; it may be that Milvus is starting too."""
+    milvus, end = _pymilvus(), time.monotonic() + STARTING
     while True:
         try:
-            client = milvus.MilvusClient(uri, timeout=_STARTING)
-            break
+            client = milvus.MilvusClient(uri, timeout=STARTING)
+            try:
+                return question(client)
+            finally:
+                client.close()
         except milvus.MilvusException as error:
             if time.monotonic() > end:
                 raise StorageError(f"Milvus at {uri} does not answer: {error}; see that it runs") from error
-            time.sleep(0.2)
-    try:
-        yield client
-    except milvus.MilvusException as error:
-        raise StorageError(f"Milvus at {uri} refuses: {error}") from error
-    finally:
-        client.close()
+        time.sleep(0.2)
 
 
 def _chunks(ids: Ids) -> Iterator[Ids]:

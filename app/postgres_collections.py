@@ -14,7 +14,7 @@ from psycopg import Connection, errors, sql
 from app.collection import Collection, Item, Made, item_of
 from app.collections import STAGED, Collections, refused
 from app.index import KINDS, VectorIndex
-from app.milvus import MilvusIndex, collections_of, drop
+from app.milvus import STARTING, MilvusIndex, collections_of, drop
 from app.postgres import LISTEN, TELL, Postgres
 from app.postgres_collection import UNUSED, PostgresCollection, PostgresPictures, writes_of
 from app.postgres_index import TABLE_KINDS, TableIndex
@@ -58,12 +58,14 @@ class PostgresCollections(Collections):
         self._open: dict[str, PostgresCollection] = {}
         self._mutex, self._refreshing = threading.Lock(), threading.Lock()
         self._closing = threading.Event()
+        self._patience = STARTING  # seconds that a call of Milvus may take: it may be starting too
         self._milvus, self._prefix = milvus, f"semblance_{self._postgres.store.hex}"
         # Those in Milvus before the tables, which are made first.
         there = set[str]() if milvus is None else collections_of(milvus, self._prefix)
         self.refresh()
         if milvus is not None:
             self._reconcile(milvus, there)
+        self._patience = _MILVUS_PATIENCE
         self._listener = threading.Thread(target=self._listen, name="collections", daemon=True)
         self._listener.start()
 
@@ -136,7 +138,8 @@ class PostgresCollections(Collections):
     def _index(self, made: Made, built: bool) -> VectorIndex:
         if self._milvus is None:
             return TableIndex(self._postgres, made.key, made.dimensions, made.kind, built)
-        return MilvusIndex(self._milvus, f"{self._prefix}_{made.key}", made.dimensions, made.kind, _MILVUS_PATIENCE)
+        name = f"{self._prefix}_{made.key}"
+        return MilvusIndex(self._milvus, name, made.dimensions, made.kind, lambda: self._patience)
 
     def _reconcile(self, milvus: str, there: set[str]) -> None:
         """Make Milvus agree with the tables, and drop from it those that were there before these were read and have

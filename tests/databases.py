@@ -22,9 +22,15 @@ from milvus_lite.adapter.grpc.server import run_server
 run_server({folder!r}, "127.0.0.1", {port})
 """,
     "milvus": """
-import signal
+import signal, socket
 from milvus import MilvusServer
+def bound(port):  # also where connections to one that was killed linger: else it takes another port
+    try:
+        return socket.create_server(("127.0.0.1", port))
+    except OSError:
+        return None
 server = MilvusServer()
+server.config.try_bind_port = bound
 server.set_base_dir({folder!r})
 server.listen_port = {port}
 server.start()

@@ -161,7 +161,7 @@ def test_what_is_wrong_is_said(server: MilvusServer, make: Make, monkeypatch: py
         nobody.bind(("127.0.0.1", 0))
         address = f"http://127.0.0.1:{nobody.getsockname()[1]}"
         with pytest.raises(StorageError, match=f"{address} did not answer in 1 s.*see that it runs"):
-            MilvusIndex(address, name, SIZE, patience=1)
+            MilvusIndex(address, name, SIZE, patience=lambda: 1)
     monkeypatch.setitem(sys.modules, "pymilvus", None)
     with pytest.raises(StorageError, match=r"pip install 'semblance\[milvus\]'"):
         MilvusIndex(server.uri, name, SIZE)
@@ -199,7 +199,7 @@ def test_reconciling_makes_the_keys_of_both_equal(make: Make, monkeypatch: pytes
 def test_a_server_that_is_killed_in_mid_writing_holds_the_truth_once_it_is_reconciled(server: MilvusServer) -> None:
     vectors, truth = unit_rows(3000, 0, SIZE), dict[int, np.ndarray]()
     name, stop = f"c_{uuid.uuid4().hex}", threading.Event()
-    index = MilvusIndex(server.uri, name, SIZE, "flat", patience=120)
+    index = MilvusIndex(server.uri, name, SIZE, "flat", patience=lambda: 120)
     failed: list[Exception] = []
 
     def write() -> None:
