@@ -26,7 +26,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from app import images
@@ -36,12 +35,12 @@ from app.inputs import image_limits
 from app.loading import find_models, load_engine
 from app.locking import lock
 from app.settings import Settings
+from app.vectors import OWN, belong_together, own_of
 from models.errors import ConflictError, DataError, ModelError, SemblanceError
 from models.files import sync
 from models.readers import BadRows, Member, Record, Remote, file_bytes, pyarrow_for, read
 
 PART = 1024  # records
-OWN = b"semblance"  # what the schema of a part says of it
 _FETCHERS = 32  # threads that wait for pictures at URLs
 _DEATHS = 3  # of processes over one part, before the part is what kills them
 EngineName = Literal["processes", "ray"]
@@ -214,7 +213,7 @@ def embed_source(
         number = 0
         while part := list(islice(records, PART)):
             made = Part(number, part)
-            if (known := _written(place / made.name, made)) is None:
+            if (known := _written(place / f"{made.name}.parquet", made)) is None:
                 yield made
             else:
                 report.present += len(part) - len(known)
@@ -386,20 +385,16 @@ def _shared(settings: Settings, number: int | None, workers: int) -> Settings:
     return settings.model_copy(update=changes)
 
 
-def _written(file: Path, part: Part) -> list[str] | None:
-    """The bad inputs of a part that is there, None if it is not, or if its two files are of two processes: one that was
-    cut off from the command goes on, and may come between the other's. Raises ConflictError for one of other records.
-    """
-    if not file.with_suffix(".parquet").is_file() or not file.with_suffix(".safetensors").is_file():
+def _written(table: Path, part: Part) -> list[str] | None:
+    """The bad inputs of a part that is there, None if it is not, or not as one process made it. Raises ConflictError
+    for one of other records."""
+    if not table.is_file() or not table.with_suffix(".safetensors").is_file():
         return None
-    about = json.loads(pyarrow_for(file).parquet.read_schema(file.with_suffix(".parquet")).metadata[OWN])
-    if about["records"] != part.digest:
-        raise ConflictError(f"{file}.parquet is of other inputs: the source has changed since; give another folder")
-    with safe_open(file.with_suffix(".safetensors"), "numpy") as vectors:
-        if (vectors.metadata() or {}).get("made") != about.get("made"):
-            return None
+    about = own_of(table)
+    if about is None or about["records"] != part.digest:
+        raise ConflictError(f"{table} is of other inputs: the source has changed since; give another folder")
     bad: list[str] = about["bad"]
-    return bad
+    return bad if belong_together(table) else None
 
 
 def _settle(unfinished: Path, file: Path) -> None:

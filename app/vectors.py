@@ -19,7 +19,7 @@ from typing import Any
 import httpx
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file
 
 from app.calls import BATCH, call
@@ -28,7 +28,7 @@ from app.inputs import vector_of, written
 from models.errors import ConflictError, DataError
 from models.readers import pyarrow_for
 
-_OWN = b"semblance"  # what the schema of a dump says of the collection
+OWN = b"semblance"  # what the schema of a dump or a part says of it
 _NAMES = ("id", "key", "image_path", "path", "url")  # columns that may name a row, the best first
 _NOT_METADATA = {"id", "kind", "caption", "metadata", "embedding", "image", "text"}
 
@@ -52,6 +52,19 @@ def holds_vectors(source: str | Path) -> bool:
         arrays = any(any(path.glob(pattern)) for pattern in ("img_emb", "*.npy", "part-*.safetensors"))
         return arrays or any(map(_has_embedding, path.glob("*.parquet")))
     return path.suffix == ".npy" or (path.suffix == ".parquet" and _has_embedding(path))
+
+
+def own_of(table: Path) -> dict[str, Any] | None:
+    """What a Parquet file of ours says of itself, None for one of others."""
+    own = (pyarrow_for(table).parquet.read_schema(table).metadata or {}).get(OWN)
+    return None if own is None else json.loads(own)
+
+
+def belong_together(table: Path) -> bool:
+    """Whether the two files of a part are of one process. One that was cut off from its command goes on writing, and
+    may come between the files of what followed it."""
+    with safe_open(table.with_suffix(".safetensors"), "numpy") as vectors:
+        return bool((vectors.metadata() or {}).get("made") == (own_of(table) or {}).get("made"))
 
 
 async def load_vectors(
@@ -93,7 +106,7 @@ async def dump_vectors(
     kept = {name: info[name] for name in ("name", "model", "fingerprint", "dimensions")}
     columns = [("id", arrow.string()), ("kind", arrow.string()), ("caption", arrow.string())]
     columns += [("metadata", arrow.string()), ("embedding", arrow.list_(arrow.float32(), info["dimensions"]))]
-    schema = arrow.schema(columns + [("image", arrow.binary())] * pictures, metadata={_OWN: json.dumps(kept)})
+    schema = arrow.schema(columns + [("image", arrow.binary())] * pictures, metadata={OWN: json.dumps(kept)})
     target, count = Path(out), 0
     unfinished = target.with_name(f".{target.name}.part")
     try:
@@ -159,6 +172,8 @@ def _clip_retrieval_rows(source: Path) -> Iterator[Row]:
 def _part_rows(table: Path, vectors: Path) -> Iterator[Row]:
     """Of a part that app/bulk.py made."""
     try:
+        if not belong_together(table):
+            raise DataError(f"{table} and {vectors.name} are of two processes; `semblance index --to` makes them anew")
         embeddings = load_file(vectors)["embedding"]
     except (SafetensorError, KeyError) as error:
         raise DataError(f"{vectors} holds no embeddings ({error})") from error
@@ -226,8 +241,8 @@ def _check_model(source: Path, collection: dict[str, Any]) -> None:
         source = next(source.glob("part-*.parquet"), source)
     if source.suffix != ".parquet":
         return
-    own = (pyarrow_for(source).parquet.read_schema(source).metadata or {}).get(_OWN)
-    if own is not None and (said := json.loads(own))["fingerprint"] != collection["fingerprint"]:
+    said = own_of(source)
+    if said is not None and said["fingerprint"] != collection["fingerprint"]:
         raise ConflictError(
             f"{source} holds embeddings of model {said['model']!r} ({said['fingerprint']}), the collection "
             f"{collection['name']!r} those of {collection['model']!r} ({collection['fingerprint']}); load that model"

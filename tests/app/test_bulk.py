@@ -32,7 +32,7 @@ from app.fetching import Fetcher
 from app.loading import load_engine
 from app.locking import lock
 from app.settings import Settings
-from app.vectors import holds_vectors
+from app.vectors import _rows, belong_together, holds_vectors, own_of
 from models.checkpoint import save_checkpoint
 from models.errors import ConflictError, DataError, InputError, ModelError, StorageError
 from models.readers import BadRows, Record, read
@@ -83,7 +83,7 @@ def found_in(folder: Path) -> tuple[dict[str, np.ndarray], list[dict[str, Any]],
         assert len(rows) == len(vectors)
         listed += rows
         embeddings |= {row["id"]: vector for row, vector in zip(rows, vectors, strict=True)}
-        bad += json.loads(table.schema.metadata[bulk.OWN])["bad"]
+        bad += own["bad"] if (own := own_of(file)) and belong_together(file) else [f"{file} is not of one process"]
     assert len(embeddings) == len(listed)
     return embeddings, listed, bad
 
@@ -128,6 +128,8 @@ def test_a_part_whose_files_are_of_two_processes_or_one_is_gone_is_made_again(
         embed_source(str(place / "photos"), tmp_path / name, settings)
     shutil.copy(tmp_path / "two" / f"part-000002.{suffix}", tmp_path / "one")
     (tmp_path / "one" / f"part-000004.{suffix}").unlink()
+    with pytest.raises(DataError, match="of two processes"):
+        list(_rows(tmp_path / "one"))
     report = embed_source(str(place / "photos"), tmp_path / "one", settings)
     assert (report.added, report.present) == (64 - (BROKEN // 32 in (2, 4)), COUNT - 65 + (BROKEN // 32 in (2, 4)))
     check_whole(tmp_path / "one")
