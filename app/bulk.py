@@ -341,7 +341,7 @@ def run_ray(
             "settings": _shared(settings, None, -(-workers // hosts)),
         },
         concurrency=workers,
-        num_gpus=min(1.0, gpus / workers),
+        num_gpus=1 / -(-workers // gpus) if gpus else 0,
     )
     for row in made.iter_rows():
         done(Done(row["added"], list(row["bad"])))
