@@ -168,11 +168,12 @@ class MilvusIndex:
         if kind == "ivfpq" and self._call("get_server_version").startswith("milvus_lite"):
             raise InputError(f"milvus-lite at {self._uri} has no index 'ivfpq'; choose flat or hnsw, or run a server")
         types = self._milvus.DataType
-        if not self._call("has_collection", self._name):
+        if not self._call("has_collection", self._name):  # and another may make it meanwhile
             schema = self._milvus.MilvusClient.create_schema(auto_id=False, enable_dynamic_field=False)
             schema.add_field("row", types.INT64, is_primary=True)
             schema.add_field("vector", types.FLOAT_VECTOR, dim=self.dimensions)
-            self._call("create_collection", self._name, schema=schema, consistency_level="Strong")
+            make = partial(self._client.create_collection, self._name, schema=schema, consistency_level="Strong")
+            self._retried(lambda timeout: self._client.has_collection(self._name) or make(timeout=timeout))
         fields = {each["name"]: each for each in self._call("describe_collection", self._name)["fields"]}
         size = fields.get("vector", {}).get("params", {}).get("dim")
         if fields.keys() != {"row", "vector"} or int(size) != self.dimensions:
@@ -185,7 +186,8 @@ class MilvusIndex:
             index = self._milvus.MilvusClient.prepare_index_params()
             options = _options(wanted, self.dimensions)
             index.add_index("vector", _TYPES[wanted], "vector", metric_type="IP", params=options)
-            self._call("create_index", self._name, index)
+            build = partial(self._client.create_index, self._name, index)
+            self._retried(lambda timeout: self._client.list_indexes(self._name) or build(timeout=timeout))
         built = self._call("describe_index", self._name, "vector")["index_type"]
         if kind != "auto" and built != _TYPES[kind]:
             raise ConflictError(

@@ -314,6 +314,8 @@ class PostgresCollection(Collection):
 
     def _sweep(self, connection: Connection[Any], pictures: Sequence[str | None]) -> None:
         if names := sorted({name for name in pictures if name is not None}):
+            # One after another, or two who each drop one of the last items with a picture would both leave it.
+            connection.execute("SELECT 1 FROM pictures WHERE name = ANY(%s) ORDER BY name FOR NO KEY UPDATE", (names,))
             connection.execute(UNUSED, (names,))
 
     def _rows(self, statement: str, *values: Any) -> list[Any]:

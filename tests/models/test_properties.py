@@ -64,7 +64,7 @@ def test_only_tokens_that_are_left_are_drawn(logits: np.ndarray, sampling: Sampl
     likely = filtered(torch.from_numpy(logits), Sampling(sampling.temperature)).numpy()
     for row, before, left in zip(logits, likely, shares.numpy(), strict=True):
         assert before[left > 0].max() == before.max()  # the likeliest stays, or one that is as likely
-        kept = row[left > 0]
+        kept = (row.astype(np.float64) - row.max())[left > 0]  # as softmax sees them
         if sampling.top_k:  # those as good as the last are not told apart
             assert np.count_nonzero(kept > kept.min()) < sampling.top_k
         if sampling.temperature == 0:
