@@ -388,13 +388,14 @@ def _shared(settings: Settings, number: int | None, workers: int) -> Settings:
 def _written(table: Path, part: Part) -> list[str] | None:
     """The bad inputs of a part that is there, None if it is not, or not as one process made it. Raises ConflictError
     for one of other records."""
-    if not table.is_file() or not table.with_suffix(".safetensors").is_file():
+    vectors = table.with_suffix(".safetensors")
+    if not table.is_file() or not vectors.is_file():
         return None
     about = own_of(table)
     if about is None or about["records"] != part.digest:
         raise ConflictError(f"{table} is of other inputs: the source has changed since; give another folder")
     bad: list[str] = about["bad"]
-    return bad if belong_together(table) else None
+    return bad if belong_together(about, vectors) else None
 
 
 def _settle(unfinished: Path, file: Path) -> None:

@@ -44,7 +44,7 @@ _FREQUENT = """
     WHERE type = 'string' GROUP BY text ORDER BY times DESC, text LIMIT %s
 """
 # Only those of which no item is left; that nobody takes one up meanwhile is the foreign key's to say.
-UNUSED = "DELETE FROM pictures WHERE name = ANY(%s) AND NOT EXISTS (SELECT 1 FROM items WHERE picture = pictures.name)"
+_UNUSED = "DELETE FROM pictures WHERE name = ANY(%s) AND NOT EXISTS (SELECT 1 FROM items WHERE picture = pictures.name)"
 
 
 class PostgresPictures:
@@ -92,6 +92,14 @@ def writes_of(key: int) -> sql.Composed:
     """Makes the counter of a collection's writes, which goes with its table."""
     parts = {"table": sql.Identifier(f"items_{key}"), "writes": sql.Identifier(f"writes_{key}")}
     return sql.SQL("CREATE SEQUENCE IF NOT EXISTS {writes} OWNED BY {table}.number").format(**parts)
+
+
+def sweep(connection: Connection[Any], pictures: Iterable[str | None]) -> None:
+    """Delete those of the pictures that no item has any more, in the transaction that deleted some which had."""
+    if names := sorted({name for name in pictures if name is not None}):
+        # One after another, or two who each drop one of the last items with a picture would both leave it.
+        connection.execute("SELECT 1 FROM pictures WHERE name = ANY(%s) ORDER BY name FOR NO KEY UPDATE", (names,))
+        connection.execute(_UNUSED, (names,))
 
 
 class PostgresCollection(Collection):
@@ -198,7 +206,7 @@ class PostgresCollection(Collection):
                         size = len(item.picture) if isinstance(item.picture, bytes) else 0
                         content = json.dumps(dict(item.metadata))
                         copy.write_row((self.key, *number, id, item.kind, item.caption, content, name, size, vector))
-            self._sweep(connection, [picture for _, picture in old])
+            sweep(connection, [picture for _, picture in old])
             # Before the commit, for a search leaves out what the table does not show yet. What is left there if this
             # fails is never shown either, and goes when an index of its own is next reconciled.
             self._index.add(numbers, vectors)
@@ -216,7 +224,7 @@ class PostgresCollection(Collection):
         def change(connection: Connection[Any]) -> None:
             old = self._forget(connection, [id])
             gone.update(number for number, _ in old)  # a try whose end was not heard of may have deleted it
-            self._sweep(connection, [picture for _, picture in old])
+            sweep(connection, [picture for _, picture in old])
 
         self._run(change, transaction=True)
         if not gone:
@@ -311,12 +319,6 @@ class PostgresCollection(Collection):
             "RETURNING number, picture"
         ).format(self.table)
         return connection.execute(statement, (list(ids),)).fetchall()
-
-    def _sweep(self, connection: Connection[Any], pictures: Sequence[str | None]) -> None:
-        if names := sorted({name for name in pictures if name is not None}):
-            # One after another, or two who each drop one of the last items with a picture would both leave it.
-            connection.execute("SELECT 1 FROM pictures WHERE name = ANY(%s) ORDER BY name FOR NO KEY UPDATE", (names,))
-            connection.execute(UNUSED, (names,))
 
     def _rows(self, statement: str, *values: Any) -> list[Any]:
         composed = sql.SQL(statement).format(_ITEM, self.table)

@@ -16,7 +16,7 @@ from app.collections import STAGED, Collections, refused
 from app.index import KINDS, VectorIndex
 from app.milvus import STARTING, MilvusIndex, collections_of, drop
 from app.postgres import LISTEN, TELL, Postgres
-from app.postgres_collection import UNUSED, PostgresCollection, PostgresPictures, writes_of
+from app.postgres_collection import PostgresCollection, PostgresPictures, sweep, writes_of
 from app.postgres_index import TABLE_KINDS, TableIndex
 from models.errors import InputError, NotFoundError, SemblanceError
 
@@ -201,7 +201,7 @@ class PostgresCollections(Collections):
         ).fetchall()
         connection.execute(sql.SQL("DROP TABLE {}").format(table))
         connection.execute("DELETE FROM collections WHERE key = %s", (key,))
-        connection.execute(UNUSED, ([name for (name,) in found],))
+        sweep(connection, [name for (name,) in found])
 
     def _change(self, change: Callable[[Connection[Any]], T]) -> T:
         """Change the list of collections here and, once it is durable, with every server."""

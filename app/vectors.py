@@ -60,11 +60,11 @@ def own_of(table: Path) -> dict[str, Any] | None:
     return None if own is None else json.loads(own)
 
 
-def belong_together(table: Path) -> bool:
-    """Whether the two files of a part are of one process. One that was cut off from its command goes on writing, and
-    may come between the files of what followed it."""
-    with safe_open(table.with_suffix(".safetensors"), "numpy") as vectors:
-        return bool((vectors.metadata() or {}).get("made") == (own_of(table) or {}).get("made"))
+def belong_together(own: dict[str, Any] | None, vectors: Path) -> bool:
+    """Whether a part's table, by what it says of itself, and its embeddings are of one process. One that was cut off
+    from its command goes on writing, and may come between the files of what followed it."""
+    with safe_open(vectors, "numpy") as file:
+        return bool((file.metadata() or {}).get("made") == (own or {}).get("made"))
 
 
 async def load_vectors(
@@ -172,7 +172,7 @@ def _clip_retrieval_rows(source: Path) -> Iterator[Row]:
 def _part_rows(table: Path, vectors: Path) -> Iterator[Row]:
     """Of a part that app/bulk.py made."""
     try:
-        if not belong_together(table):
+        if not belong_together(own_of(table), vectors):
             raise DataError(f"{table} and {vectors.name} are of two processes; `semblance index --to` makes them anew")
         embeddings = load_file(vectors)["embedding"]
     except (SafetensorError, KeyError) as error:

@@ -83,7 +83,10 @@ def found_in(folder: Path) -> tuple[dict[str, np.ndarray], list[dict[str, Any]],
         assert len(rows) == len(vectors)
         listed += rows
         embeddings |= {row["id"]: vector for row, vector in zip(rows, vectors, strict=True)}
-        bad += own["bad"] if (own := own_of(file)) and belong_together(file) else [f"{file} is not of one process"]
+        own = own_of(file)
+        assert own is not None
+        assert belong_together(own, file.with_suffix(".safetensors"))
+        bad += own["bad"]
     assert len(embeddings) == len(listed)
     return embeddings, listed, bad
 
