@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ class SQLiteCollection(Collection):
     def _put(self, ids: Sequence[str], items: Sequence[NewItem], vectors: Vectors) -> None:
         digests = [None if item.picture is None else self._pictures.put(item.picture) for item in items]
 
-        def change(connection: apsw.Connection) -> tuple[list[int], list[int], list[str]]:
+        def change(connection: apsw.Connection) -> tuple[list[int], list[int], list[str | None]]:
             if not rows(connection, "SELECT 1 FROM collections WHERE key = ?", self.key):
                 raise NotFoundError(f"collection {self.name!r} has been deleted")
             old = self._rows_of(connection, ids)
@@ -71,29 +72,29 @@ class SQLiteCollection(Collection):
             # Before the commit: a search that finds a row the database does not show (yet, or any more) leaves it out,
             # so an item that is being replaced is found under its old row until the commit and its new one after it.
             self._index.add(np.array(new, np.int64), vectors)
-            return [row for row, _ in old], new, unused(connection, [p for _, p in old if p is not None])
+            return [row for row, _ in old], new, [picture for _, picture in old]
 
-        def after(changed: tuple[list[int], list[int], list[str]]) -> None:
-            old, _, unused = changed
+        def after(changed: tuple[list[int], list[int], list[str | None]]) -> None:
+            old, _, pictures = changed
             self._index.remove(np.array(old, np.int64))
-            self._pictures.remove(unused)
+            sweep(self._database, self._pictures, pictures)
 
-        def undo(changed: tuple[list[int], list[int], list[str]]) -> None:
+        def undo(changed: tuple[list[int], list[int], list[str | None]]) -> None:
             self._index.remove(np.array(changed[1], np.int64))
 
         self._database.write(change, after, undo)
 
     def delete(self, id: str) -> None:
-        def change(connection: apsw.Connection) -> tuple[list[int], list[str]]:
+        def change(connection: apsw.Connection) -> tuple[list[int], list[str | None]]:
             old = self._rows_of(connection, [id])
             if not old:
                 raise self._missing(id)
             self._forget(connection, [row for row, _ in old])
-            return [row for row, _ in old], unused(connection, [p for _, p in old if p is not None])
+            return [row for row, _ in old], [picture for _, picture in old]
 
-        def after(changed: tuple[list[int], list[str]]) -> None:
+        def after(changed: tuple[list[int], list[str | None]]) -> None:
             self._index.remove(np.array(changed[0], np.int64))
-            self._pictures.remove(changed[1])
+            sweep(self._database, self._pictures, changed[1])
 
         self._database.write(change, after, frees=True)
 
@@ -184,13 +185,15 @@ class SQLiteCollection(Collection):
         connection.execute("DELETE FROM items WHERE row IN (SELECT value FROM json_each(?))", (json.dumps(list(keys)),))
 
 
-def unused(connection: apsw.Connection, pictures: Sequence[str]) -> list[str]:
-    """Those that no item has any more."""
-    used = connection.execute(
-        "SELECT DISTINCT picture FROM items WHERE picture IN (SELECT value FROM json_each(?))",
-        (json.dumps(list(pictures)),),
-    )
-    return sorted(set(pictures) - {row[0] for row in used})
+def sweep(database: Database, stored: Pictures, names: Iterable[str | None]) -> None:
+    """Delete those of the pictures that no item has any more. For after a commit, as a change of another that shared it
+    may have added an item with one; what cannot be read now is swept up at the next start."""
+    pictures = {name for name in names if name is not None}
+    if not pictures:
+        return
+    among = "SELECT DISTINCT picture FROM items WHERE picture IN (SELECT value FROM json_each(?))"
+    with suppress(StorageError), database.read() as connection:
+        stored.remove(pictures - {name for (name,) in rows(connection, among, json.dumps(sorted(pictures)))})
 
 
 def vectors_of(blobs: Sequence[bytes], dimensions: int, file: Path) -> Vectors:

@@ -15,7 +15,7 @@ from app.database import Database, rows
 from app.index import make_index
 from app.locking import lock
 from app.pictures import Pictures
-from app.sqlite_collection import SQLiteCollection, unused, vectors_of
+from app.sqlite_collection import SQLiteCollection, sweep, vectors_of
 from models.errors import NotFoundError
 
 _SNAPSHOTS = "index"
@@ -135,12 +135,12 @@ class SQLiteCollections(Collections):
             connection.execute("DELETE FROM collections WHERE key = ?", (key,))
             if not connection.changes():
                 raise NotFoundError(f"no collection {name!r}")
-            return unused(connection, pictures)
+            return pictures
 
-        def after(unused: list[str]) -> None:
+        def after(pictures: list[str]) -> None:
             with self._mutex:
                 self._open.pop(name, None)
-            self._pictures.remove(unused)
+            sweep(self._database, self._pictures, pictures)
 
         self._database.write(change, after, frees=True)
         collection.close()

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import shutil
 import sqlite3
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +46,28 @@ def test_an_item_that_is_replaced_between_index_and_database_is_found(
         monkeypatch.setattr(made._searches, "search", then_replaced)
         assert {hit.item.id for hit in made.search(unit_rows(1)[0], 10)} == {"i1", "i2"}
         assert len(asked) == 2
+
+
+def test_a_picture_stays_for_who_adds_it_in_the_commit_that_deletes_its_last_item(store: Path) -> None:
+    with SQLiteCollections(store) as collections, ThreadPoolExecutor(3) as pool:
+        made, held = _create(collections), threading.Event()
+        for first, then in (("i0", "i1"), ("i1", "i0")):
+            old, new = new_item(int(first[1:]), picture=b"the same"), new_item(int(then[1:]), picture=b"the same")
+            made.add([old])
+            held.clear()
+            waiting = [pool.submit(collections._database.write, lambda connection: held.wait(10))]
+            while collections._database._jobs.qsize():  # it is being run, and what comes now is one commit
+                time.sleep(0.001)
+            for number, work in enumerate((partial(made.delete, first), partial(made.add, [new])), 1):
+                waiting.append(pool.submit(work))
+                while collections._database._jobs.qsize() < number:
+                    time.sleep(0.001)
+            held.set()
+            for each in waiting:
+                each.result()
+            assert made.picture(then) == b"the same"
+            made.delete(then)
+        assert not [path for path in (store / "pictures").rglob("*") if path.is_file()]
 
 
 def test_a_second_process_is_told_who_holds_the_folder(store: Path) -> None:
