@@ -19,14 +19,17 @@ test: .venv/.test
 	$(BIN)/lint-imports
 	OMP_NUM_THREADS=1 $(MAKE) --jobs 2 --output-sync=target test-app test-others
 
+# A test that hangs says where and ends its half: the longest takes a minute.
+PYTEST := $(BIN)/pytest --durations 15 -o faulthandler_timeout=400 -o faulthandler_exit_on_timeout=true
+
 # Beside each other, each on a thread of its own: two that wait for one another are slower than one.
 test-app:
-	$(BIN)/pytest --durations 15 tests/app
+	$(PYTEST) tests/app
 
 test-others:
 	$(BIN)/mypy
-	$(BIN)/pytest --durations 15 tests/training
-	$(BIN)/pytest --durations 15 --ignore tests/app --ignore tests/training
+	$(PYTEST) tests/training
+	$(PYTEST) --ignore tests/app --ignore tests/training
 
 format: .venv/.test
 	$(BIN)/ruff check --fix .

@@ -16,6 +16,8 @@ from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
+from support import wait_for
+
 _SERVE = {
     "milvus-lite": """
 from milvus_lite.adapter.grpc.server import run_server
@@ -90,8 +92,7 @@ class PostgresServer:
             with suppress(ProcessLookupError):
                 os.kill(each, signal.SIGKILL)
         self._process.wait()
-        while any(Path(f"/proc/{each}").exists() for each in processes):
-            time.sleep(0.01)
+        wait_for(lambda: not any(Path(f"/proc/{each}").exists() for each in processes))
 
     def stop(self) -> None:
         """Let it finish in an orderly way, without waiting for its clients, and delete what it has."""

@@ -200,6 +200,14 @@ def interrupted_after(steps: int) -> Iterator[None]:
             yield
 
 
+def wait_for(holds: Callable[[], Any], seconds: float = 60) -> None:
+    """Until it does; an error when it takes longer, for a test that hangs says nothing."""
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, f"it took longer than {seconds} s"
+        time.sleep(0.01)
+
+
 def unit_rows(count: int, seed: int = 0, size: int = 8) -> np.ndarray:
     """Random directions, float32 (count, size)."""
     rows = np.random.default_rng(seed).standard_normal((count, size)).astype(np.float32)

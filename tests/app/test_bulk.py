@@ -21,9 +21,9 @@ import pyarrow.parquet
 import pytest
 from hosts import ALLOWED, Hosts
 from PIL import Image
-from ray_cluster import places_for_ray, start_ray, wait_for
+from ray_cluster import places_for_ray, start_ray
 from safetensors.numpy import load_file
-from support import tiny_clip
+from support import tiny_clip, wait_for
 
 from app import bulk
 from app.__main__ import main
@@ -196,11 +196,8 @@ def test_a_killed_command_goes_on_where_it_was(place: Path, tmp_path: Path, caps
     environment = {**os.environ, "SEMBLANCE_BACKEND": "torch-fp32"}
     command = _command(arguments, 32)
     process = subprocess.Popen(command, cwd=place, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    end = time.monotonic() + 120
-    while not list((tmp_path / "out").glob("part-*.parquet")):
-        assert time.monotonic() < end
-        assert process.poll() is None
-        time.sleep(0.01)
+    wait_for(lambda: list((tmp_path / "out").glob("part-*.parquet")) or process.poll() is not None, 120)
+    assert process.poll() is None
     process.kill()
     process.communicate()
     before = len(list((tmp_path / "out").glob("part-*.parquet")))

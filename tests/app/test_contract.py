@@ -9,7 +9,6 @@ import itertools
 import os
 import socket
 import threading
-import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
@@ -26,7 +25,7 @@ from schemathesis import Case, GenerationMode
 from schemathesis.checks import not_a_server_error
 from schemathesis.core.failures import FailureGroup
 from schemathesis.specs.openapi import checks
-from support import tiny_dalle
+from support import tiny_dalle, wait_for
 
 from app.engine import Engine
 from app.main import create_app
@@ -55,8 +54,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, engines: dict[str, Engine])
         running = uvicorn.Server(uvicorn.Config(app, port=port, log_config=None, log_level="critical"))
         thread = threading.Thread(target=running.run)
         thread.start()
-        while not running.started:
-            time.sleep(0.01)
+        wait_for(lambda: running.started)
         try:
             yield f"http://127.0.0.1:{port}"
         finally:

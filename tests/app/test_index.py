@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support import unit_rows
+from support import unit_rows, wait_for
 
 from app import duplicates
 from app import index as indexes
@@ -290,8 +290,7 @@ def test_searches_that_meet_are_made_as_one_and_each_has_its_own(monkeypatch: py
     assert begun.wait(30)
     for thread in threads[1:]:
         thread.start()
-    while len(shared._asked) < 19:
-        pass
+    wait_for(lambda: len(shared._asked) == 19)
     go_on.set()
     for thread in threads:
         thread.join()

@@ -169,8 +169,9 @@ def test_umap_that_fails_or_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
         made = Unfolding([None] * 5, np.zeros((5, 3), "f4"))
         made.start()
         if stop:
-            while not made.share:
-                await asyncio.sleep(0.01)
+            async with asyncio.timeout(60):
+                while not made.share:
+                    await asyncio.sleep(0.01)
             await made.stop()
         else:
             await asyncio.wait([made._task])

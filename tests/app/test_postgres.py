@@ -11,7 +11,7 @@ import numpy as np
 import psycopg
 import pytest
 from databases import MilvusServer, PostgresServer
-from support import new_item, unit_rows
+from support import new_item, unit_rows, wait_for
 
 from app import postgres_index
 from app.collection import Collection
@@ -118,10 +118,7 @@ def test_what_is_deleted_while_another_takes_the_place_is_not_in_it(
 def test_servers_tell_each_other_without_being_asked(pair: Pair) -> None:
     here, there = pair
     _create(here)
-    ends = time.monotonic() + 5
-    while there.names() != ["c"]:
-        assert time.monotonic() < ends
-        time.sleep(0.01)
+    wait_for(lambda: there.names() == ["c"], 5)
 
 
 def test_a_graph_is_built_by_one_server_and_used_by_all(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,10 +134,7 @@ def test_a_graph_is_built_by_one_server_and_used_by_all(url: str, monkeypatch: p
             made.add([new_item(i, vector=vectors[i], picture=None) for i in range(start, start + 500)])
             ours.wait()
         theirs = _soon(there, "c")
-        ends = time.monotonic() + 5
-        while theirs.info().index != "hnsw":
-            assert time.monotonic() < ends
-            time.sleep(0.01)
+        wait_for(lambda: theirs.info().index == "hnsw", 5)
         assert theirs.coverage == (2_000, 2_000)
         right = 0
         for query in unit_rows(50, seed=7, size=32):
@@ -346,7 +340,4 @@ def test_milvus_is_made_to_agree_when_a_server_starts(url: str, milvus: MilvusSe
         assert len(made.search(unit_rows(1)[0], 100)) == 49
         assert not collections_of(milvus.uri, names.pop())
         collections.delete("c")
-        ends = time.monotonic() + 10
-        while collections_of(milvus.uri, index._name):
-            assert time.monotonic() < ends
-            time.sleep(0.05)
+        wait_for(lambda: not collections_of(milvus.uri, index._name), 10)

@@ -31,9 +31,9 @@ import httpx
 import pytest
 from hosts import ALLOWED, Hosts
 from PIL import Image
-from ray_cluster import ENVIRONMENT, RAY, SMALL, places_for_ray, start_ray, wait_for
+from ray_cluster import ENVIRONMENT, RAY, SMALL, places_for_ray, start_ray
 from starlette.testclient import TestClient
-from support import tiny_clip, tiny_dalle
+from support import tiny_clip, tiny_dalle, wait_for
 from test_readme_commands import ROOT, blocks
 
 from app.loading import load_engines, load_generators

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from starlette.testclient import TestClient
-from support import problem, tiny_clip
+from support import problem, tiny_clip, wait_for
 
 from app.__main__ import main
 from app.engine import Engine, ModelEngine
@@ -136,8 +136,7 @@ def test_what_was_interrupted_goes_on_where_it_was(
     client = start({**engines, "other": first})
     _fill(client, "c", encoded)
     client.post("/collections/c/reindex", json={"model": "other"})
-    while client.get("/collections/c/reindex").json()["done"] < 32:
-        time.sleep(0.01)
+    wait_for(lambda: client.get("/collections/c/reindex").json()["done"] >= 32)
     service = client.app.state.service  # type: ignore[attr-defined]
     client.portal.call(service._reindexing["c"].stop)  # type: ignore[union-attr]
     assert client.get("/collections/c/reindex").json()["state"] == "interrupted"

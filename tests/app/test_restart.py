@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import httpx
-from support import running, unit_rows
+from support import running, unit_rows, wait_for
 
 from app.collection import NewItem
 from app.sqlite_collections import SQLiteCollections
@@ -22,8 +21,7 @@ def test_a_killed_server_has_its_items_and_their_graph_when_it_is_ready_again(
     with SQLiteCollections(tmp_path / "data") as collections:
         made = collections.create("big", model="clip", fingerprint=model.fingerprint, dimensions=24, index="hnsw")
         made.add([NewItem("text", row, f"i{number}") for number, row in enumerate(unit_rows(ITEMS, size=24))])
-        while made.info().indexed < ITEMS:
-            time.sleep(0.05)
+        wait_for(lambda: made.info().indexed == ITEMS)
     with running(checkpoints, tmp_path / "data") as server:
         gone = f"{server.url}/collections/big/items/i7"
         assert httpx.delete(gone).status_code == 204

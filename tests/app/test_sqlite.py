@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import sqlite3
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 
 import apsw
 import pytest
-from support import new_item, unit_rows
+from support import new_item, unit_rows, wait_for
 
 from app.sqlite_collections import SQLiteCollections
 from models.errors import StorageError
@@ -50,18 +49,21 @@ def test_an_item_that_is_replaced_between_index_and_database_is_found(
 
 def test_a_picture_stays_for_who_adds_it_in_the_commit_that_deletes_its_last_item(store: Path) -> None:
     with SQLiteCollections(store) as collections, ThreadPoolExecutor(3) as pool:
-        made, held = _create(collections), threading.Event()
+        made = _create(collections)
         for first, then in (("i0", "i1"), ("i1", "i0")):
             old, new = new_item(int(first[1:]), picture=b"the same"), new_item(int(then[1:]), picture=b"the same")
             made.add([old])
-            held.clear()
-            waiting = [pool.submit(collections._database.write, lambda connection: held.wait(10))]
-            while collections._database._jobs.qsize():  # it is being run, and what comes now is one commit
-                time.sleep(0.001)
+            running, held = threading.Event(), threading.Event()
+
+            def hold(_: Any, running: threading.Event = running, held: threading.Event = held) -> None:
+                running.set()
+                held.wait(30)
+
+            waiting = [pool.submit(collections._database.write, hold)]
+            assert running.wait(30)  # what comes now is one commit
             for number, work in enumerate((partial(made.delete, first), partial(made.add, [new])), 1):
                 waiting.append(pool.submit(work))
-                while collections._database._jobs.qsize() < number:
-                    time.sleep(0.001)
+                wait_for(lambda number=number: collections._database._jobs.qsize() == number)  # type: ignore[misc]
             held.set()
             for each in waiting:
                 each.result()

@@ -20,6 +20,7 @@ import pytest
 import torch
 from hosts import ALLOWED, Hosts
 from safetensors.torch import load_file
+from support import wait_for
 
 ROOT = Path(__file__).parents[2]
 STEPS = 40
@@ -50,11 +51,8 @@ def _step(folder: Path) -> int:
 
 
 def _until(holds: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 180) -> None:
-    end = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < end, "it took too long"
-        assert process.poll() is None, "it ended before its fault"
-        time.sleep(0.02)
+    wait_for(lambda: holds() or process.poll() is not None, seconds)
+    assert process.poll() is None, "it ended before its fault"
 
 
 def _workers(folder: Path) -> list[int]:
