@@ -224,7 +224,7 @@ def body_of(model: type[B], *, optional: bool = False) -> Callable[[Request], Aw
             return await _from_form(model, request)
         if kind != "application/json" and not kind.endswith("+json"):
             raise MediaTypeError("the body must be application/json or multipart/form-data")
-        body = await request.body()
+        body = b"".join([part async for part in request.stream()])  # request.body() would hold it until the answer
         if optional and not body:
             return model()
         if len(body) > _LARGE_BODY:

@@ -355,7 +355,7 @@ def test_there_are_more_replicas_while_inputs_wait(cluster: Cluster) -> None:
     """Last of those with this cluster. The replicas that are not needed any more go after the five minutes that Ray
     gives them."""
     # This model is done in a moment, so a moment is what is too long to wait for it.
-    with cluster.serving("--replicas", "clip=1-3", "--gpus", "0.1", "--wait-ms", "1", log="scaled") as url:
+    with cluster.serving("--replicas", "clip=1-3", "--gpus", "0.1", "--wait-ms", "0.1", log="scaled") as url:
         loading = threading.Thread(target=lambda: answers.extend(asyncio.run(load(url, 150))))
         answers: list[tuple[float, int]] = []
         began = time.monotonic()

@@ -15,6 +15,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import statistics
@@ -25,7 +26,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,9 +35,11 @@ import faiss
 import httpx
 import numpy as np
 import torch
+from lean_http import Connection
 from peer import write_weights
 from PIL import Image
 
+from app.backends import has_native_bf16
 from app.images import Limits, decode
 from app.loading import load_engine
 from app.settings import Settings
@@ -102,6 +105,11 @@ class Server:
             total += int(re.search(r"^Pss:\s+(\d+)", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.M)[1]) * 1024
         return total
 
+    def resident(self) -> int:
+        """What the process itself has, at once: to count who shares a page takes the kernel long enough to be seen in
+        what is measured meanwhile."""
+        return int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
 
 @contextmanager
 def serving(name: str, ask: Callable[..., tuple[str, dict[str, Any]]], *command: str, **given: str) -> Iterator[Server]:
@@ -138,12 +146,11 @@ def serving(name: str, ask: Callable[..., tuple[str, dict[str, Any]]], *command:
 
 @dataclass
 class Measured:
-    """What a client saw. seconds: each good answer's. statuses: of all. slowest_refusal: seconds of the slowest 503."""
+    """What a client saw. seconds: each good answer's. statuses: of all."""
 
     rate: float = 0.0
     seconds: list[float] = field(default_factory=list)
     statuses: Counter[int] = field(default_factory=Counter)
-    slowest_refusal: float = 0.0
 
     @property
     def middle(self) -> float:
@@ -153,31 +160,26 @@ class Measured:
 
 async def drive(requests: Iterator[tuple[str, bytes]], concurrency: int, seconds: float) -> Measured:
     """Keep `concurrency` requests under way for so long, after as many to warm up."""
-    found, limits = Measured(), httpx.Limits(max_connections=concurrency)
-    headers = {"content-type": "application/json"}
-    async with httpx.AsyncClient(limits=limits, timeout=120, headers=headers) as client:
+    found = Measured()
+    with ExitStack() as stack:
+        connections = [stack.enter_context(closing(Connection())) for _ in range(concurrency)]
 
-        async def one() -> tuple[int, float]:
+        async def one(connection: Connection) -> tuple[int, float]:
             url, body = next(requests)
             start = time.perf_counter()
-            try:
-                status = (await client.post(url, content=body) if body else await client.get(url)).status_code
-            except httpx.TransportError:  # it hung up; counted as 0
-                status = 0
-            return status, time.perf_counter() - start
+            return await connection.status(url, body), time.perf_counter() - start
 
-        async def worker(end: float) -> None:
+        async def worker(connection: Connection, end: float) -> None:
             while time.perf_counter() < end:
-                status, taken = await one()
+                status, taken = await one(connection)
                 found.statuses[status] += 1
                 if status == 200:
                     found.seconds.append(taken)
-                elif status == 503:
-                    found.slowest_refusal = max(found.slowest_refusal, taken)
 
-        await asyncio.gather(*(one() for _ in range(max(2, concurrency))))
+        for _ in range(2 // concurrency or 1):
+            await asyncio.gather(*map(one, connections))
         start = time.perf_counter()
-        await asyncio.gather(*(worker(start + seconds) for _ in range(concurrency)))
+        await asyncio.gather(*(worker(each, start + seconds) for each in connections))
         found.rate = len(found.seconds) / (time.perf_counter() - start)
     return found
 
@@ -212,7 +214,10 @@ def beside_peers(servers: Sequence[Server], files: dict[str, list[bytes]], secon
                 wrong = "" if set(found.statuses) <= {200} else f" {dict(found.statuses)}"
                 cells.append(f"{found.rate:,.1f} ({found.middle:,.0f}){wrong}")
                 rates.append(found.rate)
-            beside = ", ".join(f"{rates[0] / each:.1f} x" if each else "-" for each in rates[1:])
+            ours = sum(each.name.startswith("ours") for each in servers)
+            beside = "; ".join(
+                ", ".join(f"{own / each:.1f} x" if each else "-" for each in rates[ours:]) for own in rates[:ours]
+            )
             print(f"| {name} | {concurrency} | " + " | ".join(cells) + f" | {beside} |", flush=True)
 
 
@@ -341,35 +346,35 @@ def overload(server: Server, files: list[bytes], seconds: float) -> None:
     """Twice what it can do, for so long: memory, refusals and the pace of what is accepted."""
     given = [{"jpeg": base64.b64encode(each).decode()} for each in files]
     able = asyncio.run(drive(asked(server, given), 32, 10)).rate
-    before, statuses, slow, waited = server.bytes(), Counter[int](), [], []
+    before, statuses, slow, waited = server.resident(), Counter[int](), [], []
     requests = asked(server, given)
 
     async def flood() -> int:
-        limits, peak = httpx.Limits(max_connections=None), before
-        async with httpx.AsyncClient(limits=limits, timeout=60, headers={"content-type": "application/json"}) as client:
+        peak, idle = before, list[Connection]()
 
-            async def one() -> None:
-                url, body = next(requests)
-                start = time.perf_counter()
-                try:
-                    status = (await client.post(url, content=body)).status_code
-                except httpx.TransportError:
-                    status = 0  # it hung up
-                statuses[status] += 1
-                (waited if status == 200 else slow).append(time.perf_counter() - start)
+        async def one() -> None:
+            url, body = next(requests)
+            connection = idle.pop() if idle else Connection()
+            start = time.perf_counter()
+            status = await connection.status(url, body)
+            statuses[status] += 1
+            (waited if status == 200 else slow).append(time.perf_counter() - start)
+            idle.append(connection)
 
-            tasks, start = set(), time.perf_counter()
-            looked = start
-            for number in itertools.count():
-                due = start + number / (2 * able)
-                if due > start + seconds:
-                    break
-                await asyncio.sleep(max(0.0, due - time.perf_counter()))
-                tasks.add(task := asyncio.create_task(one()))
-                task.add_done_callback(tasks.discard)
-                if time.perf_counter() > looked + 5:
-                    looked, peak = time.perf_counter(), max(peak, server.bytes())
-            await asyncio.gather(*tasks)
+        tasks, start = set(), time.perf_counter()
+        looked = start
+        for number in itertools.count():
+            due = start + number / (2 * able)
+            if due > start + seconds:
+                break
+            await asyncio.sleep(max(0.0, due - time.perf_counter()))
+            tasks.add(task := asyncio.create_task(one()))
+            task.add_done_callback(tasks.discard)
+            if time.perf_counter() > looked + 5:
+                looked, peak = time.perf_counter(), max(peak, server.resident())
+        await asyncio.gather(*tasks)
+        for each in idle:
+            each.close()
         return peak
 
     peak = asyncio.run(flood())
@@ -378,7 +383,7 @@ def overload(server: Server, files: list[bytes], seconds: float) -> None:
         f"\n2 x {able:.0f} requests/s for {seconds:.0f} s: {dict(statuses)}, {len(waited) / seconds:.0f}/s answered "
         f"(p50 {statistics.median(waited) * 1e3:,.0f} ms, slowest {max(waited) * 1e3:,.0f}), refused within "
         f"{late[0]:.0f} ms (p50) and {late[1]:.0f} ms (p99); memory {before / 2**20:,.0f} MiB before, at most "
-        f"{peak / 2**20:,.0f} during, {server.bytes() / 2**20:,.0f} after"
+        f"{peak / 2**20:,.0f} during, {server.resident() / 2**20:,.0f} after"
     )
 
 
@@ -410,7 +415,12 @@ def main() -> None:
         details = httpx.get(f"{ours.url}/models").json()
         print(f"ours: {json.dumps(details)[:2000]}")
         if "peers" in arguments.parts:
-            servers = [ours]
+            servers = []
+            for backend in ("torch-bf16" if has_native_bf16(torch.device("cpu")) else "torch-fp32", "onnx-int8"):
+                shutil.copytree(store / "exports", place / backend / "exports")
+                start = (*semblance, "serve", *common, "--data", str(place / backend))
+                chosen = {"SEMBLANCE_BACKEND": backend}
+                servers.append(stack.enter_context(serving(f"ours, {backend}", _ours, *start, **chosen)))
             for name, ask, folder, weights in (
                 ("infinity", _infinity, arguments.infinity, place / "hf"),
                 ("clip-as-service", _clip_as_service, arguments.clip_as_service, place / "vit.pt"),
