@@ -346,11 +346,10 @@ def overload(server: Server, files: list[bytes], seconds: float) -> None:
     """Twice what it can do, for so long: memory, refusals and the pace of what is accepted."""
     given = [{"jpeg": base64.b64encode(each).decode()} for each in files]
     able = asyncio.run(drive(asked(server, given), 32, 10)).rate
-    before, statuses, slow, waited = server.resident(), Counter[int](), [], []
-    requests = asked(server, given)
+    held, statuses, slow, waited = [server.resident()], Counter[int](), [], []
+    requests, idle = asked(server, given), list[Connection]()
 
-    async def flood() -> int:
-        peak, idle = before, list[Connection]()
+    async def flood() -> None:
 
         async def one() -> None:
             url, body = next(requests)
@@ -362,7 +361,6 @@ def overload(server: Server, files: list[bytes], seconds: float) -> None:
             idle.append(connection)
 
         tasks, start = set(), time.perf_counter()
-        looked = start
         for number in itertools.count():
             due = start + number / (2 * able)
             if due > start + seconds:
@@ -370,20 +368,20 @@ def overload(server: Server, files: list[bytes], seconds: float) -> None:
             await asyncio.sleep(max(0.0, due - time.perf_counter()))
             tasks.add(task := asyncio.create_task(one()))
             task.add_done_callback(tasks.discard)
-            if time.perf_counter() > looked + 5:
-                looked, peak = time.perf_counter(), max(peak, server.resident())
+            if time.perf_counter() > start + 5 * len(held):
+                held.append(server.resident())
         await asyncio.gather(*tasks)
         for each in idle:
             each.close()
-        return peak
 
-    peak = asyncio.run(flood())
+    asyncio.run(flood())
     late = np.percentile(slow, [50, 99]) * 1e3 if slow else [float("nan")] * 2
     print(
         f"\n2 x {able:.0f} requests/s for {seconds:.0f} s: {dict(statuses)}, {len(waited) / seconds:.0f}/s answered "
         f"(p50 {statistics.median(waited) * 1e3:,.0f} ms, slowest {max(waited) * 1e3:,.0f}), refused within "
-        f"{late[0]:.0f} ms (p50) and {late[1]:.0f} ms (p99); memory {before / 2**20:,.0f} MiB before, at most "
-        f"{peak / 2**20:,.0f} during, {server.resident() / 2**20:,.0f} after"
+        f"{late[0]:.0f} ms (p50) and {late[1]:.0f} ms (p99); memory, MiB: {held[0] >> 20:,} before, at most "
+        f"{max(held[: len(held) // 10 + 2]) >> 20:,} in the first tenth, {max(held) >> 20:,} in all, "
+        f"{server.resident() >> 20:,} after"
     )
 
 
