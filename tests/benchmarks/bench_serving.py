@@ -345,7 +345,7 @@ def searching(server: Server, count: int, seconds: float) -> None:
 def overload(server: Server, files: list[bytes], seconds: float) -> None:
     """Twice what it can do, for so long: memory, refusals and the pace of what is accepted."""
     given = [{"jpeg": base64.b64encode(each).decode()} for each in files]
-    able = asyncio.run(drive(asked(server, given), 32, 10)).rate
+    able = asyncio.run(drive(asked(server, given), 64, 10)).rate  # as many as fill its batches beside those in decoding
     held, statuses, slow, waited = [server.resident()], Counter[int](), [], []
     requests, idle = asked(server, given), list[Connection]()
 
