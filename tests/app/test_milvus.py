@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 from databases import MilvusServer, PostgresServer
-from support import unit_rows
+from support import unit_rows, wait_for
 
 from app import milvus as milvus_module
 from app import reconciliation
@@ -219,19 +219,20 @@ def test_a_server_that_is_killed_in_mid_writing_holds_the_truth_once_it_is_recon
         except Exception as error:
             failed.append(error)
 
+    def until(holds: Callable[[], bool], writer: threading.Thread) -> None:
+        wait_for(lambda: holds() or not writer.is_alive(), 180)
+
     for _ in range(2):
         writer = threading.Thread(target=write)
         stop.clear()
         writer.start()
         before = len(truth)
-        while len(truth) < before + 200 and writer.is_alive():
-            time.sleep(0.001)
+        until(lambda before=before: len(truth) >= before + 200, writer)  # type: ignore[misc]
         server.kill()
         assert not failed
         server.start()  # the writer waits for it, and goes on
         waited = len(truth)
-        while len(truth) == waited and writer.is_alive():
-            time.sleep(0.01)
+        until(lambda waited=waited: len(truth) != waited, writer)  # type: ignore[misc]
         stop.set()
         writer.join()
         assert not failed
