@@ -52,11 +52,9 @@ def _fill(client: TestClient, name: str, encoded: Encoded, count: int = 80, mode
 
 
 def _wait(client: TestClient, name: str = "c") -> dict[str, Any]:
-    ends = time.monotonic() + 60
-    while (found := client.get(f"/collections/{name}/reindex").json())["state"] == "running":
-        assert time.monotonic() < ends
-        time.sleep(0.02)
-    return found
+    address = f"/collections/{name}/reindex"
+    wait_for(lambda: client.get(address).json()["state"] != "running")
+    return client.get(address).json()
 
 
 def _scores(client: TestClient, name: str) -> dict[str, float]:
