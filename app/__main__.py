@@ -98,9 +98,9 @@ def build_parser() -> argparse.ArgumentParser:
     models = add_command(commands, "models", _models, "List the models, what they take and what they measured")
     models.add_argument("--json", action="store_true", help="print the answer as JSON")
 
-    export = add_command(commands, "export", _export, "Write a model for ONNX Runtime or OpenVINO, compared with torch")
+    export = add_command(commands, "export", _export, "Make a model ready for another backend, compared with torch")
     export.add_argument("name", help="a model, as `semblance models` lists it")
-    export.add_argument("--to", required=True, choices=("onnx", "openvino"), help="the runtime")
+    export.add_argument("--to", required=True, choices=("torch", "onnx", "openvino"), help="the runtime; torch: int8")
     export.add_argument(
         "--pictures", help="a folder, table or .tar(.gz) to compare and calibrate on (default: the demo's scenes)"
     )

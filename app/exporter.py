@@ -1,7 +1,8 @@
-"""Writes a model's towers for ONNX Runtime or OpenVINO, and compares what they compute with torch in float32.
+"""Writes a model's towers for ONNX Runtime or OpenVINO, or the ranges that torch needs for int8, and compares what they
+compute with torch in float32.
 
-The towers take what the engine gives them: pictures as bytes, normalised inside, and token ids. Needs the extra `onnx`
-or `openvino`.
+The towers take what the engine gives them: pictures as bytes, normalised inside, and token ids. Other runtimes than
+torch need the extra `onnx` or `openvino`.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from app import int8
 from app.backends import (
     FILES,
     Array,
@@ -30,6 +33,7 @@ from app.backends import (
     has_native_bf16,
     in_bf16,
     missing,
+    serves_here,
     timed,
     torch_tower,
     unit,
@@ -40,7 +44,7 @@ from app.settings import Backend
 from models.errors import DataError, InputError
 from models.readers import BadRows, file_bytes, read
 
-Runtime = Literal["onnx", "openvino"]
+Runtime = Literal["torch", "onnx", "openvino"]
 Found = dict[Tower, dict[Backend, Parity]]
 _TIE = 1e-6  # of two cosines
 _PART = 32  # inputs a forward, when all of a calibration set is computed
@@ -75,8 +79,8 @@ def read_calibration(source: str, count: int) -> Calibration:
 def export_model(name: str, model: Any, exports: Exports, to: Runtime, calibration: Calibration, threads: int) -> Found:
     """Write both towers of a model that is on the CPU; compare a runtime's backends with torch, record it and give it.
 
-    A text tower without texts to compare it on is left out, and a file of these weights that is there is kept. Raises
-    CheckpointError if a library is missing.
+    A text tower without texts to compare it on is left out, and so is, of torch, one without transformer blocks. A file
+    of these weights that is there is kept. Raises CheckpointError if a library is missing.
     """
     exports.folder.mkdir(parents=True, exist_ok=True)
     counts = {"pictures": len(calibration.pictures), "texts": len(calibration.texts)}
@@ -119,8 +123,8 @@ def _backends(
             yield name, torch_tower(name, model, tower, cpu)
         elif name == "torch-bf16" and native:
             yield name, torch_tower(name, in_bf16(deepcopy(model)), tower, cpu)
-        elif name.startswith(to) and (native or name != "openvino-bf16"):
-            yield name, exported_tower(name, exports.folder, tower, threads)
+        elif name in FILES and serves_here(name, cpu) and (exports.folder / FILES[name].format(tower=tower)).is_file():
+            yield name, exported_tower(name, exports.folder, model, tower, threads)
 
 
 def _rows(encode: Encode, batch: Tensor) -> Array:
@@ -143,6 +147,9 @@ def _written(exports: Exports, model: Any, tower: Tower, to: Runtime, batch: Ten
     """The files of a tower, written whole or not at all."""
     exact = exports.folder / f"{tower}.onnx"
     with TemporaryDirectory(dir=exports.folder) as staging:
+        if to == "torch":
+            files = _write_ranges(model, tower, batch, Path(staging) / f"{tower}-int8.safetensors")
+            return [file.replace(exports.folder / file.name) for file in files]
         files = [] if exports.holds(exact.name) else [_write_onnx(model, tower, batch, Path(staging) / exact.name)]
         source = files[0] if files else exact
         if to == "onnx":
@@ -150,6 +157,17 @@ def _written(exports: Exports, model: Any, tower: Tower, to: Runtime, batch: Ten
         else:
             files += _quantize_openvino(source, Path(staging) / f"{tower}-int8.xml", batch)
         return [file.replace(exports.folder / file.name) for file in files]
+
+
+def _write_ranges(model: nn.Module, tower: Tower, batch: Tensor, file: Path) -> list[Path]:
+    """What int8 is to cover of each product of the transformer blocks, which may be none."""
+
+    def run(observed: Any) -> None:
+        _rows(torch_tower("torch-fp32", observed, tower, torch.device("cpu")), batch)
+
+    ranges = int8.observe(model, run)
+    save_file(ranges, file)
+    return [file] if ranges else []
 
 
 class _Tower(nn.Module):

@@ -25,8 +25,8 @@ from app.backends import (
     default_tower,
     example,
     exported_tower,
-    has_native_bf16,
     in_bf16,
+    serves_here,
     timed,
     torch_tower,
 )
@@ -76,7 +76,7 @@ class Exports:
         """Every backend that was compared, with what it was found to do."""
         return {name: Parity(**row) for name, row in self.report.get("towers", {}).get(tower, {}).items()}
 
-    def open(self, backend: Backend, tower: Tower, threads: int) -> Encode:
+    def open(self, backend: Backend, model: Any, tower: Tower, threads: int) -> Encode:
         """A tower from its file. Raises CheckpointError if it is not there, or not what was written."""
         if backend not in self.found(tower):
             raise CheckpointError(
@@ -84,10 +84,10 @@ class Exports:
                 f"{backend.partition('-')[0]}` first"
             )
         file = Path(FILES[backend].format(tower=tower))
-        for name in [file.name] if file.suffix == ".onnx" else [file.name, file.with_suffix(".bin").name]:
+        for name in [file.name, file.with_suffix(".bin").name] if file.suffix == ".xml" else [file.name]:
             if not self.holds(name):
                 raise self._wrong(f"{name} is not what was written")
-        return exported_tower(backend, self.folder, tower, threads)
+        return exported_tower(backend, self.folder, model, tower, threads)
 
     def holds(self, name: str) -> bool:
         """Whether a file is there as it was written."""
@@ -119,9 +119,9 @@ def choose(
     exports, backend = exports_of(model, settings), settings.backend
     if backend == "auto":
         return _fastest(name, model, tower, exports, device, threads)
-    if backend.startswith("torch"):
-        return backend, torch_tower(backend, model, tower, device)
-    return backend, exports.open(backend, tower, threads)
+    if backend in FILES:
+        return backend, exports.open(backend, model, tower, threads)
+    return backend, torch_tower(backend, model, tower, device)
 
 
 def _fastest(
@@ -135,7 +135,8 @@ def _fastest(
         found = {}
     if own[0] in found and found[own[0]].agreement < LEAST_AGREEMENT:
         own = "torch-fp32", torch_tower("torch-fp32", model, tower, device)
-    able = [each for each, parity in found.items() if parity.agreement >= LEAST_AGREEMENT and _is_for(each, device)]
+    agreeing = [each for each, parity in found.items() if each in FILES and parity.agreement >= LEAST_AGREEMENT]
+    able = [each for each in agreeing if serves_here(each, device)]
     if not able:
         return own
     seconds = _measured(exports, model, tower, own, able, threads)
@@ -144,7 +145,7 @@ def _fastest(
         if backend == own[0]:
             break
         try:
-            encode = exports.open(backend, tower, threads)
+            encode = exports.open(backend, model, tower, threads)
         except CheckpointError as error:
             log.warning("%s is passed over: %s", backend, error)
             continue
@@ -153,10 +154,6 @@ def _fastest(
         return backend, encode
     log.info("%s, %s: %s (ms: %s)", name, tower, own[0], taken)
     return own
-
-
-def _is_for(backend: Backend, device: torch.device) -> bool:
-    return not backend.startswith("torch") and (backend != "openvino-bf16" or has_native_bf16(device))
 
 
 def _measured(
@@ -179,7 +176,7 @@ def _measured(
     seconds = {own[0]: sum(timed(encode, batch))}
     for backend in able:
         try:
-            seconds[backend] = sum(timed(exports.open(backend, tower, threads), batch))
+            seconds[backend] = sum(timed(exports.open(backend, model, tower, threads), batch))
         except CheckpointError as error:  # damaged, or its runtime is not installed here
             log.warning("%s is passed over: %s", backend, error)
     _write_json(file, {key: seconds})

@@ -15,7 +15,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from app.backends import Array, choose_device, has_native_bf16, in_bf16, towers_of
+from app import int8
+from app.backends import FILES, Array, choose_device, has_native_bf16, in_bf16, towers_of
 from app.engine import Description, Engine, ModelEngine
 from app.exports import choose
 from app.settings import Settings
@@ -62,8 +63,9 @@ def load_engine(name: str, reference: str, settings: Settings) -> ModelEngine:
         in_bf16(model)
     engine = ModelEngine(name, model, device=settings.device, batch_size=settings.batch_size, towers=towers)
     engine.warm_up()
-    if not any(backend.startswith("torch") for backend, _ in towers.values()):
-        for parameter in model.parameters():
+    backends = {backend for backend, _ in towers.values()}
+    if backends <= FILES.keys():  # what nothing computes with leaves the memory
+        for parameter in int8.block_parameters(model) if "torch-int8" in backends else model.parameters():
             parameter.data = parameter.data.new_empty(0)
     return engine
 

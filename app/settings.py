@@ -15,6 +15,7 @@ from models.errors import ForbiddenError
 Backend = Literal[
     "torch-fp32",
     "torch-bf16",
+    "torch-int8",
     "torch-compiled",
     "torch-graphs",
     "onnx-fp32",

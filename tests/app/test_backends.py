@@ -21,13 +21,14 @@ from app.backends import exported_tower, filled_shape, in_bf16, torch_tower
 from app.engine import ModelEngine
 from app.exporter import export_model, read_calibration
 from app.exports import Exports, exports_of
+from app.int8 import block_parameters
 from app.loading import load_engine
 from app.settings import Settings
 from models.checkpoint import load_model
 from models.errors import CheckpointError, DataError
 
 EXACT = ("onnx-fp32", "openvino-fp32")
-NARROW = ("onnx-int8", "openvino-int8")
+NARROW = ("torch-int8", "onnx-int8", "openvino-int8")
 
 
 @pytest.fixture(scope="module")
@@ -44,12 +45,12 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def exported(checkpoints: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store with the model `clip` exported for both runtimes."""
+    """A store with the model `clip` exported for every runtime."""
     settings = Settings(store=tmp_path_factory.mktemp("store"))
     model = load_model(checkpoints / "clip")
     exports = exports_of(model, settings)
     calibration = read_calibration(str(pictures), 12)
-    for runtime in ("onnx", "openvino"):
+    for runtime in ("torch", "onnx", "openvino"):
         export_model("clip", model, exports, runtime, calibration, 1)
     return settings.store
 
@@ -72,7 +73,7 @@ def test_every_backend_gives_the_rows_of_torch(
     assert other.details["backends"] == {"image": backend, "text": backend}
     images = [picture(seed) for seed in range(5)]
     texts = ["a", "a red star", "two hearts on a gray background " * 3]
-    least = {"torch-bf16": 0.999} | dict.fromkeys(NARROW, 0.9)
+    least = {"torch-bf16": 0.999, "torch-compiled": 0.999} | dict.fromkeys(NARROW, 0.9)  # bfloat16, where there is any
     for count in (1, 3, 5):  # sizes that no file was made with
         for rows, expected in (
             (other.embed_images(images[:count]), exact.embed_images(images[:count])),
@@ -90,7 +91,39 @@ def test_weights_that_nothing_computes_with_leave_the_memory(checkpoints: Path, 
         return sum(parameter.numel() for parameter in engine.model.parameters())
 
     assert held(_engine(checkpoints, exported, "onnx-fp32")) == 0
-    assert held(_engine(checkpoints, exported, "torch-fp32")) > 10_000
+    whole = held(_engine(checkpoints, exported, "torch-fp32"))
+    narrow = _engine(checkpoints, exported, "torch-int8")
+    blocks = sum(parameter.numel() for parameter in block_parameters(load_model(checkpoints / "clip")))
+    assert blocks > 10_000
+    assert held(narrow) == whole - blocks
+    assert np.isfinite(narrow.embed_texts(["a"])).all()
+
+
+def test_a_long_batch_is_computed_by_one_thread_a_part(checkpoints: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, seen = load_model(checkpoints / "clip"), []
+    encode = model.encode_text
+
+    def noted(batch: torch.Tensor) -> torch.Tensor:
+        seen.append((len(batch), torch.get_num_threads()))
+        return encode(batch)
+
+    monkeypatch.setattr(model, "encode_text", noted)
+    tower = torch_tower("torch-fp32", model, "text", torch.device("cpu"))
+    batch = model.tokenizer(CORPUS[:9] * 2)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        rows = tower(batch)
+        assert sorted(seen) == [(9, 1), (9, 1)]
+        seen.clear()
+        assert np.allclose(tower(batch[:7]), rows[:7], atol=1e-5)  # too few to be worth it
+        assert seen == [(7, 2)]
+        assert torch.get_num_threads() == 2
+        torch.set_num_threads(1)
+        assert np.allclose(tower(batch), rows, atol=1e-5)
+        assert seen[1:] == [(18, 1)]
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_an_export_says_what_it_was_found_to_do(exported: Path, checkpoints: Path) -> None:
@@ -203,7 +236,7 @@ def test_an_open_clip_model_and_one_without_text_are_exported_too(tmp_path: Path
     tokens = tokens[:, : int(model.text_lengths(tokens).max())]  # as they are served: shorter than they were exported
     with torch.inference_mode():
         expected = model.encode_text(tokens).numpy()
-    encode = exported_tower("onnx-fp32", tmp_path / "exports", "text", 1)
+    encode = exported_tower("onnx-fp32", tmp_path / "exports", model, "text", 1)
     assert np.allclose(encode(tokens), expected, atol=1e-5)
     model.tokenizer = None
     assert set(export_model("vit", model, Exports(tmp_path / "blind"), "onnx", calibration, 1)) == {"image"}

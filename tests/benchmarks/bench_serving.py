@@ -406,7 +406,7 @@ def main() -> None:
         reference, store = f"open_clip:ViT-B-32/{place / 'vit.safetensors'}", place / "data"
         semblance = (sys.executable, "-m", "app")
         common = ("--model", f"vit={reference}", "--data", str(store), "--checkpoints", str(place / "none"))
-        for runtime in ("onnx", "openvino"):
+        for runtime in ("torch", "onnx", "openvino"):
             export = [*semblance, "export", "vit", "--to", runtime, "--pictures", str(place / "pictures"), *common]
             subprocess.run(export, check=True, cwd=ROOT)
         ours = stack.enter_context(serving("ours", _ours, *semblance, "serve", *common))
@@ -414,7 +414,7 @@ def main() -> None:
         print(f"ours: {json.dumps(details)[:2000]}")
         if "peers" in arguments.parts:
             servers = []
-            for backend in ("torch-bf16" if has_native_bf16(torch.device("cpu")) else "torch-fp32", "onnx-int8"):
+            for backend in ("torch-bf16" if has_native_bf16(torch.device("cpu")) else "torch-fp32", "torch-int8"):
                 shutil.copytree(store / "exports", place / backend / "exports")
                 start = (*semblance, "serve", *common, "--data", str(place / backend))
                 chosen = {"SEMBLANCE_BACKEND": backend}

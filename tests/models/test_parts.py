@@ -99,9 +99,12 @@ def test_crop_equals_torchvision(picture: Callable[..., Image.Image], size: tupl
     load_torchvision()
     from torchvision.transforms import v2
 
-    image = picture(1, size)
-    theirs = v2.Compose([v2.Resize(32, v2.InterpolationMode.BICUBIC), v2.CenterCrop(32), v2.PILToTensor()])(image)
-    assert torch.equal(Preprocess(size=32, resize="crop")(image), theirs)
+    image, resize, crop = picture(1, size), v2.Resize(32, v2.InterpolationMode.BICUBIC), v2.CenterCrop(32)
+    ours = Preprocess(size=32, resize="crop")(image)
+    assert torch.equal(ours, v2.Compose([v2.PILToTensor(), resize, crop])(image))
+    off = (ours.int() - v2.Compose([resize, crop, v2.PILToTensor()])(image).int()).abs()
+    assert off.max() <= 1  # Pillow itself rounds a little otherwise
+    assert (off > 0).float().mean() < 0.06
 
 
 def test_pad_keeps_the_whole_picture_and_fills_the_rest() -> None:

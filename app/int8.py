@@ -1,0 +1,312 @@
+"""Transformer blocks in int8 by the oneDNN that torch brings: the backend `torch-int8`.
+
+A block's four products of matrices take bytes and give float32. The scales and shifts that make bytes are known from a
+calibration set and folded into what comes before: the layer norms' weights, the weights that give the attention's
+values (the attention's own sum to one, so a shift passes through), and the scale at which the MLP's first product is
+written. So a running block only rounds. A tensor's channels differ in range; they are levelled first (SmoothQuant,
+arXiv:2211.10438, eq. 4 with alpha 1/2), which is folded the same way.
+
+Blocks of ours, of open_clip and of timm are known; a block of another kind stays what it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from copy import deepcopy
+from typing import Any, NamedTuple, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Ranges = dict[str, Tensor]  # "block/product" -> (2, C): the least and the greatest of each channel of what it takes
+_TINY = 1e-5
+# name -> (function, oneDNN's name and algorithm of it, what the product before is multiplied by to be able to use that)
+_ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], tuple[str, str], float]] = {
+    "gelu": (F.gelu, ("gelu", "none"), 1.0),
+    "gelu-tanh": (lambda x: F.gelu(x, approximate="tanh"), ("gelu", "tanh"), 1.0),
+    "quick-gelu": (lambda x: x * torch.sigmoid(1.702 * x), ("swish", ""), 1.702),
+}
+
+
+class Product(NamedTuple):
+    """x @ weight.T + bias, in float32. weight: (N, C). bias: (N,)."""
+
+    weight: Tensor
+    bias: Tensor
+
+    @classmethod
+    def of(cls, weight: Tensor, bias: Tensor | None, scale: nn.Module | None = None) -> Self:
+        """From a module's parameters, and the one after it that scales each of the N."""
+        weight = weight.detach().float()
+        bias = torch.zeros(len(weight)) if bias is None else bias.detach().float()
+        gamma: Tensor | None = getattr(scale, "gamma", None)
+        return cls(weight, bias) if gamma is None else cls(weight, bias).scaled(gamma.detach().float())
+
+    def scaled(self, gains: Tensor, shifts: Tensor | float = 0.0) -> Self:
+        """With each of the N times `gains` plus `shifts`."""
+        return type(self)(self.weight * gains[:, None], self.bias * gains + shifts)
+
+
+class Parts(NamedTuple):
+    """What a pre-norm transformer block computes. activation: one of _ACTIVATIONS."""
+
+    heads: int
+    norm1: nn.LayerNorm
+    qkv: Product
+    out: Product
+    norm2: nn.LayerNorm
+    fc1: Product
+    activation: str
+    fc2: Product
+
+
+def observe(model: nn.Module, run: Callable[[Any], object]) -> Ranges:
+    """What the products of a model's blocks take while `run` computes with the model; empty if it has no such block."""
+    ranges: Ranges = {}
+    run(_with_blocks(model, lambda name, parts: _Observed(name, parts, ranges)))
+    return ranges
+
+
+def quantized(model: nn.Module, ranges: Mapping[str, Tensor]) -> Any:
+    """A copy of a model that shares its other weights, with every block in int8 that there are ranges of."""
+    return _with_blocks(model, lambda name, parts: Int8Block(name, parts, ranges) if f"{name}/qkv" in ranges else None)
+
+
+def block_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """The weights that a quantized copy does not share."""
+    for module in model.modules():
+        if parts_of(module) is not None:
+            yield from module.parameters()
+
+
+def supported() -> bool:
+    """Whether this processor multiplies bytes exactly: without VNNI it adds pairs of products in 16 bits."""
+    return bool(torch.cpu._is_vnni_supported())
+
+
+def _with_blocks(model: nn.Module, replacement: Callable[[str, Parts], nn.Module | None]) -> Any:
+    shared: dict[int, Any] = {id(each): each for each in (*model.parameters(), *model.buffers())}
+    copy = deepcopy(model, shared)
+    for name, module in list(copy.named_modules()):
+        if (parts := parts_of(module)) is not None and (block := replacement(name, parts)) is not None:
+            parent, _, child = name.rpartition(".")
+            setattr(copy.get_submodule(parent), child, block)
+    return copy
+
+
+class _Replacement(nn.Module):
+    """A block as its model calls it."""
+
+    def get_weight_dtype(self) -> torch.dtype:
+        """What open_clip casts a block's input to."""
+        return torch.float32
+
+
+class _Observed(_Replacement):
+    """A block in float32 that notes the ranges of what its products take."""
+
+    def __init__(self, name: str, parts: Parts, ranges: Ranges) -> None:
+        super().__init__()
+        self.name, self.parts, self.ranges = name, parts, ranges
+
+    def forward(self, x: Tensor, causal: bool = False, attn_mask: Tensor | None = None) -> Tensor:
+        parts = self.parts
+        mixed = _attention(self._see("qkv", parts.norm1(x)), parts.heads, causal, attn_mask)
+        x = x + self._see("out", mixed)
+        activation, _, _ = _ACTIVATIONS[parts.activation]
+        return x + self._see("fc2", activation(self._see("fc1", parts.norm2(x))))
+
+    def _see(self, product: str, x: Tensor) -> Tensor:
+        low, high = torch.aminmax(x.flatten(0, -2), dim=0)
+        key = f"{self.name}/{product}"
+        known = self.ranges.get(key, torch.stack([low, high]))
+        self.ranges[key] = torch.stack([torch.minimum(known[0], low), torch.maximum(known[1], high)])
+        return F.linear(x, *getattr(self.parts, product))
+
+
+class Int8Block(_Replacement):
+    """A block in int8. float (B, L, D) -> float32 (B, L, D)."""
+
+    def __init__(self, name: str, parts: Parts, ranges: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        taken = {each: ranges[f"{name}/{each}"] for each in ("qkv", "out", "fc1", "fc2")}
+        qkv, out, fc1 = (_Bytes.of(taken[each], getattr(parts, each).weight) for each in ("qkv", "out", "fc1"))
+        fc2 = _Bytes.of(taken["fc2"])
+        as_they_are = torch.ones(2 * len(out.gains))  # queries and keys; the values are what `out` takes
+        shifts = torch.full_like(out.gains, out.shift)
+        values = parts.qkv.scaled(torch.cat([as_they_are, out.gains]), torch.cat([0 * as_they_are, shifts]))
+        self.heads = parts.heads
+        self.norm1, self.qkv = _ByteNorm(parts.norm1, qkv), _Int8Product(values, qkv)
+        self.out = _Int8Product(parts.out, out)
+        self.norm2, self.fc1 = _ByteNorm(parts.norm2, fc1), _Int8Product(parts.fc1, fc1, parts.activation, fc2)
+        self.fc2 = _Int8Product(parts.fc2, fc2)
+
+    def forward(self, x: Tensor, causal: bool = False, attn_mask: Tensor | None = None) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            x = x.float().contiguous()  # oneDNN adds rows as they lie
+            mixed = _attention(self.qkv(self.norm1(x)), self.heads, causal, attn_mask)
+            x = self.out.added(_to_bytes(mixed), x)
+            return self.fc2.added(self.fc1(self.norm2(x)), x)
+
+
+class _Bytes(NamedTuple):
+    """How channels become bytes: x * gains + shift, cut off. levels: (C,), what is divided by before one step for all.
+
+    shift: half a step above `zero`, for bytes are cut off and not rounded.
+    """
+
+    levels: Tensor
+    step: float
+    zero: int
+
+    @classmethod
+    def of(cls, ranges: Tensor, weight: Tensor | None = None) -> Self:
+        """weight: (N, C), that will take them: its channels are levelled with theirs. Without, no channel is."""
+        levels = torch.ones(ranges.shape[1])
+        if weight is not None:
+            levels = (ranges.abs().amax(0).clamp(min=_TINY) / weight.abs().amax(0).clamp(min=_TINY)).sqrt()
+        low, high = (min(0.0, float((ranges / levels).min())), max(0.0, float((ranges / levels).max())))
+        step = max(high - low, _TINY) / 255
+        return cls(levels, step, round(-low / step))
+
+    @property
+    def gains(self) -> Tensor:
+        return 1 / (self.levels * self.step)
+
+    @property
+    def shift(self) -> float:
+        return self.zero + 0.5
+
+
+def _to_bytes(x: Tensor) -> Tensor:
+    """What is scaled and shifted already -> uint8; overwrites x."""
+    return x.clamp_(0, 255).to(torch.uint8)
+
+
+class _ByteNorm(nn.Module):
+    """A layer norm that gives bytes."""
+
+    def __init__(self, norm: nn.LayerNorm, to: _Bytes) -> None:
+        super().__init__()
+        self.shape, self.eps = norm.normalized_shape, norm.eps
+        bias = 0.0 if norm.bias is None else norm.bias.detach().float()
+        self.weight, self.bias = norm.weight.detach().float() * to.gains, bias * to.gains + to.shift
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _to_bytes(F.layer_norm(x, self.shape, self.weight, self.bias, self.eps))
+
+
+class _Int8Product(nn.Module):
+    """A product of bytes: a scale for each of its N rows of weights. uint8 (..., C) -> float32 (..., N).
+
+    With an activation it gives bytes, such as `gives` says.
+    """
+
+    def __init__(
+        self, product: Product, takes: _Bytes, activation: str | None = None, gives: _Bytes | None = None
+    ) -> None:
+        super().__init__()
+        gain = 1.0
+        self.takes = takes.step, takes.zero
+        self.gives: tuple[float, int, torch.dtype] = (1.0, 0, torch.float32)
+        self.after: tuple[str, list[Any], str] = ("none", [], "")
+        if activation is not None and gives is not None:
+            _, (name, algorithm), gain = _ACTIVATIONS[activation]
+            self.gives, self.after = (gives.step * gain, gives.zero, torch.uint8), (name, [], algorithm)
+        weight, self.bias = product.weight * takes.levels * gain, product.bias * gain
+        scales = weight.abs().amax(1).clamp(min=_TINY * _TINY) / 127
+        packed = torch.ops.onednn.qlinear_prepack((weight / scales[:, None]).round().to(torch.int8), None)
+        self.weights = packed, scales, torch.zeros(len(scales), dtype=torch.int64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows: Tensor = torch.ops.onednn.qlinear_pointwise(
+            x, *self.takes, *self.weights, self.bias, *self.gives, *self.after
+        )
+        return rows
+
+    def added(self, x: Tensor, other: Tensor) -> Tensor:
+        """Its rows plus float32 (..., N), in one pass."""
+        rows: Tensor = torch.ops.onednn.qlinear_pointwise.binary(
+            x, *self.takes, *self.weights, other, self.bias, *self.gives, 1.0, 0, "add", 1.0, *self.after
+        )
+        return rows
+
+
+def _attention(qkv: Tensor, heads: int, causal: bool, attn_mask: Tensor | None) -> Tensor:
+    """Queries, keys and values (B, L, 3 D) -> (B, L, D). attn_mask: added, (L, L) or (B * H, L, L)."""
+    queries, keys, values = qkv.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+    if attn_mask is not None and attn_mask.dim() == 3:
+        attn_mask = attn_mask.unflatten(0, (-1, heads))
+    mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask, is_causal=causal)
+    return mixed.transpose(1, 2).flatten(2)
+
+
+def parts_of(block: nn.Module) -> Parts | None:
+    """What a block computes; None if it is none that is known, or has something in it that Parts does not say."""
+    kind = f"{type(block).__module__}.{type(block).__qualname__}"
+    parts = _KINDS[kind](block) if kind in _KINDS else None
+    whole = parts is not None and all(norm.weight is not None for norm in (parts.norm1, parts.norm2))
+    return parts if whole else None
+
+
+def _ours(block: Any) -> Parts:
+    attention, (fc1, _, fc2) = block.attention, block.mlp
+    return Parts(
+        attention.heads,
+        block.norm1,
+        Product.of(attention.qkv.weight, attention.qkv.bias),
+        Product.of(attention.out.weight, attention.out.bias),
+        block.norm2,
+        Product.of(fc1.weight, fc1.bias),
+        "gelu",
+        Product.of(fc2.weight, fc2.bias),
+    )
+
+
+def _open_clip(block: Any) -> Parts | None:
+    attention, mlp = block.attn, block.mlp
+    activation = _activation(mlp.gelu)
+    if activation is None or hasattr(block, "ln_1_kv") or not attention.batch_first:
+        return None
+    return Parts(
+        attention.num_heads,
+        block.ln_1,
+        Product.of(attention.in_proj_weight, attention.in_proj_bias),
+        Product.of(attention.out_proj.weight, attention.out_proj.bias, block.ls_1),
+        block.ln_2,
+        Product.of(mlp.c_fc.weight, mlp.c_fc.bias),
+        activation,
+        Product.of(mlp.c_proj.weight, mlp.c_proj.bias, block.ls_2),
+    )
+
+
+def _timm(block: Any) -> Parts | None:
+    attention, mlp = block.attn, block.mlp
+    activation = _activation(mlp.act)
+    others = (attention.q_norm, attention.k_norm, attention.norm, mlp.norm)
+    if activation is None or attention.gate is not None or not all(type(each) is nn.Identity for each in others):
+        return None
+    return Parts(
+        attention.num_heads,
+        block.norm1,
+        Product.of(attention.qkv.weight, attention.qkv.bias),
+        Product.of(attention.proj.weight, attention.proj.bias, block.ls1),
+        block.norm2,
+        Product.of(mlp.fc1.weight, mlp.fc1.bias),
+        activation,
+        Product.of(mlp.fc2.weight, mlp.fc2.bias, block.ls2),
+    )
+
+
+_KINDS: dict[str, Callable[[Any], Parts | None]] = {
+    "models.layers.Block": _ours,
+    "open_clip.transformer.ResidualAttentionBlock": _open_clip,
+    "timm.models.vision_transformer.Block": _timm,
+}
+
+
+def _activation(module: nn.Module) -> str | None:
+    if isinstance(module, nn.GELU):
+        return "gelu" if module.approximate == "none" else "gelu-tanh"
+    return "quick-gelu" if type(module).__name__ == "QuickGELU" else None
