@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import logging
 import threading
 from concurrent.futures import Future
@@ -14,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from app import snapshots
+from app import graphs, snapshots
 from models.errors import InputError
 from models.retrieval import Hit
 
@@ -91,14 +89,14 @@ def make_index(
     exact = ExactIndex(dimensions)
     if vectors is not None:
         exact.add(ids, vectors)
-    return GrowingIndex(kind, exact, snapshot) if kind != "flat" and _has_faiss() else exact
+    return GrowingIndex(kind, exact, snapshot) if kind != "flat" and graphs.has_faiss() else exact
 
 
 def check_kind(kind: str) -> None:
     """Raises InputError for an unknown kind of index, and for one that needs FAISS where it is not installed."""
     if kind not in KINDS:
         raise InputError(f"index {kind!r} is unknown; choose one of {', '.join(KINDS)}")
-    if kind in _LEAST and not _has_faiss():
+    if kind in _LEAST and not graphs.has_faiss():
         raise InputError(f"index {kind!r} needs FAISS, which is not installed; choose flat, or install semblance[cpu]")
 
 
@@ -172,19 +170,10 @@ class ExactIndex:
 
 
 @dataclass(frozen=True)
-class _Graph:
-    """What FAISS built, and the ids of all vectors that it ever took."""
-
-    kind: str
-    index: Any
-    ids: Ids
-
-
-@dataclass(frozen=True)
 class _State:
     """What a search goes by; replaced as a whole when a graph has been built. gone: removed since."""
 
-    graph: _Graph | None
+    graph: graphs.Graph | None
     recent: ExactIndex
     gone: Ids = field(default_factory=lambda: _NO_IDS)
 
@@ -206,7 +195,7 @@ class GrowingIndex:
         self._builder: threading.Thread | None = None
         self._state = _State(None, ExactIndex(exact.dimensions))
         if snapshot is not None and len(exact) and (kept := snapshots.load(snapshot, exact)) is not None:
-            self._take(_Graph(*kept))
+            self._take(graphs.built(*kept))
         with self._lock:
             self._maintain()
 
@@ -250,7 +239,7 @@ class GrowingIndex:
         # Few allowed ones, or very many wanted ones, are found faster by looking at each.
         if state.graph is None or 20 * k > count or (allowed is not None and 20 * len(allowed) < count):
             return self._exact.search(queries, k, allowed)
-        near = _candidates(state.graph, queries, k, allowed, state.gone)
+        near = graphs.candidates(state.graph, queries, k, allowed, state.gone)
         found = []
         for query, ids, hits in zip(queries, near, state.recent.search(queries, k, allowed), strict=True):
             known, vectors = self._exact.vectors(ids)
@@ -302,7 +291,9 @@ class GrowingIndex:
 
     def _build_all(self) -> None:
         try:
-            _faiss().omp_set_num_threads(1)  # of this thread's work alone; the rest of the machine is the searches'
+            graphs.load_faiss().omp_set_num_threads(
+                1
+            )  # of this thread's work alone; the rest of the machine is the searches'
             while True:
                 with self._lock:
                     if self._stop.is_set() or not self._due():
@@ -322,10 +313,10 @@ class GrowingIndex:
             return
         if old is None or old.kind != kind or fresh:
             todo, covered = self._exact.ids(), [_NO_IDS]
-            index = _empty(kind, self._exact, todo)
+            index = graphs.empty(kind, self._exact, todo)
         else:
             todo, covered = self._state.recent.ids(), [old.ids]
-            index = _faiss().clone_index(old.index)
+            index = graphs.load_faiss().clone_index(old.index)
         for start in range(0, len(todo), _BUILD):
             if self._stop.is_set():
                 return
@@ -333,12 +324,12 @@ class GrowingIndex:
             if len(ids):
                 index.add_with_ids(vectors, ids)
                 covered.append(ids)
-        graph = _Graph(kind, index, np.concatenate(covered))
+        graph = graphs.built(kind, index, np.concatenate(covered))
         self._take(graph)
         if self._snapshot is not None and not self._stop.is_set():
             snapshots.save(self._snapshot, kind, index, self._exact, graph.ids)
 
-    def _take(self, graph: _Graph | None) -> None:
+    def _take(self, graph: graphs.Graph | None) -> None:
         """Search by this graph from now on."""
         with self._lock:
             recent, gone = ExactIndex(self.dimensions), _NO_IDS
@@ -390,51 +381,6 @@ class SharedSearch:
             self._searching = False
             self._turn.notify_all()
         return mine.answer.result()
-
-
-def _empty(kind: str, exact: ExactIndex, ids: Ids) -> Any:
-    """An index of FAISS without vectors, trained on those of `exact` where it must be."""
-    faiss, size = _faiss(), exact.dimensions
-    if kind == "hnsw":
-        # Half precision says well enough where to look, and needs no training on what may not be typical.
-        graph = faiss.IndexHNSWSQ(size, faiss.ScalarQuantizer.QT_fp16, 32, faiss.METRIC_INNER_PRODUCT)
-        graph.hnsw.efConstruction = 100
-        return faiss.IndexIDMap(graph)
-    lists = max(1, min(int(4 * len(ids) ** 0.5), len(ids) // 39))
-    codes = next(parts for parts in range(max(1, size // 8), 0, -1) if size % parts == 0)
-    index = faiss.IndexIVFPQ(faiss.IndexFlatIP(size), size, lists, codes, 8, faiss.METRIC_INNER_PRODUCT)
-    sample = np.random.default_rng(0).permutation(ids)[: max(10_000, 50 * lists)]
-    index.train(exact.vectors(sample)[1])
-    return index
-
-
-def _candidates(graph: _Graph, queries: Vectors, k: int, allowed: Ids | None, gone: Ids) -> list[Ids]:
-    """The ids near each query by the graph's own measure, without those that are gone or not allowed."""
-    faiss, selector = _faiss(), None
-    if allowed is not None:
-        selector = faiss.IDSelectorBatch(allowed)
-    elif len(gone):
-        of_gone = faiss.IDSelectorBatch(gone)
-        selector = faiss.IDSelectorNot(of_gone)
-    if graph.kind == "hnsw":
-        width = max(64, 4 * k)
-        options = faiss.SearchParametersHNSW(efSearch=width, sel=selector)
-    else:
-        width = max(256, 16 * k)  # codes of a sixteenth of the bytes tell near ones apart badly
-        options = faiss.SearchParametersIVF(nprobe=max(16, graph.index.nlist // 8), sel=selector)
-    # Of this thread's work alone. Two threads wait for each other: 8 ms a query in place of 0.4 where cores are busy.
-    faiss.omp_set_num_threads(1)
-    _, found = graph.index.search(queries, width, params=options)
-    return [row[row >= 0] for row in found]  # FAISS fills up with id -1
-
-
-def _faiss() -> Any:
-    """It takes a while to import, it may not be there, and its types are those of C++."""
-    return importlib.import_module("faiss")
-
-
-def _has_faiss() -> bool:
-    return importlib.util.find_spec("faiss") is not None
 
 
 def checked_rows(vectors: Vectors, dimensions: int) -> Vectors:

@@ -178,7 +178,7 @@ class _Use:
 def needs(scope: Scope) -> Any:
     """A route's dependency: the request's key, where one is asked for, must have the scope. Raises ForbiddenError."""
 
-    def check(request: Request) -> None:
+    async def check(request: Request) -> None:  # of FastAPI, what is not async costs a thread
         key: Key | None = request.scope["state"].get("key")
         if key is not None and SCOPES.index(key.scope) < SCOPES.index(scope):
             raise ForbiddenError(f"key {key.name!r} has the scope {key.scope}, and this needs {scope}")

@@ -300,7 +300,7 @@ def _open(settings: Settings, value: str | bytes | Path, index: int, target: int
         raise
 
 
-def get_service(request: Request) -> Service:
+async def get_service(request: Request) -> Service:  # of FastAPI, what is not async costs a thread
     """The running server's service, as a dependency."""
     return request.app.state.service
 

@@ -7,12 +7,15 @@ import random
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import faiss
 import numpy as np
 import pytest
 from support import unit_rows, wait_for
 
-from app import duplicates
+from app import duplicates, graphs
 from app import index as indexes
 from app.collection import NewItem
 from app.index import ExactIndex, GrowingIndex, SharedSearch, VectorIndex, make_index
@@ -144,14 +147,14 @@ def test_auto_goes_from_one_kind_to_the_next_and_back_and_misses_nothing_on_the_
 @pytest.mark.usefixtures("small")
 def test_what_is_added_and_removed_while_a_graph_is_built_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     vectors, begun, go_on = unit_rows(600, 0, SIZE), threading.Event(), threading.Event()
-    empty = indexes._empty
+    empty = graphs.empty
 
     def slow(*args: object) -> object:
         begun.set()
         assert go_on.wait(30)
         return empty(*args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(indexes, "_empty", slow)
+    monkeypatch.setattr(graphs, "empty", slow)
     index = make_index("hnsw", SIZE, np.arange(500), vectors[:500])
     assert isinstance(index, GrowingIndex)
     assert begun.wait(30)
@@ -173,7 +176,7 @@ def test_a_graph_that_cannot_be_built_leaves_searches_exact(
     def fail(*args: object) -> None:
         raise MemoryError("no room")
 
-    monkeypatch.setattr(indexes, "_empty", fail)
+    monkeypatch.setattr(graphs, "empty", fail)
     vectors = unit_rows(300, 0, SIZE)
     index = _built("hnsw", vectors)
     assert index.kind == "flat"
@@ -182,16 +185,79 @@ def test_a_graph_that_cannot_be_built_leaves_searches_exact(
     assert _ids(index, vectors[7], 1) == [7]
 
 
+class _Gpu:
+    """A GPU as FAISS offers one, its work done by the processor. widths: of every search."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, room: bool = True) -> None:
+        self.widths: list[int] = []
+        self.trained = 0
+
+        def take(resources: object, device: int, index: Any, options: Any = None) -> Any:
+            if options is None:
+                self.trained += 1
+                return index
+            if not room:
+                raise RuntimeError("out of memory")
+            assert options.useFloat16
+            copy = faiss.clone_index(index)
+
+            def search(queries: np.ndarray, width: int, params: Any) -> Any:
+                assert params.sel is None
+                assert max(width, params.nprobe) <= 2048
+                self.widths.append(width)
+                return copy.search(queries, width, params=params)
+
+            return SimpleNamespace(search=search)
+
+        monkeypatch.setattr(faiss, "get_num_gpus", lambda: 1)
+        for name, stand_in in {
+            "StandardGpuResources": SimpleNamespace,
+            "GpuClonerOptions": SimpleNamespace,
+            "index_cpu_to_gpu": take,
+        }.items():
+            monkeypatch.setattr(faiss, name, stand_in, raising=False)
+
+
+@pytest.mark.usefixtures("small")
+def test_codes_are_searched_on_a_gpu_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, vectors = _Gpu(monkeypatch), unit_rows(2_500, 0, SIZE)
+    index = _built("ivfpq", vectors)
+    assert gpu.trained == 1
+    assert [_ids(index, vectors[each], 1) for each in range(9)] == [[each] for each in range(9)]
+    assert gpu.widths == [256] * 9
+    gpu.widths.clear()
+    index.remove(np.arange(0, 1_000, 2))
+    assert _ids(index, vectors[7], 1) == [7]
+    assert not any(each < 1_000 and each % 2 == 0 for each in _ids(index, vectors[8], 30))
+    index.add(np.array([8]), vectors[8:9])  # what comes back is found once
+    assert _ids(index, vectors[8], 5).count(8) == 1
+    assert gpu.widths == [512, 2 * 16 * 30, 512]
+    assert set(_ids(index, vectors[7], 5, np.arange(500, 1_500))) <= set(range(500, 1_500))  # a GPU takes no selector
+    assert len(gpu.widths) == 3
+
+
+@pytest.mark.usefixtures("small")
+def test_codes_that_have_no_room_on_a_gpu_are_searched_beside_it(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    gpu, vectors = _Gpu(monkeypatch, room=False), unit_rows(2_500, 0, SIZE)
+    index = _built("ivfpq", vectors)
+    assert index.kind == "ivfpq"
+    assert "searched on the processor" in caplog.text
+    assert _ids(index, vectors[7], 1) == [7]
+    assert gpu.widths == []
+
+
 @pytest.fixture
 def building(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The kinds that were built from nothing."""
-    built, empty = [], indexes._empty
+    built, empty = [], graphs.empty
 
     def counted(kind: str, exact: ExactIndex, ids: np.ndarray) -> object:
         built.append(kind)
         return empty(kind, exact, ids)
 
-    monkeypatch.setattr(indexes, "_empty", counted)
+    monkeypatch.setattr(graphs, "empty", counted)
     return built
 
 

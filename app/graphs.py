@@ -1,0 +1,125 @@
+"""What FAISS makes of a collection's vectors, to say where to look: a graph (HNSW), or codes (IVF-PQ).
+
+Codes are searched, and what they need is trained, on a GPU where FAISS has one (the extra `gpu`). A GPU knows no graph
+of this kind, takes one search at a time and cannot pass over ids, so the codes stay in memory, too.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import logging
+import threading
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+log = logging.getLogger(__name__)
+
+Ids = NDArray[np.int64]
+Vectors = NDArray[np.float32]
+_GPU_MOST = 2048  # candidates, and lists, that FAISS looks at on a GPU
+
+
+class Held(Protocol):
+    """Where the vectors themselves are."""
+
+    @property
+    def dimensions(self) -> int: ...
+    def vectors(self, ids: Ids) -> tuple[Ids, Vectors]: ...
+
+
+@dataclass(frozen=True)
+class Graph:
+    """What FAISS built, and the ids of all vectors that it ever took."""
+
+    kind: str
+    index: Any
+    ids: Ids
+    gpu: OnGpu | None = None
+
+
+def built(kind: str, index: Any, ids: Ids) -> Graph:
+    """With a copy on a GPU, if there is one that can take it."""
+    if kind != "ivfpq" or not load_faiss().get_num_gpus():
+        return Graph(kind, index, ids)
+    try:
+        return Graph(kind, index, ids, OnGpu(index))
+    except Exception:  # FAISS raises RuntimeError for memory and for code sizes that it has no kernel for
+        log.warning("the index does not go on the GPU and is searched on the processor", exc_info=True)
+        return Graph(kind, index, ids)
+
+
+class OnGpu:
+    """A copy of an index on the first GPU; searches take turns."""
+
+    def __init__(self, index: Any) -> None:
+        options = load_faiss().GpuClonerOptions()
+        options.useFloat16 = True  # of the tables that codes are looked up in: in float32 long codes have no room
+        self._resources = load_faiss().StandardGpuResources()
+        self._index = load_faiss().index_cpu_to_gpu(self._resources, 0, index, options)
+        self._lock = threading.Lock()
+
+    def search(self, queries: Vectors, width: int, lists: int) -> Ids:
+        """(Q, D) -> (Q, width) ids, -1 where there are no more."""
+        with self._lock:
+            _, found = self._index.search(queries, width, params=load_faiss().SearchParametersIVF(nprobe=lists))
+        return found
+
+
+def empty(kind: str, exact: Held, ids: Ids) -> Any:
+    """An index of FAISS without vectors, trained on those of `exact` where it must be."""
+    faiss, size = load_faiss(), exact.dimensions
+    if kind == "hnsw":
+        # Half precision says well enough where to look, and needs no training on what may not be typical.
+        graph = faiss.IndexHNSWSQ(size, faiss.ScalarQuantizer.QT_fp16, 32, faiss.METRIC_INNER_PRODUCT)
+        graph.hnsw.efConstruction = 100
+        return faiss.IndexIDMap(graph)
+    lists = max(1, min(int(4 * len(ids) ** 0.5), len(ids) // 39))
+    codes = next(parts for parts in range(max(1, size // 8), 0, -1) if size % parts == 0)
+    index = faiss.IndexIVFPQ(faiss.IndexFlatIP(size), size, lists, codes, 8, faiss.METRIC_INNER_PRODUCT)
+    sample = np.random.default_rng(0).permutation(ids)[: max(10_000, 50 * lists)]
+    if faiss.get_num_gpus():  # the search for the lists' centres, which is most of the training
+        index.clustering_index = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, faiss.IndexFlatIP(size))
+    index.train(exact.vectors(sample)[1])
+    index.clustering_index = None
+    return index
+
+
+def candidates(graph: Graph, queries: Vectors, k: int, allowed: Ids | None, gone: Ids) -> list[Ids]:
+    """The ids near each query by the graph's own measure, without those that are gone or not allowed."""
+    faiss, selector = load_faiss(), None
+    width, lists = max(64, 4 * k), 0
+    if graph.kind == "ivfpq":
+        width = max(256, 16 * k)  # codes of a sixteenth of the bytes tell near ones apart badly
+        lists = max(16, graph.index.nlist // 8)
+    wider = 2 * width if len(gone) else width  # where it cannot pass over what is gone, of which a third is the most
+    if graph.gpu is not None and allowed is None and max(wider, lists) <= _GPU_MOST:
+        found = graph.gpu.search(queries, wider, lists)
+        there = (found >= 0) & ~np.isin(found, gone)
+        return [row[kept] for row, kept in zip(found, there, strict=True)]
+    if allowed is not None:
+        selector = faiss.IDSelectorBatch(allowed)
+    elif len(gone):
+        of_gone = faiss.IDSelectorBatch(gone)
+        selector = faiss.IDSelectorNot(of_gone)
+    if graph.kind == "hnsw":
+        options = faiss.SearchParametersHNSW(efSearch=width, sel=selector)
+    else:
+        options = faiss.SearchParametersIVF(nprobe=lists, sel=selector)
+    # Of this thread's work alone. Two threads wait for each other: 8 ms a query in place of 0.4 where cores are busy.
+    faiss.omp_set_num_threads(1)
+    _, found = graph.index.search(queries, width, params=options)
+    return [row[row >= 0] for row in found]  # FAISS fills up with id -1
+
+
+def load_faiss() -> Any:
+    """It takes a while to import, it may not be there, and its types are those of C++."""
+    return importlib.import_module("faiss")
+
+
+def has_faiss() -> bool:
+    """Whether it is installed."""
+    return importlib.util.find_spec("faiss") is not None
