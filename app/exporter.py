@@ -163,7 +163,9 @@ def _write_ranges(model: nn.Module, tower: Tower, batch: Tensor, file: Path) -> 
     """What int8 is to cover of each product of the transformer blocks, which may be none."""
 
     def run(observed: Any) -> None:
-        _rows(torch_tower("torch-fp32", observed, tower, torch.device("cpu")), batch)
+        with torch.inference_mode():
+            for part in batch.split(_PART):
+                getattr(observed, f"encode_{tower}")(part)
 
     ranges = int8.observe(model, run)
     save_file(ranges, file)

@@ -4,7 +4,8 @@ A block's four products of matrices take bytes and give float32. The scales and 
 calibration set and folded into what comes before: the layer norms' weights, the weights that give the attention's
 values (the attention's own sum to one, so a shift passes through), and the scale at which the MLP's first product is
 written. So a running block only rounds. A tensor's channels differ in range; they are levelled first (SmoothQuant,
-arXiv:2211.10438, eq. 4 with alpha 1/2), which is folded the same way.
+arXiv:2211.10438, eq. 4 with alpha 1/2), which is folded the same way. Pictures are bytes to begin with: what cuts them
+into patches takes them as they are, and has in its weights what normalises them.
 
 Blocks of ours, of open_clip and of timm are known; a block of another kind stays what it is.
 """
@@ -13,13 +14,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
+from functools import partial
 from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Ranges = dict[str, Tensor]  # "block/product" -> (2, C): the least and the greatest of each channel of what it takes
+from models.preprocess import Preprocess
+
+# "block/product" -> (2, C): the least and the greatest of each channel of what it takes. "module/patches", empty: this
+# convolution cuts the normalised pictures into patches.
+Ranges = dict[str, Tensor]
 _TINY = 1e-5
 # name -> (function, oneDNN's name and algorithm of it, what the product before is multiplied by to be able to use that)
 _ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], tuple[str, str], float]] = {
@@ -64,13 +70,31 @@ class Parts(NamedTuple):
 def observe(model: nn.Module, run: Callable[[Any], object]) -> Ranges:
     """What the products of a model's blocks take while `run` computes with the model; empty if it has no such block."""
     ranges: Ranges = {}
-    run(_with_blocks(model, lambda name, parts: _Observed(name, parts, ranges)))
-    return ranges
+    copy = _with_blocks(model, lambda name, parts: _Observed(name, parts, ranges))
+    if isinstance(preprocess := getattr(model, "preprocess", None), Preprocess):
+        copy.preprocess = watched = _Watched(preprocess)
+        for name, module in copy.named_modules():
+            if _cuts_patches(module):
+                module.register_forward_pre_hook(partial(_see_pictures, f"{name}/patches", watched, ranges))
+    run(copy)
+    return ranges if any(key.endswith("/qkv") for key in ranges) else {}
 
 
-def quantized(model: nn.Module, ranges: Mapping[str, Tensor]) -> Any:
-    """A copy of a model that shares its other weights, with every block in int8 that there are ranges of."""
-    return _with_blocks(model, lambda name, parts: Int8Block(name, parts, ranges) if f"{name}/qkv" in ranges else None)
+def quantized(model: Any, ranges: Mapping[str, Tensor]) -> Any:
+    """A copy of a model that shares its other weights, with every block in int8 that there are ranges of.
+
+    Where a tower reads its first token alone, its last block computes no others.
+    """
+    copy = _with_blocks(model, lambda name, parts: Int8Block(name, parts, ranges) if f"{name}/qkv" in ranges else None)
+    for module in copy.modules():
+        if isinstance(last := _last_before_first_token(module), Int8Block):
+            last.first_only = True
+    for key in ranges:
+        name, _, what = key.partition("/")
+        if what == "patches":
+            _replace(copy, name, _Patches(copy.get_submodule(name), model.preprocess))
+            copy.preprocess = _AsTheyAre()
+    return copy
 
 
 def block_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
@@ -90,9 +114,76 @@ def _with_blocks(model: nn.Module, replacement: Callable[[str, Parts], nn.Module
     copy = deepcopy(model, shared)
     for name, module in list(copy.named_modules()):
         if (parts := parts_of(module)) is not None and (block := replacement(name, parts)) is not None:
-            parent, _, child = name.rpartition(".")
-            setattr(copy.get_submodule(parent), child, block)
+            _replace(copy, name, block)
     return copy
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+class _Watched:
+    """A model's preprocess that keeps what it normalised last."""
+
+    def __init__(self, preprocess: Preprocess) -> None:
+        self.preprocess = preprocess
+        self.pictures: Tensor | None = None
+
+    def normalize(self, images: Tensor) -> Tensor:
+        self.pictures = self.preprocess.normalize(images)
+        return self.pictures
+
+
+class _AsTheyAre:
+    """In the place of a preprocess, where _Patches normalises."""
+
+    def normalize(self, images: Tensor) -> Tensor:
+        return images
+
+
+def _cuts_patches(module: nn.Module) -> bool:
+    return (
+        type(module) is nn.Conv2d
+        and module.in_channels == 3
+        and module.stride == module.kernel_size
+        and (module.padding, module.dilation, module.groups) == ((0, 0), (1, 1), 1)
+    )
+
+
+def _see_pictures(key: str, watched: _Watched, ranges: Ranges, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    if inputs[0] is watched.pictures:
+        ranges[key] = torch.empty(0)
+
+
+class _Patches(nn.Module):
+    """What cuts pictures into patches and takes each to a token, of bytes. uint8 (B, 3, H, W) -> float32 (B, N, h, w).
+
+    A float batch is taken as normalised, as everywhere.
+    """
+
+    def __init__(self, conv: Any, preprocess: Preprocess) -> None:
+        super().__init__()
+        self.conv, self.side = conv, conv.kernel_size
+        # W ((x / 255 - mean) / std) + b = (W / (255 std)) x + b - W (mean / std)
+        mean, std = (torch.tensor(each).view(1, 3, 1, 1) for each in (preprocess.mean, preprocess.std))
+        weight = conv.weight.detach().float()
+        shift = (weight * mean / std).sum((1, 2, 3))
+        weight = (weight / (255 * std)).flatten(1)
+        bias = -shift if conv.bias is None else conv.bias.detach().float() - shift
+        self.product = _Int8Product(Product(weight, bias), _Bytes(torch.ones(weight.shape[1]), 1.0, 0))
+
+    def forward(self, images: Tensor) -> Tensor:
+        if images.is_floating_point():
+            tokens: Tensor = self.conv(images)
+            return tokens
+        height, width = self.side
+        rows, columns = images.shape[2] // height, images.shape[3] // width
+        cut = (
+            images[..., : rows * height, : columns * width].unflatten(3, (columns, width)).unflatten(2, (rows, height))
+        )
+        tokens = self.product(cut.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2))
+        return tokens.transpose(1, 2).unflatten(2, (rows, columns))
 
 
 class _Replacement(nn.Module):
@@ -126,7 +217,7 @@ class _Observed(_Replacement):
 
 
 class Int8Block(_Replacement):
-    """A block in int8. float (B, L, D) -> float32 (B, L, D)."""
+    """A block in int8. float (B, L, D) -> float32 (B, L, D), or (B, 1, D) if it is to give the first token only."""
 
     def __init__(self, name: str, parts: Parts, ranges: Mapping[str, Tensor]) -> None:
         super().__init__()
@@ -136,7 +227,7 @@ class Int8Block(_Replacement):
         as_they_are = torch.ones(2 * len(out.gains))  # queries and keys; the values are what `out` takes
         shifts = torch.full_like(out.gains, out.shift)
         values = parts.qkv.scaled(torch.cat([as_they_are, out.gains]), torch.cat([0 * as_they_are, shifts]))
-        self.heads = parts.heads
+        self.heads, self.first_only = parts.heads, False
         self.norm1, self.qkv = _ByteNorm(parts.norm1, qkv), _Int8Product(values, qkv)
         self.out = _Int8Product(parts.out, out)
         self.norm2, self.fc1 = _ByteNorm(parts.norm2, fc1), _Int8Product(parts.fc1, fc1, parts.activation, fc2)
@@ -144,9 +235,10 @@ class Int8Block(_Replacement):
 
     def forward(self, x: Tensor, causal: bool = False, attn_mask: Tensor | None = None) -> Tensor:
         with torch.autocast("cpu", enabled=False):
-            x = x.float().contiguous()  # oneDNN adds rows as they lie
-            mixed = _attention(self.qkv(self.norm1(x)), self.heads, causal, attn_mask)
-            x = self.out.added(_to_bytes(mixed), x)
+            x = x.float()
+            length = 1 if self.first_only else x.shape[1]
+            mixed = _attention(self.qkv(self.norm1(x)), self.heads, causal, attn_mask, length)
+            x = self.out.added(_to_bytes(mixed), x[:, :length].contiguous())  # oneDNN adds rows as they lie
             return self.fc2.added(self.fc1(self.norm2(x)), x)
 
 
@@ -233,11 +325,16 @@ class _Int8Product(nn.Module):
         return rows
 
 
-def _attention(qkv: Tensor, heads: int, causal: bool, attn_mask: Tensor | None) -> Tensor:
-    """Queries, keys and values (B, L, 3 D) -> (B, L, D). attn_mask: added, (L, L) or (B * H, L, L)."""
+def _attention(qkv: Tensor, heads: int, causal: bool, attn_mask: Tensor | None, length: int | None = None) -> Tensor:
+    """Queries, keys and values (B, L, 3 D) -> (B, L, D), or of the first `length` tokens.
+
+    attn_mask: added, (L, L) or (B * H, L, L).
+    """
     queries, keys, values = qkv.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4)
     if attn_mask is not None and attn_mask.dim() == 3:
         attn_mask = attn_mask.unflatten(0, (-1, heads))
+    if length is not None:
+        queries, attn_mask = queries[:, :, :length], None if attn_mask is None else attn_mask[..., :length, :]
     mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask, is_causal=causal)
     return mixed.transpose(1, 2).flatten(2)
 
@@ -248,6 +345,17 @@ def parts_of(block: nn.Module) -> Parts | None:
     parts = _KINDS[kind](block) if kind in _KINDS else None
     whole = parts is not None and all(norm.weight is not None for norm in (parts.norm1, parts.norm2))
     return parts if whole else None
+
+
+def _last_before_first_token(module: Any) -> nn.Module | None:
+    """The last block of a tower that gives what its first token has become."""
+    kind = f"{type(module).__module__}.{type(module).__qualname__}"
+    if kind == "open_clip.transformer.VisionTransformer":
+        alone = module.pool_type == "tok" and module.attn_pool is None and not module.output_tokens
+        return module.transformer.resblocks[-1] if alone else None
+    if kind == "timm.models.vision_transformer.VisionTransformer":
+        return module.blocks[-1] if module.global_pool == "token" and module.attn_pool is None else None
+    return None
 
 
 def _ours(block: Any) -> Parts:

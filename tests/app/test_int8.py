@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from app import int8
 from models.checkpoint import load_model
+from models.clip import CLIPModel
 from models.layers import Block
 from models.torchvision import load_torchvision
 
@@ -192,6 +193,33 @@ def test_what_is_not_known_to_the_letter_stays_what_it_is() -> None:
     assert _observed(_Model(nn.ReLU()), _inputs(2, 3))[0] == {}
 
 
+@pytest.mark.parametrize("kind", ["open_clip", "ours"])
+def test_patches_are_cut_from_bytes(kind: str, tmp_path: Any) -> None:
+    if kind == "open_clip":
+        model = load_model(open_clip_folder(tmp_path / "vit"))
+        where = "model.visual.conv1"
+    else:
+        image = {"name": "vit-tiny", "image_size": 32, "patch_size": 8}
+        text = {"vocab_size": 300, "width": WIDTH, "depth": 1, "heads": HEADS}
+        model, where = CLIPModel(image=image, text=text, embed_dim=32).eval(), "image_encoder.encoder.trunk.patch"
+    batch = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        ranges = int8.observe(model, lambda copy: copy.encode_image(batch))
+        assert [key for key in ranges if key.endswith("/patches")] == [f"{where}/patches"]
+        narrow = int8.quantized(model, ranges)
+        normalised, exact, patches = (
+            model.preprocess.normalize(batch),
+            *(each.get_submodule(where) for each in (model, narrow)),
+        )
+        expected = exact(normalised)
+        assert (patches(batch) - expected).norm() / expected.norm() < 0.01
+        assert torch.equal(patches(normalised), expected)
+        longer = torch.nn.functional.pad(batch, (0, 3, 0, 5))  # of which no whole patch can be cut
+        torch.testing.assert_close(patches(longer), patches(batch))
+        assert (narrow.encode_image(batch) * model.encode_image(batch)).sum(1).min() > 0.999
+        torch.testing.assert_close(narrow.encode_image(normalised), narrow.encode_image(batch), atol=0.02, rtol=0)
+
+
 def test_a_copy_shares_what_is_not_in_its_blocks(tmp_path: Any) -> None:
     model = load_model(open_clip_folder(tmp_path / "vit"))
     batch = torch.randint(0, 256, (6, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -210,3 +238,30 @@ def test_a_copy_shares_what_is_not_in_its_blocks(tmp_path: Any) -> None:
     assert len(spare) > 20
     assert held | spare == {id(parameter) for parameter in model.parameters()}
     assert not held & spare
+
+
+def test_the_last_block_computes_what_is_read() -> None:
+    load_torchvision()
+    import timm
+    from open_clip.transformer import VisionTransformer
+
+    batch = torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    options = {"image_size": 32, "patch_size": 8, "width": WIDTH, "layers": 2, "heads": HEADS, "mlp_ratio": 4.0}
+    small = {"img_size": 32, "patch_size": 8, "embed_dim": WIDTH, "depth": 2, "num_heads": HEADS, "num_classes": 0}
+    towers = {
+        "open_clip, tok": VisionTransformer(**options, output_dim=32),
+        "open_clip, avg": VisionTransformer(**options, output_dim=32, pool_type="avg"),
+        "timm, token": timm.create_model("vit_tiny_patch16_224", **small),
+        "timm, avg": timm.create_model("vit_tiny_patch16_224", **small, global_pool="avg"),
+    }
+    for name, tower in towers.items():
+        tower.eval()
+        ranges, outputs = _observed(tower, batch)
+        narrow = int8.quantized(tower, ranges)
+        blocks = [each for each in narrow.modules() if isinstance(each, int8.Int8Block)]
+        assert [each.first_only for each in blocks] == [False, "tok" in name], name
+        with torch.inference_mode():
+            rows = narrow(batch)
+            assert torch.cosine_similarity(rows, outputs).min() > 0.999, name
+            blocks[-1].first_only = False
+            torch.testing.assert_close(narrow(batch), rows, atol=1e-5, rtol=1e-5)
