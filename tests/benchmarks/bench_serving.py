@@ -189,6 +189,7 @@ def asked(server: Server, given: Sequence[dict[str, Any]]) -> Iterator[tuple[str
     return itertools.cycle([server.body(**each) for each in given])
 
 
+_TURNS = 3
 _counter = itertools.count()
 
 
@@ -238,7 +239,8 @@ def same_weights(servers: Sequence[Server], files: list[bytes]) -> None:
 
 
 def beside_engine(server: Server, reference: str, store: Path, files: dict[str, list[bytes]], seconds: float) -> None:
-    """HTTP beside decoding in threads and embedding batches of 32 in this process, with the same backend."""
+    """HTTP beside decoding in threads and embedding batches of 32 in this process, with the same backend; in turns, for
+    a machine's pace changes within seconds."""
     engine = load_engine("vit", reference, Settings(store=store))
     print("\n| | bare engine, /s | HTTP, 32 at once, /s | of it | one alone: bare ms | HTTP p50 ms | more, ms |")
     print("|---|---|---|---|---|---|---|")
@@ -248,25 +250,28 @@ def beside_engine(server: Server, reference: str, store: Path, files: dict[str, 
 
     for name, contents in files.items():
         given = [{"jpeg": base64.b64encode(each).decode()} for each in contents]
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            done, start = 0, time.perf_counter()
-            waiting = [pool.submit(prepared, data) for data in contents[:32]]
-            while time.perf_counter() - start < seconds:
-                batch, waiting = waiting, [pool.submit(prepared, data) for data in contents[-32:]]
-                engine.encode_images([each.result() for each in batch])
-                done += len(batch)
-            bare = done / (time.perf_counter() - start)
-        taken = []
-        for data in contents[:24]:
-            start = time.perf_counter()
-            engine.encode_images([prepared(data)])
-            taken.append(time.perf_counter() - start)
-        alone = statistics.median(taken) * 1e3
-        many = asyncio.run(drive(asked(server, given), 32, seconds))
-        once = asyncio.run(drive(asked(server, given), 1, seconds))
+        rates, more, alone, once = [], [], [], []
+        for _ in range(_TURNS):
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                done, start = 0, time.perf_counter()
+                waiting = [pool.submit(prepared, data) for data in contents[:32]]
+                while time.perf_counter() - start < seconds / _TURNS:
+                    batch, waiting = waiting, [pool.submit(prepared, data) for data in contents[-32:]]
+                    engine.encode_images([each.result() for each in batch])
+                    done += len(batch)
+                bare = done / (time.perf_counter() - start)
+            rates.append((bare, asyncio.run(drive(asked(server, given), 32, seconds / _TURNS)).rate))
+            for data in contents[:24]:
+                start = time.perf_counter()
+                engine.encode_images([prepared(data)])
+                alone.append((time.perf_counter() - start) * 1e3)
+                once.append(asyncio.run(drive(asked(server, given), 1, 1e-3)).middle)
+                more.append(once[-1] - alone[-1])
+        bare, many = (statistics.median(each) for each in zip(*rates, strict=True))
+        share = statistics.median(through / direct for direct, through in rates)
         print(
-            f"| {name} | {bare:,.1f} | {many.rate:,.1f} | {many.rate / bare:.2f} | {alone:.1f} | {once.middle:.1f} | "
-            f"{once.middle - alone:.1f} |",
+            f"| {name} | {bare:,.1f} | {many:,.1f} | {share:.2f} | {statistics.median(alone):.1f} | "
+            f"{statistics.median(once):.1f} | {statistics.median(more):.1f} |",
             flush=True,
         )
 
