@@ -7,6 +7,7 @@ import base64
 import binascii
 import re
 from collections.abc import Awaitable, Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar
 
@@ -343,6 +344,8 @@ def image_bytes(value: str | bytes | Path, settings: Settings) -> bytes:
 
 
 def _unbase64(value: str) -> bytes:
+    with suppress(binascii.Error, ValueError):
+        return base64.b64decode(value, validate=True)  # as nearly all is sent: what follows copies it several times
     compact = "".join(value.split()).replace("-", "+").replace("_", "/")
     try:
         return base64.b64decode(compact + "=" * (-len(compact) % 4), validate=True)
