@@ -147,12 +147,13 @@ def _written(exports: Exports, model: Any, tower: Tower, to: Runtime, batch: Ten
     """The files of a tower, written whole or not at all."""
     exact = exports.folder / f"{tower}.onnx"
     with TemporaryDirectory(dir=exports.folder) as staging:
-        if to == "torch":
-            files = _write_ranges(model, tower, batch, Path(staging) / f"{tower}-int8.safetensors")
-            return [file.replace(exports.folder / file.name) for file in files]
-        files = [] if exports.holds(exact.name) else [_write_onnx(model, tower, batch, Path(staging) / exact.name)]
+        files: list[Path] = []
+        if to != "torch" and not exports.holds(exact.name):
+            files.append(_write_onnx(model, tower, batch, Path(staging) / exact.name))
         source = files[0] if files else exact
-        if to == "onnx":
+        if to == "torch":
+            files += _write_ranges(model, tower, batch, Path(staging) / f"{tower}-int8.safetensors")
+        elif to == "onnx":
             files.append(_quantize_onnx(source, Path(staging) / f"{tower}-int8.onnx"))
         else:
             files += _quantize_openvino(source, Path(staging) / f"{tower}-int8.xml", batch)

@@ -11,24 +11,16 @@ import importlib.util
 import logging
 import threading
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from app.index import ExactIndex, Ids, Vectors
 
 log = logging.getLogger(__name__)
 
-Ids = NDArray[np.int64]
-Vectors = NDArray[np.float32]
 _GPU_MOST = 2048  # candidates, and lists, that FAISS looks at on a GPU
-
-
-class Held(Protocol):
-    """Where the vectors themselves are."""
-
-    @property
-    def dimensions(self) -> int: ...
-    def vectors(self, ids: Ids) -> tuple[Ids, Vectors]: ...
 
 
 @dataclass(frozen=True)
@@ -56,10 +48,11 @@ class OnGpu:
     """A copy of an index on the first GPU; searches take turns."""
 
     def __init__(self, index: Any) -> None:
-        options = load_faiss().GpuClonerOptions()
+        faiss = load_faiss()
+        options = faiss.GpuClonerOptions()
         options.useFloat16 = True  # of the tables that codes are looked up in: in float32 long codes have no room
-        self._resources = load_faiss().StandardGpuResources()
-        self._index = load_faiss().index_cpu_to_gpu(self._resources, 0, index, options)
+        self._resources = faiss.StandardGpuResources()
+        self._index = faiss.index_cpu_to_gpu(self._resources, 0, index, options)
         self._lock = threading.Lock()
 
     def search(self, queries: Vectors, width: int, lists: int) -> Ids:
@@ -69,7 +62,7 @@ class OnGpu:
         return found
 
 
-def empty(kind: str, exact: Held, ids: Ids) -> Any:
+def empty(kind: str, exact: ExactIndex, ids: Ids) -> Any:
     """An index of FAISS without vectors, trained on those of `exact` where it must be."""
     faiss, size = load_faiss(), exact.dimensions
     if kind == "hnsw":

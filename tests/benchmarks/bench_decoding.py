@@ -15,7 +15,6 @@ from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
 
 import numpy as np
-import torch
 from bench_serving import SIDES, jpegs
 
 from app.images import Limits, decode
@@ -26,7 +25,6 @@ TARGET = 224
 
 def pixels(data: bytes, target: int) -> np.ndarray:
     """uint8 (3, S, S) of a file as the server makes it ready for a model of that side."""
-    torch.set_num_threads(1)
     return Preprocess(target, "crop")(decode(data, Limits(), target)).numpy()
 
 
