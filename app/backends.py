@@ -21,6 +21,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from app import int8
+from app.batching import Lanes
+from app.recording import Recorded
 from models.errors import CheckpointError
 from models.generation import captured
 
@@ -40,8 +42,9 @@ FILES: dict[Backend, str] = {
     "openvino-bf16": "{tower}.onnx",
     "openvino-int8": "{tower}-int8.xml",
 }
+_IN_LANES = ("torch-fp32", "torch-bf16", "torch-int8")
 _TURNS = 5
-_PART = 4  # inputs that are worth a thread
+_PART = 4  # inputs that are worth a lane
 
 
 def example(model: Any, tower: Tower) -> Tensor:
@@ -65,34 +68,69 @@ def default_tower(model: Any, tower: Tower, device: torch.device) -> tuple[Backe
 
 def torch_tower(backend: Backend, model: Any, tower: Tower, device: torch.device) -> Encode:
     """A tower by torch, on the device that the model is on."""
-    encode = getattr(model, f"encode_{tower}")
-    if backend == "torch-compiled":
-        encode = torch.compile(encode, dynamic=True)
     where_native = ("torch-int8", "torch-compiled", "torch-graphs")  # what is not in int8 is as torch-bf16's
     bf16 = backend == "torch-bf16" or (backend in where_native and has_native_bf16(device))
 
+    def precision() -> AbstractContextManager[Any]:
+        return torch.autocast(device.type, torch.bfloat16, cache_enabled=False) if bf16 else nullcontext()
+
+    if device.type == "cpu" and backend in _IN_LANES:
+        recorded = Recorded(_Rows(model, tower), lambda: _shapes(model, tower), precision)
+        return lambda batch: _by_parts(recorded.ready(), batch).numpy()
+    encode = getattr(model, f"encode_{tower}")
+    if backend == "torch-compiled":
+        encode = torch.compile(encode, dynamic=True)
+
     def rows(batch: Tensor) -> Tensor:
-        precision: AbstractContextManager[Any] = nullcontext()
-        if bf16:
-            precision = torch.autocast(device.type, torch.bfloat16)
-        with torch.inference_mode(), precision:
+        with torch.inference_mode(), precision():
             return encode(batch).float()
 
     if backend == "torch-graphs":
         if device.type != "cuda":
             raise CheckpointError("backend torch-graphs needs a CUDA device; choose another, or auto")
         return GraphedTower(rows, model, tower, device)
-    if device.type == "cpu" and backend != "torch-compiled":
-        return lambda batch: _by_parts(rows, batch).numpy()
     return lambda batch: rows(batch.to(device, non_blocking=True)).cpu().numpy()
 
 
-def _by_parts(rows: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
-    """The rows of a batch on the processor: of a long one each core computes a part, by itself.
+class _Rows(nn.Module):
+    """A tower as a module: batch -> float32 (B, D)."""
+
+    def __init__(self, model: Any, tower: Tower) -> None:
+        super().__init__()
+        self.model, self.tower = model, tower
+
+    def forward(self, batch: Tensor) -> Tensor:
+        rows: Tensor = getattr(self.model, f"encode_{self.tower}")(batch)
+        return rows.float()
+
+    def extra_repr(self) -> str:
+        return f"tower={self.tower!r}"
+
+
+def _shapes(model: Any, tower: Tower) -> list[Tensor]:
+    """Batches of a tower that differ in rows, and in length where texts may."""
+    batch = example(model, tower)
+    if tower == "text":
+        shorter = batch[:, : int(model.text_lengths(batch).max())]
+        return [batch.repeat(2, 1), shorter.repeat(3, 1), shorter]
+    pictures = torch.arange(3 * batch.numel()).to(torch.uint8).view(3, *batch.shape[1:])
+    return [pictures[:2], pictures, pictures[:1]]
+
+
+def lanes_of(backend: Backend, device: torch.device) -> Lanes | None:
+    """What computes batches of a tower at once; None where one batch has the whole device.
 
     Cores that share every operation wait for each other at the end of each, and decoding and answers hold one up at
-    some: where two were also a third busy with other work, this took 0.7 to 0.8 of the time.
+    some: where two were also a third busy with other work, two lanes took 0.7 to 0.8 of the time.
     """
+    threads = torch.get_num_threads()
+    if device.type != "cpu" or backend not in _IN_LANES or threads == 1:
+        return None
+    return Lanes(_single_threads(threads), threads, _PART)
+
+
+def _by_parts(rows: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
+    """The rows of a batch on the processor: each lane computes a part of a long one, if it is in none."""
     threads = torch.get_num_threads()
     if threads == 1 or len(batch) < _PART * threads:
         return rows(batch)
@@ -107,7 +145,7 @@ def _single_threads(count: int) -> ThreadPoolExecutor:
         torch.get_num_threads()  # takes the process's number, the first time in a thread, and would do so later
         torch.set_num_threads(1)
 
-    return ThreadPoolExecutor(count, "forward", initializer=alone)
+    return ThreadPoolExecutor(count, "lane", initializer=alone)
 
 
 def in_bf16(model: Any) -> Any:

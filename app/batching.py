@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 from app.fairness import FairQueue, Flow, flow_of
 from app.metrics import BatchMeter
@@ -26,6 +26,17 @@ _CALLERS_PART = 0.75  # of all places, for one caller at most, so that another f
 _MEMORY = 0.2  # share that the last batch has in what is known of the pace
 
 
+class Lanes(NamedTuple):
+    """Threads that compute at once, each on one core.
+
+    least: items that are worth a lane; fewer are computed sooner by all cores together, if those are free.
+    """
+
+    executor: Executor
+    number: int
+    least: int
+
+
 @dataclass(slots=True)
 class _Job(Generic[In, Out]):
     item: In
@@ -35,7 +46,8 @@ class _Job(Generic[In, Out]):
 
 
 class Batcher(Generic[In, Out]):
-    """Groups single items into batches for `forward`, which runs in `executor`'s one thread.
+    """Groups single items into batches for `forward`, which runs in `executor`'s one thread, or in `lanes` where there
+    are any: so many batches run at once, and each takes its share of what waits.
 
     A batch closes at `max_batch` items, or as soon as nothing that was admitted is still on its way (being decoded), or
     `max_wait` seconds after its first item came; while a batch runs, the next one fills. Who is in it is a matter of
@@ -52,9 +64,12 @@ class Batcher(Generic[In, Out]):
         max_wait: float,
         queue_size: int,
         meter: BatchMeter | None = None,
+        lanes: Lanes | None = None,
     ) -> None:
         self._forward = forward
         self._executor = executor
+        self._lanes = lanes or Lanes(executor, 1, 0)
+        self._running = 0  # batches
         self._max_batch = max_batch
         self._max_wait = max_wait
         self._queue_size = queue_size
@@ -65,12 +80,16 @@ class Batcher(Generic[In, Out]):
         self._jobs: FairQueue[_Job[In, Out]] = FairQueue()
         self._arrival = asyncio.Event()
         self._loop = asyncio.get_running_loop()
-        self._task = self._loop.create_task(self._run())
+        self._tasks = [self._loop.create_task(self._run()) for _ in range(self._lanes.number)]
 
     @property
     def depth(self) -> int:
         """Inputs that are admitted and not answered; from any thread."""
         return sum(tuple(self._held.values()))
+
+    @property
+    def _stopped(self) -> bool:
+        return any(task.done() for task in self._tasks)
 
     @contextmanager
     def admit(self, count: int, deadline: float) -> Iterator[Submit[In, Out]]:
@@ -83,7 +102,7 @@ class Batcher(Generic[In, Out]):
             BusyError: all places are taken, or the caller has most of them, or those before would take until after
                 `deadline` at the pace of late, or the batcher is closed; at once, nothing waits.
         """
-        if self._task.done():
+        if self._stopped:
             raise shutting_down()
         flow = flow_of(count)
         self._check_room(flow, count, deadline)
@@ -132,7 +151,7 @@ class Batcher(Generic[In, Out]):
         Raises:
             DeadlineError: the time ran out. ModelError: the model failed for this item alone. BusyError: it has closed.
         """
-        if self._task.done():
+        if self._stopped:
             raise shutting_down()
         job: _Job[In, Out] = _Job(item, self._loop.create_future(), deadline, self._loop.time())
         self._jobs.push(flow or flow_of(1), job)
@@ -145,9 +164,9 @@ class Batcher(Generic[In, Out]):
 
     async def close(self) -> None:
         """Stop, and tell whoever still waits. Call after the last request was answered."""
-        self._task.cancel()
-        with suppress(asyncio.CancelledError):
-            await self._task
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.wait(self._tasks)
         while self._jobs:
             _settle(self._jobs.pop(), shutting_down())
 
@@ -159,9 +178,12 @@ class Batcher(Generic[In, Out]):
             started = self._loop.time()
             for job in jobs:
                 self._meter.waited(started - job.arrived)
+            few = not self._running and len(jobs) < self._lanes.least
+            self._running += 1
             try:
                 items = [job.item for job in jobs]
-                results = await self._loop.run_in_executor(self._executor, self._timed, items)
+                executor = self._executor if few else self._lanes.executor
+                results = await self._loop.run_in_executor(executor, self._timed, items)
             except BaseException as error:  # even a cancelled worker leaves nobody waiting
                 for job in jobs:
                     _settle(job, shutting_down())
@@ -169,7 +191,9 @@ class Batcher(Generic[In, Out]):
                     raise
                 log.exception("a batch could not be run")
                 continue
-            pace = (self._loop.time() - started) / len(jobs)
+            finally:
+                self._running -= 1
+            pace = (self._loop.time() - started) / len(jobs) / (self._running + 1)
             self._pace += (pace - self._pace) * (_MEMORY if self._pace else 1)
             for job, result in zip(jobs, results, strict=True):
                 _settle(job, result)
@@ -185,8 +209,10 @@ class Batcher(Generic[In, Out]):
                 while len(self._jobs) < self._max_batch and self._coming:
                     self._arrival.clear()
                     await self._arrival.wait()
+        share = -(-len(self._jobs) // (self._lanes.number - self._running))
+        size = min(self._max_batch, max(self._lanes.least, share))
         batch: list[_Job[In, Out]] = []
-        while self._jobs and len(batch) < self._max_batch:
+        while self._jobs and len(batch) < size:
             job = self._jobs.pop()
             if job.deadline <= self._loop.time():
                 _settle(job, late())

@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -18,8 +18,8 @@ from PIL import Image
 from torch import Tensor
 
 from app import tracing
-from app.backends import Array, Encode, Tower, choose_device, default_tower, example, towers_of, unit
-from app.batching import Batcher, late
+from app.backends import Array, Encode, Tower, choose_device, default_tower, example, lanes_of, towers_of, unit
+from app.batching import Batcher, Lanes, late
 from app.metrics import Metrics
 from app.settings import Backend, Settings
 from models.errors import BusyError, InputError, ModelError
@@ -44,7 +44,12 @@ class Description(Protocol):
 
 
 class Engine(Description, Protocol):
-    """A model on its device. Rows of embeddings are float32 and of unit length; calls block and are thread-safe."""
+    """A model on its device. Rows of embeddings are float32 and of unit length; calls block and are thread-safe.
+
+    lanes: of the towers that compute several batches at once.
+    """
+
+    lanes: dict[Tower, Lanes]
 
     def prepare_image(self, image: Image.Image) -> Tensor: ...
     def prepare_texts(self, texts: Sequence[str]) -> list[Tensor]: ...
@@ -55,7 +60,7 @@ class Engine(Description, Protocol):
 
 
 class ModelEngine:
-    """An `Engine` over any model of `models`; one forward runs at a time.
+    """An `Engine` over any model of `models`; a tower without lanes runs one forward at a time.
 
     towers: what computes each (app/exports.py), torch by default.
     """
@@ -82,6 +87,8 @@ class ModelEngine:
         self.bytes = sum(each.numel() * each.element_size() for each in (*model.parameters(), *model.buffers()))
         self.details["backends"] = {tower: backend for tower, (backend, _) in self._towers.items()}
         self._batch_size = batch_size
+        lanes = {tower: lanes_of(backend, self.device) for tower, (backend, _) in self._towers.items()}
+        self.lanes = {tower: found for tower, found in lanes.items() if found}
         self._lock = threading.Lock()
 
     def prepare_image(self, image: Image.Image) -> Tensor:
@@ -137,7 +144,7 @@ class ModelEngine:
     def _forward(self, tower: Tower, batch: Tensor) -> Array:
         _, encode = self._towers[tower]
         try:
-            with self._lock:
+            with nullcontext() if tower in self.lanes else self._lock:
                 rows = encode(batch)
         except torch.OutOfMemoryError as error:
             # The batcher halves on any exception, so only a single input that does not fit ends here.
@@ -259,7 +266,7 @@ class LocalEngine(ServedEngine):
     def __init__(
         self, engine: Engine, settings: Settings, pool: Executor, worker: Executor, metrics: Metrics | None = None
     ) -> None:
-        """pool: decodes and tokenises. worker: one thread, shared by every engine of a device."""
+        """pool: decodes and tokenises. worker: one thread, shared by every engine of a device that has no lanes."""
         super().__init__(engine, settings, metrics or Metrics())
         self._pool = pool
         self._images = self._batcher("image", engine.encode_images, settings, worker)
@@ -279,6 +286,7 @@ class LocalEngine(ServedEngine):
             max_wait=settings.batch_wait_ms / 1000,
             queue_size=settings.queue_size,
             meter=self._metrics.batches(self.engine.name, kind),
+            lanes=self.engine.lanes.get(kind),
         )
 
     async def embed_images(self, openers: Sequence[Opener], deadline: float) -> Array:

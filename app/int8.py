@@ -35,6 +35,22 @@ _ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], tuple[str, str], float
 }
 
 
+# Not called from Python, for what records a model knows no lists of `number` (app/recording.py).
+_ONEDNN = torch.jit.CompilationUnit("""
+def product(x: Tensor, step: float, zero: int, packed: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor,
+            to_step: float, to_zero: int, to: int, after: str, algorithm: str) -> Tensor:
+    no: List[Optional[number]] = []
+    return torch.ops.onednn.qlinear_pointwise(
+        x, step, zero, packed, scales, zeros, bias, to_step, to_zero, to, after, no, algorithm)
+
+def product_added(x: Tensor, step: float, zero: int, packed: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor,
+                  other: Tensor) -> Tensor:
+    no: List[Optional[number]] = []
+    return torch.ops.onednn.qlinear_pointwise(
+        x, step, zero, packed, scales, zeros, other, bias, 1.0, 0, torch.float32, 1.0, 0, "add", 1.0, "none", no, "")
+""")
+
+
 class Product(NamedTuple):
     """x @ weight.T + bias, in float32. weight: (N, C). bias: (N,)."""
 
@@ -93,7 +109,7 @@ def quantized(model: Any, ranges: Mapping[str, Tensor]) -> Any:
         name, _, what = key.partition("/")
         if what == "patches":
             _replace(copy, name, _Patches(copy.get_submodule(name), model.preprocess))
-            copy.preprocess = _AsTheyAre()
+            copy.preprocess = _AsTheyAre(model.preprocess)
     return copy
 
 
@@ -137,6 +153,9 @@ class _Watched:
 
 class _AsTheyAre:
     """In the place of a preprocess, where _Patches normalises."""
+
+    def __init__(self, preprocess: Preprocess) -> None:
+        self.size = preprocess.size
 
     def normalize(self, images: Tensor) -> Tensor:
         return images
@@ -302,26 +321,23 @@ class _Int8Product(nn.Module):
         gain = 1.0
         self.takes = takes.step, takes.zero
         self.gives: tuple[float, int, torch.dtype] = (1.0, 0, torch.float32)
-        self.after: tuple[str, list[Any], str] = ("none", [], "")
+        self.after = ("none", "")
         if activation is not None and gives is not None:
             _, (name, algorithm), gain = _ACTIVATIONS[activation]
-            self.gives, self.after = (gives.step * gain, gives.zero, torch.uint8), (name, [], algorithm)
-        weight, self.bias = product.weight * takes.levels * gain, product.bias * gain
+            self.gives, self.after = (gives.step * gain, gives.zero, torch.uint8), (name, algorithm)
+        weight, bias = product.weight * takes.levels * gain, product.bias * gain
         scales = weight.abs().amax(1).clamp(min=_TINY * _TINY) / 127
         packed = torch.ops.onednn.qlinear_prepack((weight / scales[:, None]).round().to(torch.int8), None)
-        self.weights = packed, scales, torch.zeros(len(scales), dtype=torch.int64)
+        self.register_buffer("packed", packed)  # a record takes no tensor of this kind for a constant
+        self.weights = scales, torch.zeros(len(scales), dtype=torch.int64), bias
 
     def forward(self, x: Tensor) -> Tensor:
-        rows: Tensor = torch.ops.onednn.qlinear_pointwise(
-            x, *self.takes, *self.weights, self.bias, *self.gives, *self.after
-        )
+        rows: Tensor = _ONEDNN.product(x, *self.takes, self.packed, *self.weights, *self.gives, *self.after)
         return rows
 
     def added(self, x: Tensor, other: Tensor) -> Tensor:
         """Its rows plus float32 (..., N), in one pass."""
-        rows: Tensor = torch.ops.onednn.qlinear_pointwise.binary(
-            x, *self.takes, *self.weights, other, self.bias, *self.gives, 1.0, 0, "add", 1.0, *self.after
-        )
+        rows: Tensor = _ONEDNN.product_added(x, *self.takes, self.packed, *self.weights, other)
         return rows
 
 

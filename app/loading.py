@@ -156,6 +156,7 @@ class ShelvedEngine:
         self.name = name
         self.fingerprint, self.embed_dim, self.image_size = engine.fingerprint, engine.embed_dim, engine.image_size
         self.takes_text, self.details, self.scale = engine.takes_text, engine.details, engine.scale
+        self.lanes = engine.lanes
 
     def prepare_image(self, image: Image.Image) -> Tensor:
         """As ModelEngine's, and so the others."""

@@ -24,6 +24,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from app.collection import NewItem
 from models.checkpoint import load_checkpoint
@@ -218,3 +219,15 @@ def new_item(i: int, **changes: object) -> NewItem:
     """An item whose id, vector, caption and metadata say its number; three pictures among all."""
     values = {"kind": "image", "vector": unit_rows(1, i)[0], "id": f"i{i}", "picture": b"picture %d" % (i % 3)}
     return NewItem(**(values | {"caption": f"c{i}", "metadata": {"i": i}} | changes))  # type: ignore[arg-type]
+
+
+def in_python(encode: Callable[..., Tensor], note: Callable[..., object]) -> Callable[..., Tensor]:
+    """A model's `encode` that notes what it is given; a record of it (app/recording.py) would not, so there is none."""
+
+    def noted(*given: Any) -> Tensor:
+        if torch.jit.is_tracing():
+            raise RuntimeError("its calls are noted")
+        note(*given)
+        return encode(*given)
+
+    return noted

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support import CORPUS, open_clip_folder
+from support import CORPUS, in_python, open_clip_folder
 
 from app.backends import exported_tower, filled_shape, in_bf16, torch_tower
 from app.engine import ModelEngine
@@ -101,12 +101,7 @@ def test_weights_that_nothing_computes_with_leave_the_memory(checkpoints: Path, 
 
 def test_a_long_batch_is_computed_by_one_thread_a_part(checkpoints: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, seen = load_model(checkpoints / "clip"), []
-    encode = model.encode_text
-
-    def noted(batch: torch.Tensor) -> torch.Tensor:
-        seen.append((len(batch), torch.get_num_threads()))
-        return encode(batch)
-
+    noted = in_python(model.encode_text, lambda batch: seen.append((len(batch), torch.get_num_threads())))
     monkeypatch.setattr(model, "encode_text", noted)
     tower = torch_tower("torch-fp32", model, "text", torch.device("cpu"))
     batch = model.tokenizer(CORPUS[:9] * 2)

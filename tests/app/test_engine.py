@@ -5,15 +5,17 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
-from support import tiny_clip
+from support import in_python, tiny_clip
 
-from app.batching import Batcher
+from app.batching import Batcher, Lanes
 from app.engine import Engine, LocalEngine, ModelEngine, like_lengths
 from app.fairness import CALLER, FairQueue, Flow
 from app.loading import Shelf, ShelvedEngine, find_models, load_engine, load_engines
@@ -38,7 +40,7 @@ class Recorder:
         return [2 * item for item in items]
 
 
-def _run(work: Any, forward: Recorder, **options: Any) -> Any:
+def _run(work: Any, forward: Callable[[list[int]], list[int | Exception]], **options: Any) -> Any:
     async def main() -> Any:
         with ThreadPoolExecutor(1) as pool:
             settings = {"max_batch": 4, "max_wait": 0.02, "queue_size": 8} | options
@@ -189,6 +191,47 @@ def test_a_backlog_waits_behind_its_own_and_short_requests_come_first() -> None:
     assert [queue.pop() for _ in range(4)] == [10, 5, 11, 6]
 
 
+def test_lanes_run_batches_at_once_and_share_what_waits() -> None:
+    both, forward = threading.Barrier(2, timeout=5), Recorder()
+    threads: list[str] = []
+
+    def meet(items: list[int]) -> list[int | Exception]:
+        threads.append(threading.current_thread().name)
+        if len(items) > 1:
+            both.wait()
+        return forward(items)
+
+    async def work(batcher: Batcher[int, int], deadline: float) -> None:
+        submit = partial(batcher.submit, deadline=deadline)
+        assert await asyncio.gather(*map(submit, range(10))) == [2 * item for item in range(10)]
+        assert await submit(1) == 2
+
+    with ThreadPoolExecutor(2, "lane") as pool:
+        _run(work, meet, max_batch=8, lanes=Lanes(pool, 2, 2))
+    assert [len(batch) for batch in forward.batches] == [5, 5, 1]
+    assert [name.startswith("lane") for name in threads] == [True, True, False]  # who is alone has every core
+
+
+def test_a_long_batch_in_a_lane_holds_nobody_up() -> None:
+    go, forward = threading.Event(), Recorder()
+
+    def wait(items: list[int]) -> list[int | Exception]:
+        assert 0 not in items or go.wait(5)
+        return forward(items)
+
+    async def work(batcher: Batcher[int, int], deadline: float) -> None:
+        long = [asyncio.create_task(batcher.submit(item, deadline)) for item in range(3)]
+        await asyncio.sleep(0.1)
+        assert await batcher.submit(7, deadline) == 14
+        assert not any(task.done() for task in long)
+        go.set()
+        assert await asyncio.gather(*long) == [0, 2, 4]
+
+    with ThreadPoolExecutor(2) as pool:
+        _run(work, wait, lanes=Lanes(pool, 2, 3))
+    assert forward.batches == [[7], [0, 1, 2]]
+
+
 def test_callers_share_the_batches_and_one_leaves_places_for_another() -> None:
     forward = Recorder(seconds=0.02)
 
@@ -214,6 +257,7 @@ class Counting:
 
     name, fingerprint, embed_dim, image_size, takes_text = "fake", "f", 2, 8, True
     details: ClassVar[dict[str, Any]] = {}
+    lanes: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, seconds: float = 0.0) -> None:
         self.seconds, self.texts = seconds, 0
@@ -326,8 +370,7 @@ def test_texts_of_like_lengths_are_embedded_together_and_come_back_in_order() ->
 
     model = tiny_clip()
     seen: list[tuple[int, ...]] = []
-    encode = model.encode_text
-    model.encode_text = lambda tokens: seen.append(tuple(tokens.shape)) or encode(tokens)  # type: ignore[method-assign,func-returns-value]
+    model.encode_text = in_python(model.encode_text, lambda tokens: seen.append(tuple(tokens.shape)))  # type: ignore[method-assign]
     engine = ModelEngine("clip", model, device="cpu")
     texts = ["a red star", "two hearts on a gray background " * 3, "a blue circle"]
     together = engine.embed_texts(texts)
@@ -393,12 +436,8 @@ def test_a_model_that_many_ask_for_is_loaded_once_and_those_there_do_not_wait_fo
 
 
 def test_a_model_is_warm_when_it_is_ready(checkpoints: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = []
-
-    def encode(self: CLIPModel, images: torch.Tensor) -> torch.Tensor:
-        seen.append(len(images))
-        return torch.ones(len(images), 24)
-
+    seen: list[int] = []
+    encode = in_python(CLIPModel.encode_image, lambda _, images: seen.append(len(images)))
     monkeypatch.setattr(CLIPModel, "encode_image", encode)
     load_engine("clip", str(checkpoints / "clip"), Settings(threads=1))
     assert seen == [1, 2]
