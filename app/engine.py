@@ -300,9 +300,9 @@ class LocalEngine(ServedEngine):
 
     async def encode_texts(self, texts: Sequence[str], deadline: float) -> list[TextRow]:
         with self._span("embed texts", len(texts)), self._texts.admit(len(texts), deadline) as submit:
-            rows = await self._loop.run_in_executor(self._pool, self.engine.prepare_texts, texts)
+            rows, tokens = await self._loop.run_in_executor(self._pool, self._tokenised, texts)
             vectors = await _all_before(deadline, [submit(row) for row in rows])
-        return [TextRow(vector, int(torch.count_nonzero(row))) for row, vector in zip(rows, vectors, strict=True)]
+        return [TextRow(*each) for each in zip(vectors, tokens, strict=True)]
 
     async def close(self) -> None:
         """Stop both batchers."""
@@ -314,6 +314,11 @@ class LocalEngine(ServedEngine):
         row = self.engine.prepare_image(opener(self.engine.image_size))
         self._metrics.decode.labels(self.engine.name).observe(time.perf_counter() - began)
         return row
+
+    def _tokenised(self, texts: Sequence[str]) -> tuple[list[Tensor], list[int]]:
+        """Rows of token ids, and how many are no padding."""
+        rows = self.engine.prepare_texts(texts)
+        return rows, [int(torch.count_nonzero(row)) for row in rows]
 
 
 def like_lengths(lengths: Sequence[int]) -> list[list[int]]:
