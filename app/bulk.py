@@ -34,6 +34,7 @@ from app.ingest import Report, picture_of
 from app.inputs import image_limits
 from app.loading import find_models, load_engine
 from app.locking import lock
+from app.nvjpeg import decoder_of
 from app.settings import Settings
 from app.vectors import OWN, belong_together, own_of
 from models.errors import ConflictError, DataError, ModelError, SemblanceError
@@ -127,9 +128,8 @@ class PartWriter:
     def _prepared(self, record: Record) -> torch.Tensor:
         if isinstance(record.image, Image.Image):
             return self._engine.prepare_image(record.image.convert("RGB"))
-        return self._engine.prepare_image(
-            images.decode(self._content(record.image), self._limits, self._engine.image_size)
-        )
+        content, size = self._content(record.image), self._engine.image_size
+        return self._engine.prepare_image(images.pixels(content, self._limits, size, decoder_of(self._settings)))
 
     def _content(self, source: bytes | Path | Member | Remote) -> bytes:
         if self._loop is None or not isinstance(source, Remote):

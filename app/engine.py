@@ -25,8 +25,9 @@ from app.settings import Backend, Settings
 from models.errors import BusyError, InputError, ModelError
 from models.retrieval import Scale
 
-# Gives an upright RGB picture whose shorter side is at least twice the argument, or all it has.
-Opener = Callable[[int], Image.Image]
+# Gives an upright RGB picture whose shorter side is at least twice the argument, or all it has; or its pixels, uint8
+# (3, H, W), on any device.
+Opener = Callable[[int], Image.Image | Tensor]
 _BATCH_TOKENS = 4096  # of one forward
 _LABEL_SETS = 32  # remembered; one has a thousand rows at most
 
@@ -51,7 +52,7 @@ class Engine(Description, Protocol):
 
     lanes: dict[Tower, Lanes]
 
-    def prepare_image(self, image: Image.Image) -> Tensor: ...
+    def prepare_image(self, image: Image.Image | Tensor) -> Tensor: ...
     def prepare_texts(self, texts: Sequence[str]) -> list[Tensor]: ...
     def encode_images(self, rows: Sequence[Tensor]) -> Array: ...
     def encode_texts(self, rows: Sequence[Tensor]) -> Array: ...
@@ -91,8 +92,8 @@ class ModelEngine:
         self.lanes = {tower: found for tower, found in lanes.items() if found}
         self._lock = threading.Lock()
 
-    def prepare_image(self, image: Image.Image) -> Tensor:
-        """RGB picture -> uint8 (3, S, S), by the checkpoint's own preprocess."""
+    def prepare_image(self, image: Image.Image | Tensor) -> Tensor:
+        """RGB picture or uint8 (3, H, W) -> uint8 (3, S, S), by the checkpoint's own preprocess."""
         return self.model.preprocess(image)
 
     def prepare_texts(self, texts: Sequence[str]) -> list[Tensor]:
@@ -108,6 +109,8 @@ class ModelEngine:
 
     def encode_images(self, rows: Sequence[Tensor]) -> Array:
         """B of uint8 (3, S, S) -> (B, D). Raises BusyError when the device has no memory for them."""
+        if len({row.device for row in rows}) > 1:  # some were decoded on the GPU
+            rows = [row.to(self.device) for row in rows]
         return self._forward("image", torch.stack(list(rows)))
 
     def encode_texts(self, rows: Sequence[Tensor]) -> Array:

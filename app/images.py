@@ -9,10 +9,12 @@ from io import BytesIO
 import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
 
 from models.errors import ImageError, MediaTypeError, TooLargeError
-from models.preprocess import upright
+from models.preprocess import orientation, upright
 
+_END = b"\xff\xd9"  # of a JPEG
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "BMP")
 
 
@@ -36,6 +38,15 @@ def decode(data: bytes, limits: Limits, target: int | None = None) -> Image.Imag
         TooLargeError: more bytes or pixels than the limits allow; found before any pixel is decoded.
     """
     return _decoded(data, limits, lambda image: _shrunk(_to_rgb(image), target), target)
+
+
+def pixels(
+    data: bytes, limits: Limits, target: int, gpu: Callable[[bytes], Tensor | None] | None = None
+) -> Image.Image | Tensor:
+    """What a model of `target` pixels a side is given: as `decode`, or uint8 (3, H, W) where a plain JPEG can be
+    decoded by `gpu` (app/nvjpeg.py). Raises what `decode` raises."""
+    found = gpu(data) if gpu is not None and _is_plain_jpeg(data, limits) else None
+    return decode(data, limits, target) if found is None else found
 
 
 def decode_mask(data: bytes, limits: Limits) -> Image.Image:
@@ -109,6 +120,16 @@ def _open(data: bytes) -> Image.Image:
         raise TooLargeError("the picture has more pixels than are read") from error
     except Exception as error:  # as in decode
         raise ImageError(f"the picture cannot be decoded ({claimed}): it is damaged or incomplete") from error
+
+
+def _is_plain_jpeg(data: bytes, limits: Limits) -> bool:
+    """Whether it is within the limits, upright, whole and in the colours that every decoder takes it to be in."""
+    if media_type(data) != "image/jpeg" or len(data) > limits.max_bytes or not data.endswith(_END):
+        return False
+    with _open(data) as image:
+        _check_pixels(image.size, limits)
+        colours = image.format == "JPEG" and image.mode == "RGB" and image.info.get("adobe_transform", 1) == 1
+        return colours and orientation(image) == 1
 
 
 def _check_pixels(size: tuple[int, int], limits: Limits) -> None:

@@ -19,6 +19,7 @@ from app import int8
 from app.backends import FILES, Array, choose_device, has_native_bf16, in_bf16, towers_of
 from app.engine import Description, Engine, ModelEngine
 from app.exports import choose
+from app.nvjpeg import decoder_of
 from app.settings import Settings
 from models.dalle import DALLETransformer
 from models.errors import CheckpointError
@@ -53,6 +54,7 @@ def load_engine(name: str, reference: str, settings: Settings) -> ModelEngine:
     """One model that embeds, on its device, warm. Raises CheckpointError if it cannot be loaded."""
     from models.checkpoint import load_model  # brings open_clip with it, which takes a second
 
+    decoder_of(settings)  # raises where it cannot be, before anything waits for it
     model = load_model(reference)
     if not hasattr(model, "encode_image"):
         raise CheckpointError(f"model {name!r} ({model.architecture}) embeds neither pictures nor texts; leave it out")
@@ -158,7 +160,7 @@ class ShelvedEngine:
         self.takes_text, self.details, self.scale = engine.takes_text, engine.details, engine.scale
         self.lanes = engine.lanes
 
-    def prepare_image(self, image: Image.Image) -> Tensor:
+    def prepare_image(self, image: Image.Image | Tensor) -> Tensor:
         """As ModelEngine's, and so the others."""
         return self._get().prepare_image(image)
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
@@ -16,6 +17,7 @@ import orjson
 from fastapi import Depends, Request
 from PIL import Image
 from starlette.responses import Response
+from torch import Tensor
 
 from app import images, tracing
 from app.backends import Array
@@ -27,6 +29,7 @@ from app.generator import LocalGenerator, RemoteGenerator, ServedGenerator
 from app.inputs import Input, image_bytes, image_limits
 from app.keys import Keyring
 from app.metrics import Metrics
+from app.nvjpeg import decoder_of
 from app.plane import Unfolding
 from app.reindex import Progress, Reindexing
 from app.settings import Settings
@@ -262,8 +265,9 @@ class Service:
         return Embedded(vectors, tokens)
 
     def opener(self, value: str | bytes | Path, index: int) -> Opener:
-        """Decodes one `image` value when called, in a worker thread or another process; its errors carry `index`."""
-        return partial(_open, self._harmless, value, index)
+        """Decodes one `image` value for a model when called, in a worker thread or another process; its errors carry
+        `index`."""
+        return partial(_pixels_of, self._harmless, value, index)
 
     def deadline(self, seconds: float | None = None) -> float:
         """When work that starts now must be done, in the event loop's time; by the settings' deadline or another."""
@@ -292,9 +296,21 @@ class Service:
         return await asyncio.get_running_loop().run_in_executor(self._decoders, call, *args)
 
 
-def _open(settings: Settings, value: str | bytes | Path, index: int, target: int) -> Image.Image:
-    try:
+def decoded(settings: Settings, value: str | bytes | Path, index: int, target: int) -> Image.Image:
+    """Decodes one `image` value, as images.decode does; its errors carry `index`."""
+    with _at(index):
         return images.decode(image_bytes(value, settings), image_limits(settings), target)
+
+
+def _pixels_of(settings: Settings, value: str | bytes | Path, index: int, target: int) -> Image.Image | Tensor:
+    with _at(index):
+        return images.pixels(image_bytes(value, settings), image_limits(settings), target, decoder_of(settings))
+
+
+@contextmanager
+def _at(index: int) -> Iterator[None]:
+    try:
+        yield
     except InputError as error:
         error.index = index
         raise

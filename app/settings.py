@@ -94,6 +94,10 @@ class Settings(BaseSettings):
     backend: Literal["auto", Backend] = Field(
         "auto", description="what computes embeddings; auto: the fastest of torch and what `semblance export` wrote"
     )
+    jpeg_decoder: Literal["pillow", "nvjpeg"] = Field(
+        "pillow",
+        description="of JPEGs to embed; nvjpeg: on the GPU, to pixels that differ from Pillow's by some levels",
+    )
     threads: int = Field(0, ge=0, description="processor threads for decoding and for the models; 0: every core")
     model_memory: int = Field(
         0,

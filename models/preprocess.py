@@ -47,17 +47,21 @@ class Preprocess:
                 "least 1, resize crop, pad or squash, interpolation bicubic or bilinear"
             )
 
-    def __call__(self, image: Image.Image) -> Tensor:
-        """One picture of any size and mode -> uint8 (3, size, size). Transparency is laid on `fill`."""
-        pixels = torch.from_numpy(np.array(flatten_alpha(image, self.fill))).permute(2, 0, 1)
-        width, height = image.size
+    def __call__(self, image: Image.Image | Tensor) -> Tensor:
+        """One picture of any size and mode, or uint8 (3, H, W) -> uint8 (3, size, size), on the pixels' device.
+
+        Transparency is laid on `fill`.
+        """
+        if isinstance(image, Image.Image):
+            image = torch.from_numpy(np.array(flatten_alpha(image, self.fill))).permute(2, 0, 1)
+        pixels, (height, width) = image, image.shape[1:]
         if self.resize == "squash" or width == height:
             return self._scaled(pixels, self.size, self.size).contiguous()
         scale = self.size / (min(width, height) if self.resize == "crop" else max(width, height))
         # torchvision's Resize truncates the longer side, CenterCrop rounds its offset, and open_clip rounds the shorter
         # side when it keeps the whole picture; so do we, for parity.
         whole = int if self.resize == "crop" else round
-        width, height = (max(1, whole(side * scale)) for side in image.size)
+        width, height = (max(1, whole(side * scale)) for side in (width, height))
         if self.resize == "crop":
             # The shorter side is `size` by definition, whatever the product was rounded to.
             width, height = (
@@ -66,7 +70,7 @@ class Preprocess:
             left, top = (round((side - self.size) / 2) for side in (width, height))
             scaled = self._scaled(pixels, width, height)
             return scaled[:, top : top + self.size, left : left + self.size].contiguous()
-        canvas = torch.full((3, self.size, self.size), self.fill, dtype=torch.uint8)
+        canvas = torch.full((3, self.size, self.size), self.fill, dtype=torch.uint8, device=pixels.device)
         left, top = (self.size - width) // 2, (self.size - height) // 2
         canvas[:, top : top + height, left : left + width] = self._scaled(pixels, width, height)
         return canvas
@@ -75,6 +79,9 @@ class Preprocess:
         """uint8 (3, H, W) -> uint8 (3, height, width); Pillow's filters, by torch in a quarter of Pillow's time."""
         if pixels.shape[1:] == (height, width):
             return pixels
+        if pixels.is_cuda:  # which filters floats alone
+            scaled = F.interpolate(pixels[None].float(), (height, width), mode=self.interpolation, antialias=True)[0]
+            return scaled.round_().clamp_(0, 255).to(torch.uint8)
         return F.interpolate(pixels[None], (height, width), mode=self.interpolation, antialias=True)[0]
 
     def normalize(self, images: Tensor) -> Tensor:
@@ -109,10 +116,16 @@ def flatten_alpha(image: Image.Image, fill: int = 255) -> Image.Image:
     return image.convert("RGB")
 
 
+def orientation(source: Image.Image) -> int:
+    """How a picture lies, as its EXIF says: 1 is upright."""
+    try:
+        found = source.getexif().get(_ORIENTATION, 1)
+    except Exception:  # a picture with a damaged EXIF block is still a picture
+        return 1
+    return found if found in _TURNS else 1
+
+
 def upright(image: Image.Image, source: Image.Image) -> Image.Image:
     """`image`, which was made of `source`, turned as the EXIF orientation of `source` says."""
-    try:
-        orientation = source.getexif().get(_ORIENTATION, 1)
-    except Exception:  # a picture with a damaged EXIF block is still a picture
-        return image
-    return image.transpose(_TURNS[orientation]) if orientation in _TURNS else image
+    turn = _TURNS.get(orientation(source))
+    return image if turn is None else image.transpose(turn)

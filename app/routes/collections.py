@@ -36,7 +36,7 @@ from app.inputs import (
     written,
 )
 from app.keys import needs
-from app.service import Served, describe_item, json_response
+from app.service import Served, decoded, describe_item, json_response
 from models.errors import InputError, NotFoundError, TooLargeError
 
 router = APIRouter(tags=["collections"])
@@ -383,9 +383,8 @@ async def _kept(service: Served, item: ItemBody, index: int) -> bytes | None:
     """What is kept of a picture: its pixels in a new JPEG, and nothing else of the file that came."""
     if item.image is None:
         return None
-    side = service.settings.stored_side
-    opener = service.opener(item.image, index)
-    return await service.decode(lambda: images.reencode(opener(side // 2), side))
+    image, side = item.image, service.settings.stored_side
+    return await service.decode(lambda: images.reencode(decoded(service.settings, image, index, side // 2), side))
 
 
 def _needs_text(item: ItemBody) -> bool:
