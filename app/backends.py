@@ -103,8 +103,8 @@ class _Rows(nn.Module):
         rows: Tensor = getattr(self.model, f"encode_{self.tower}")(batch)
         return rows.float()
 
-    def extra_repr(self) -> str:
-        return f"tower={self.tower!r}"
+    def __repr__(self) -> str:
+        return f"the {self.tower} tower of {self.model.architecture}"
 
 
 def _shapes(model: Any, tower: Tower) -> list[Tensor]:

@@ -38,10 +38,18 @@ class GpuDecoder:
             with self._lock:
                 batch, self._waiting = self._waiting, []
             if batch:
-                found = self._pixels([file for file, _ in batch])
-                for (_, each), pixels in zip(batch, found, strict=True):
-                    each.set_result(pixels)
+                self._answer(batch)
         return answer.result()
+
+    def _answer(self, batch: list[tuple[Tensor, Future[Tensor | None]]]) -> None:
+        try:
+            found = self._pixels([file for file, _ in batch])
+            for (_, answer), pixels in zip(batch, found, strict=True):
+                answer.set_result(pixels)
+        except BaseException as error:  # nobody is left waiting
+            for _, answer in batch:
+                if not answer.done():
+                    answer.set_exception(error)
 
     def _pixels(self, files: list[Tensor]) -> Sequence[Tensor | None]:
         try:

@@ -63,7 +63,7 @@ class Recorded:
         except Exception as error:  # a model may do anything
             same, why = False, str(error).partition("\n")[0]
         if not same:
-            log.info("%s runs in Python, for it cannot be recorded: %s", self._module, why)
+            log.info("%r runs in Python, for it cannot be recorded: %s", self._module, why)
         return rows if same else None
 
     def _record(self) -> Rows:

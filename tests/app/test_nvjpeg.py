@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 from starlette.testclient import TestClient
-from support import problem
+from support import problem, wait_for
 from torch import Tensor
 
 import app.nvjpeg
@@ -67,11 +67,9 @@ def test_threads_that_come_meanwhile_are_decoded_together_and_a_bad_file_alone_f
     nvjpeg.may_go.clear()
     with ThreadPoolExecutor(4) as pool:
         first = pool.submit(decoder, good)
-        while not nvjpeg.batches:
-            pass
+        wait_for(lambda: nvjpeg.batches)
         others = [pool.submit(decoder, each) for each in (good, bytes(9), good)]
-        while len(decoder._waiting) < 3:
-            pass
+        wait_for(lambda: len(decoder._waiting) == 3)
         nvjpeg.may_go.set()
         found = [each.result(5) for each in (first, *others)]
     assert nvjpeg.batches == [1, 3, 1, 1, 1]
@@ -104,6 +102,24 @@ def test_what_nvjpeg_cannot_decode_is_pillows() -> None:
         raise RuntimeError("out of memory")
 
     assert isinstance(images.pixels(_file(), Limits(), 8, GpuDecoder(fails)), Image.Image)
+
+
+def test_an_error_of_another_kind_reaches_everyone() -> None:
+    began, may_go = threading.Event(), threading.Event()
+
+    def fails(files: list[Tensor]) -> list[Tensor]:
+        began.set()
+        assert may_go.wait(5)
+        raise ValueError("a mistake")
+
+    decoder = GpuDecoder(fails)
+    with ThreadPoolExecutor(3) as pool:
+        first = pool.submit(decoder, _file())
+        assert began.wait(5)
+        others = [pool.submit(decoder, _file()) for _ in range(2)]
+        may_go.set()
+        for each in (first, *others):
+            assert isinstance(each.exception(5), ValueError)
 
 
 @pytest.mark.parametrize("resize", ["crop", "pad", "squash"])

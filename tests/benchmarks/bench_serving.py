@@ -39,7 +39,7 @@ from lean_http import Connection
 from peer import write_weights
 from PIL import Image
 
-from app.backends import has_native_bf16
+from app.backends import has_native_bf16, serves_here
 from app.images import Limits, decode
 from app.loading import load_engine
 from app.settings import Settings
@@ -419,7 +419,8 @@ def main() -> None:
         print(f"ours: {json.dumps(details)[:2000]}")
         if "peers" in arguments.parts:
             servers = []
-            for backend in ("torch-bf16" if has_native_bf16(torch.device("cpu")) else "torch-fp32", "torch-int8"):
+            exact = "torch-bf16" if has_native_bf16(cpu := torch.device("cpu")) else "torch-fp32"
+            for backend in (exact, "torch-int8" if serves_here("torch-int8", cpu) else "onnx-int8"):
                 shutil.copytree(store / "exports", place / backend / "exports")
                 start = (*semblance, "serve", *common, "--data", str(place / backend))
                 chosen = {"SEMBLANCE_BACKEND": backend}
