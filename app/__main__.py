@@ -158,7 +158,7 @@ def _serve(options: argparse.Namespace) -> int:
     from app import logs, tracing
     from app.demo import fill_demo
     from app.keys import keys_to_serve
-    from app.loading import load_engines, load_generators
+    from app.loading import load_engines, load_generators, settle
     from app.main import create_app
     from app.protocol import DrainingServer, punctual
     from app.stores import open_collections
@@ -197,6 +197,7 @@ def _serve(options: argparse.Namespace) -> int:
             # same time, a request that is just on its way is hung up on.
             timeout_keep_alive=75,
         )
+        settle()
         DrainingServer(config, app.state.service.drain).run()
     return 0
 

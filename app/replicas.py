@@ -24,7 +24,7 @@ from app.batching import late
 from app.engine import Description, LocalEngine, Opener, RemoteEngine, ServedEngine, TextRow
 from app.fairness import CALLER
 from app.generator import Drawing, LocalGenerator, RemoteGenerator, ServedGenerator
-from app.loading import load_engine, load_generator
+from app.loading import load_engine, load_generator, settle
 from app.metrics import Metrics
 from app.settings import Settings
 from models.dalle import DALLETransformer
@@ -97,6 +97,7 @@ class Encoder(_Replica):
         decoders = ThreadPoolExecutor(settings.thread_count, "decode")
         self._served = LocalEngine(engine, settings, decoders, self._worker, self._metrics)
         self._waited = (0.0, 0.0)  # seconds, and by how many inputs, as told last
+        settle()
 
     async def describe(self) -> Described:
         """What the router shows of the model."""
@@ -131,6 +132,7 @@ class Generator(_Replica):
         self._model = load_generator(reference, settings)
         self._fingerprint = self._model.fingerprint
         self._served = LocalGenerator(name, self._model, settings, self._worker, self._metrics)
+        settle()
 
     async def describe(self) -> DALLETransformer:
         """The model without its numbers."""

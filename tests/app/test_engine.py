@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
-from support import in_python, tiny_clip
+from support import in_python, open_clip_folder, tiny_clip
 
 from app.batching import Batcher, Lanes
 from app.engine import Engine, LocalEngine, ModelEngine, like_lengths
 from app.fairness import CALLER, FairQueue, Flow
-from app.loading import Shelf, ShelvedEngine, find_models, load_engine, load_engines
+from app.loading import Shelf, ShelvedEngine, find_models, load_engine, load_engines, settle
 from app.settings import Settings
 from models.checkpoint import save_checkpoint
 from models.clip import CLIPModel
@@ -441,3 +444,27 @@ def test_a_model_is_warm_when_it_is_ready(checkpoints: Any, monkeypatch: pytest.
     monkeypatch.setattr(CLIPModel, "encode_image", encode)
     load_engine("clip", str(checkpoints / "clip"), Settings(threads=1))
     assert seen == [1, 2]
+
+
+def test_what_a_start_has_made_is_not_looked_at_again() -> None:
+    try:
+        settle()
+        assert gc.get_freeze_count() > 10_000
+        assert len(gc.get_objects()) < 1_000
+    finally:
+        gc.unfreeze()
+
+
+@pytest.mark.parametrize("name", ["clip", "open_clip"])
+def test_a_model_that_leaves_is_freed_at_once(name: str, checkpoints: Any, tmp_path: Path) -> None:
+    """By counted references alone, for the collector passes over it."""
+    reference = checkpoints / "clip" if name == "clip" else open_clip_folder(tmp_path / "model")
+    engine = load_engine(name, str(reference), Settings(store=tmp_path))
+    weights = [weakref.ref(each) for each in engine.model.parameters()]
+    gc.collect()
+    gc.disable()
+    try:
+        del engine
+        assert not any(each() is not None for each in weights)
+    finally:
+        gc.enable()
