@@ -115,7 +115,7 @@ def load_generator(reference: str, settings: Settings) -> DALLETransformer:
 
 
 def settle() -> None:
-    """Have Python's collector of cycles pass over all that a start has made: with torch there are 400,000 objects, which
+    """Have Python's collector of cycles pass over all that a start has made: with torch these are 400,000 objects, and
     took it a quarter of a second every few seconds, while everyone waited."""
     gc.collect()
     gc.freeze()
