@@ -7,7 +7,7 @@ import base64
 import binascii
 import re
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar
 
@@ -250,11 +250,8 @@ async def fetch_pictures(body: BaseModel, service: Service) -> None:
 
     async def fetch(holder: BaseModel, name: str, index: int | None) -> None:
         nonlocal left
-        try:
+        with at_index(index):
             content = await service.fetcher.fetch(getattr(holder, name))  # type: ignore[union-attr]
-        except InputError as error:
-            error.index = index
-            raise
         left -= len(content)
         if left < 0:
             raise TooLargeError(f"the pictures have more than {settings.max_body:,} bytes together")
@@ -311,6 +308,16 @@ async def _from_form(model: type[B], request: Request) -> B:
     except ValidationError as error:
         problems = error.errors(include_url=False, include_input=False, include_context=False)
     raise RequestValidationError(problems)
+
+
+@contextmanager
+def at_index(index: int | None) -> Iterator[None]:
+    """Errors of an input carry its place among those of the call."""
+    try:
+        yield
+    except InputError as error:
+        error.index = index
+        raise
 
 
 def image_bytes(value: str | bytes | Path, settings: Settings) -> bytes:

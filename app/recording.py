@@ -57,7 +57,8 @@ class Recorded:
 
     def _recorded(self) -> Rows | None:
         try:
-            rows, examples = self._record(), self._examples()
+            examples = self._examples()
+            rows = self._record(examples[0])
             same = all(torch.equal(rows(each), self._in_python(each)) for each in examples)
             why = "its record gives other rows"
         except Exception as error:  # a model may do anything
@@ -66,12 +67,12 @@ class Recorded:
             log.info("%r runs in Python, for it cannot be recorded: %s", self._module, why)
         return rows if same else None
 
-    def _record(self) -> Rows:
+    def _record(self, example: Tensor) -> Rows:
         # torch warns of what it takes for a constant, which the examples show, and that it prefers torch.export, which
         # has nothing that runs without Python or a compiler.
         with warnings.catch_warnings(), torch.no_grad(), self._precision():
             warnings.simplefilter("ignore")
-            record: Any = torch.jit.trace(self._module, (self._examples()[0],), check_trace=False)
+            record: Any = torch.jit.trace(self._module, (example,), check_trace=False)
 
         def rows(batch: Tensor) -> Tensor:
             # Not optimised: that runs the first batches slowly, and finds nothing to fuse on a processor.

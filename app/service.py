@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
@@ -26,7 +25,7 @@ from app.collections import Collections
 from app.engine import Description, Engine, LocalEngine, Opener, RemoteEngine, ServedEngine
 from app.fetching import Fetcher
 from app.generator import LocalGenerator, RemoteGenerator, ServedGenerator
-from app.inputs import Input, image_bytes, image_limits
+from app.inputs import Input, at_index, image_bytes, image_limits
 from app.keys import Keyring
 from app.metrics import Metrics
 from app.nvjpeg import decoder_of
@@ -298,22 +297,13 @@ class Service:
 
 def decoded(settings: Settings, value: str | bytes | Path, index: int, target: int) -> Image.Image:
     """Decodes one `image` value, as images.decode does; its errors carry `index`."""
-    with _at(index):
+    with at_index(index):
         return images.decode(image_bytes(value, settings), image_limits(settings), target)
 
 
 def _pixels_of(settings: Settings, value: str | bytes | Path, index: int, target: int) -> Image.Image | Tensor:
-    with _at(index):
+    with at_index(index):
         return images.pixels(image_bytes(value, settings), image_limits(settings), target, decoder_of(settings))
-
-
-@contextmanager
-def _at(index: int) -> Iterator[None]:
-    try:
-        yield
-    except InputError as error:
-        error.index = index
-        raise
 
 
 async def get_service(request: Request) -> Service:  # of FastAPI, what is not async costs a thread

@@ -1,0 +1,98 @@
+"""Models: found, loaded within a budget of memory, warm when they are ready, and freed when they leave."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from support import in_python, open_clip_folder, tiny_clip
+
+from app.engine import ModelEngine
+from app.loading import Shelf, ShelvedEngine, find_models, load_engine, load_engines, settle
+from app.settings import Settings
+from models.checkpoint import save_checkpoint
+from models.clip import CLIPModel
+from models.errors import CheckpointError
+
+
+def test_models_are_found_by_folder_and_by_name(checkpoints: Any) -> None:
+    found = find_models(Settings(checkpoints=checkpoints, models=("vit=open_clip:ViT-B-32/x",)))
+    assert found == {"vit": "open_clip:ViT-B-32/x", "clip": str(checkpoints / "clip")}
+    with pytest.raises(CheckpointError, match="name=reference"):
+        find_models(Settings(models=("vit",)))
+
+
+def test_models_beyond_the_budget_leave_and_come_back_with_the_same_rows(tmp_path: Any, picture: Any) -> None:
+    for seed, name in enumerate(("a", "b", "c")):
+        save_checkpoint(tiny_clip(seed), tmp_path / name)
+    whole = load_engines(Settings(checkpoints=tmp_path, threads=1))
+    size = whole["a"].bytes  # type: ignore[attr-defined]
+    bounded = load_engines(Settings(checkpoints=tmp_path, threads=1, model_memory=2 * size + 1))
+    shelf: Shelf = bounded["a"]._get.func.__self__  # type: ignore[attr-defined]
+    assert list(shelf._engines) == ["b", "c"]
+    for name in ("a", "b", "c", "c", "a", "b"):
+        assert np.array_equal(bounded[name].embed_texts(["a red star"]), whole[name].embed_texts(["a red star"]))
+        assert np.array_equal(bounded[name].embed_images([picture()]), whole[name].embed_images([picture()]))
+        assert len(shelf._engines) == 2
+        assert list(shelf._engines)[-1] == name
+    assert bounded["a"].fingerprint == whole["a"].fingerprint
+    assert bounded["a"].scale == whole["a"].scale
+
+    tiny = load_engines(Settings(checkpoints=tmp_path, threads=1, model_memory=1))  # one alone may be larger
+    assert np.array_equal(tiny["a"].embed_texts(["x"]), whole["a"].embed_texts(["x"]))
+
+
+def test_a_model_that_many_ask_for_is_loaded_once_and_those_there_do_not_wait_for_it() -> None:
+    shelf, loads, may_go = Shelf(10**9), [], threading.Event()
+
+    def load(name: str) -> ModelEngine:
+        loads.append(name)
+        if name == "slow":
+            assert may_go.wait(10)
+        return ModelEngine(name, tiny_clip(), device="cpu")
+
+    with ThreadPoolExecutor(4) as pool:
+        there = ShelvedEngine("there", lambda: load("there"), shelf)
+        askers = [pool.submit(shelf.get, "slow", lambda: load("slow")) for _ in range(3)]
+        assert there.embed_texts(["a"]).shape == (1, 24)
+        may_go.set()
+        assert len({id(each.result()) for each in askers}) == 1
+    assert loads == ["there", "slow"]
+
+
+def test_a_model_is_warm_when_it_is_ready(checkpoints: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    encode = in_python(CLIPModel.encode_image, lambda _, images: seen.append(len(images)))
+    monkeypatch.setattr(CLIPModel, "encode_image", encode)
+    load_engine("clip", str(checkpoints / "clip"), Settings(threads=1))
+    assert seen == [1, 2]
+
+
+def test_what_a_start_has_made_is_not_looked_at_again() -> None:
+    try:
+        settle()
+        assert gc.get_freeze_count() > 10_000
+        assert len(gc.get_objects()) < 1_000
+    finally:
+        gc.unfreeze()
+
+
+@pytest.mark.parametrize("name", ["clip", "open_clip"])
+def test_a_model_that_leaves_is_freed_at_once(name: str, checkpoints: Any, tmp_path: Path) -> None:
+    """By counted references alone, for the collector passes over it."""
+    reference = checkpoints / "clip" if name == "clip" else open_clip_folder(tmp_path / "model")
+    engine = load_engine(name, str(reference), Settings(store=tmp_path))
+    weights = [weakref.ref(each) for each in engine.model.parameters()]
+    gc.collect()
+    gc.disable()
+    try:
+        del engine
+        assert not any(each() is not None for each in weights)
+    finally:
+        gc.enable()
