@@ -395,6 +395,7 @@ def main() -> None:
     parts = ("peers", "engine", "search", "start", "overload")
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("parts", nargs="*", default=parts, help=f"of {', '.join(parts)}")
+    parser.add_argument("--to", nargs="+", default=("torch", "onnx", "openvino"), help="what the model is exported for")
     parser.add_argument("--seconds", type=float, default=6.0, help="of each measurement")
     parser.add_argument("--items", type=int, default=100_000, help="of the collection that is searched")
     parser.add_argument("--overload-seconds", type=float, default=600.0)
@@ -411,7 +412,7 @@ def main() -> None:
         reference, store = f"open_clip:ViT-B-32/{place / 'vit.safetensors'}", place / "data"
         semblance = (sys.executable, "-m", "app")
         common = ("--model", f"vit={reference}", "--data", str(store), "--checkpoints", str(place / "none"))
-        for runtime in ("torch", "onnx", "openvino"):
+        for runtime in arguments.to:
             export = [*semblance, "export", "vit", "--to", runtime, "--pictures", str(place / "pictures"), *common]
             subprocess.run(export, check=True, cwd=ROOT)
         ours = stack.enter_context(serving("ours", _ours, *semblance, "serve", *common))
