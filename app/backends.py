@@ -7,6 +7,7 @@ what `semblance export` wrote (app/exports.py).
 from __future__ import annotations
 
 import functools
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -145,7 +146,10 @@ def _single_threads(count: int) -> ThreadPoolExecutor:
         torch.get_num_threads()  # takes the process's number, the first time in a thread, and would do so later
         torch.set_num_threads(1)
 
-    return ThreadPoolExecutor(count, "lane", initializer=alone)
+    pool, all_there = ThreadPoolExecutor(count, "lane", initializer=alone), threading.Barrier(count)
+    list(pool.map(lambda _: all_there.wait(), range(count)))
+    torch.set_num_threads(count)  # the process's number is whatever was set last, and later threads take it
+    return pool
 
 
 def in_bf16(model: Any) -> Any:

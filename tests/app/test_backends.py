@@ -7,6 +7,7 @@ import logging
 import shutil
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 from PIL import Image
 from support import CORPUS, in_python, open_clip_folder
 
+from app import backends
 from app.backends import exported_tower, filled_shape, in_bf16, torch_tower
 from app.engine import ModelEngine
 from app.exporter import export_model, read_calibration
@@ -97,6 +99,22 @@ def test_weights_that_nothing_computes_with_leave_the_memory(checkpoints: Path, 
     assert blocks > 10_000
     assert held(narrow) == whole - blocks
     assert np.isfinite(narrow.embed_texts(["a"])).all()
+
+
+def test_lanes_leave_every_other_thread_its_cores() -> None:
+    """Whoever is alone is computed in a thread that may have begun after them."""
+    before = torch.get_num_threads()
+    backends._single_threads.cache_clear()
+    try:
+        torch.set_num_threads(2)
+        found = backends.lanes_of("torch-fp32", torch.device("cpu"))
+        assert found is not None
+        in_lanes = [found.executor.submit(torch.get_num_threads) for _ in range(4)]
+        assert [each.result() for each in in_lanes] == [1] * 4
+        with ThreadPoolExecutor(1) as later:
+            assert later.submit(torch.get_num_threads).result() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_long_batch_is_computed_by_one_thread_a_part(checkpoints: Path, monkeypatch: pytest.MonkeyPatch) -> None:
