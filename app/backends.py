@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -30,6 +30,8 @@ from models.generation import captured
 if TYPE_CHECKING:
     from app.settings import Backend
 
+P = ParamSpec("P")
+T = TypeVar("T")
 Array = NDArray[np.float32]
 Tower = Literal["image", "text"]
 Encode = Callable[[Tensor], Array]
@@ -127,7 +129,7 @@ def lanes_of(backend: Backend, device: torch.device) -> Lanes | None:
     threads = torch.get_num_threads()
     if device.type != "cpu" or backend not in _IN_LANES or threads == 1:
         return None
-    return Lanes(_single_threads(threads), threads, _PART)
+    return Lanes(_lane_threads(threads), threads, _PART)
 
 
 def _by_parts(rows: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
@@ -135,21 +137,42 @@ def _by_parts(rows: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
     threads = torch.get_num_threads()
     if threads == 1 or len(batch) < _PART * threads:
         return rows(batch)
-    return torch.cat(list(_single_threads(threads).map(rows, batch.chunk(threads))))
+    return torch.cat(list(_lane_threads(threads).map(rows, batch.chunk(threads))))
 
 
 @functools.cache
-def _single_threads(count: int) -> ThreadPoolExecutor:
-    """Threads in which torch's operations use no others."""
+def _lane_threads(count: int) -> ThreadPoolExecutor:
+    return single_threads(count, "lane")
+
+
+def single_threads(count: int, name: str) -> ThreadPoolExecutor:
+    """Threads in which torch's operations use no others.
+
+    OpenMP keeps helpers for each thread that ever shared an operation among the cores. Once all of them are more than
+    the cores, helpers sleep at the end of every operation, and one short text takes twice as long. So in a server no
+    thread has any but the one that computes what is alone.
+    """
 
     def alone() -> None:
         torch.get_num_threads()  # takes the process's number, the first time in a thread, and would do so later
         torch.set_num_threads(1)
 
-    pool, all_there = ThreadPoolExecutor(count, "lane", initializer=alone), threading.Barrier(count)
+    number = torch.get_num_threads()
+    pool, all_there = ThreadPoolExecutor(count, name, initializer=alone), threading.Barrier(count)
     list(pool.map(lambda _: all_there.wait(), range(count)))
-    torch.set_num_threads(count)  # the process's number is whatever was set last, and later threads take it
+    torch.set_num_threads(number)  # the process's number is whatever was set last, and later threads take it
     return pool
+
+
+def in_passing(call: Callable[P, T]) -> Callable[P, T]:
+    """Have it run in a thread that ends with it, and the helpers (`single_threads`) of its operations with that."""
+
+    @functools.wraps(call)
+    def run(*args: P.args, **named: P.kwargs) -> T:
+        with ThreadPoolExecutor(1) as passing:
+            return passing.submit(call, *args, **named).result()
+
+    return run
 
 
 def in_bf16(model: Any) -> Any:

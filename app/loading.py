@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from app import int8
-from app.backends import FILES, Array, choose_device, has_native_bf16, in_bf16, towers_of
+from app.backends import FILES, Array, choose_device, has_native_bf16, in_bf16, in_passing, towers_of
 from app.engine import Description, Engine, ModelEngine
 from app.exports import choose
 from app.nvjpeg import decoder_of
@@ -51,6 +51,7 @@ def find_models(settings: Settings) -> dict[str, str]:
     return found
 
 
+@in_passing
 def load_engine(name: str, reference: str, settings: Settings) -> ModelEngine:
     """One model that embeds, on its device, warm. Raises CheckpointError if it cannot be loaded."""
     from models.checkpoint import load_model  # brings open_clip with it, which takes a second
@@ -102,6 +103,7 @@ def load_generators(settings: Settings) -> dict[str, DALLETransformer]:
     return {name: load_generator(reference, settings) for name, reference in found if generates(reference)}
 
 
+@in_passing
 def load_generator(reference: str, settings: Settings) -> DALLETransformer:
     """A model that makes pictures, on its device. Raises CheckpointError."""
     from models.checkpoint import load_checkpoint

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from app import logs, tracing
-from app.backends import Array, Tower
+from app.backends import Array, Tower, single_threads
 from app.batching import late
 from app.engine import Description, LocalEngine, Opener, RemoteEngine, ServedEngine, TextRow
 from app.fairness import CALLER
@@ -94,7 +94,7 @@ class Encoder(_Replica):
         super().__init__(name, settings)
         engine = load_engine(name, reference, settings)
         self._fingerprint = engine.fingerprint
-        decoders = ThreadPoolExecutor(settings.thread_count, "decode")
+        decoders = single_threads(settings.thread_count, "decode")
         self._served = LocalEngine(engine, settings, decoders, self._worker, self._metrics)
         self._waited = (0.0, 0.0)  # seconds, and by how many inputs, as told last
         settle()

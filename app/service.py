@@ -19,7 +19,7 @@ from starlette.responses import Response
 from torch import Tensor
 
 from app import images, tracing
-from app.backends import Array
+from app.backends import Array, single_threads
 from app.collection import Collection, Item
 from app.collections import Collections
 from app.engine import Description, Engine, LocalEngine, Opener, RemoteEngine, ServedEngine
@@ -88,7 +88,7 @@ class Service:
     def start(self) -> None:
         """Make the threads and the batchers; inside the event loop that will use them."""
         self._loop = asyncio.get_running_loop()
-        self._decoders = ThreadPoolExecutor(self.settings.thread_count, "decode")
+        self._decoders = single_threads(self.settings.thread_count, "decode")
         self._storers = ThreadPoolExecutor(4, "store")
         worker = ThreadPoolExecutor(1, "model")  # one thread owns the device
         self._pools = [self._decoders, self._storers, worker]

@@ -104,7 +104,7 @@ def test_weights_that_nothing_computes_with_leave_the_memory(checkpoints: Path, 
 def test_lanes_leave_every_other_thread_its_cores() -> None:
     """Whoever is alone is computed in a thread that may have begun after them."""
     before = torch.get_num_threads()
-    backends._single_threads.cache_clear()
+    backends._lane_threads.cache_clear()
     try:
         torch.set_num_threads(2)
         found = backends.lanes_of("torch-fp32", torch.device("cpu"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import gc
 import threading
 import weakref
@@ -11,7 +12,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support import in_python, open_clip_folder, tiny_clip
+import torch
+from support import in_python, open_clip_folder, tiny_clip, wait_for
 
 from app.engine import ModelEngine
 from app.loading import Shelf, ShelvedEngine, find_models, load_engine, load_engines, settle
@@ -72,6 +74,24 @@ def test_a_model_is_warm_when_it_is_ready(checkpoints: Any, monkeypatch: pytest.
     monkeypatch.setattr(CLIPModel, "encode_image", encode)
     load_engine("clip", str(checkpoints / "clip"), Settings(threads=1))
     assert seen == [1, 2]
+
+
+def test_one_thread_of_a_server_has_the_helpers_of_openmp(start: Any, checkpoints: Path, encoded: Any) -> None:
+    """With more of them than cores they sleep between operations."""
+
+    def helpers() -> int:
+        return len(list(Path("/proc/self/task").iterdir())) - threading.active_count()
+
+    number, before = torch.get_num_threads(), helpers()
+    try:
+        client = start(load_engines(Settings(checkpoints=checkpoints, threads=2)))
+        picture = {"image": base64.b64encode(encoded(1, "PNG", size=(1200, 900))).decode()}
+        for _ in range(3):
+            for inputs in (["a"], [picture]):
+                assert client.post("/embed", json={"input": inputs}).status_code == 200
+        wait_for(lambda: helpers() <= before + 1)
+    finally:
+        torch.set_num_threads(number)
 
 
 def test_what_a_start_has_made_is_not_looked_at_again() -> None:
