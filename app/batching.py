@@ -7,7 +7,7 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 In = TypeVar("In")
 Out = TypeVar("Out")
-Submit = Callable[[In], Awaitable[Out]]
+Submit = Callable[[In], asyncio.Future[Out]]
 _CALLERS_PART = 0.75  # of all places, for one caller at most, so that another finds one
 _MEMORY = 0.2  # share that the last batch has in what is known of the pace
 
@@ -94,7 +94,7 @@ class Batcher(Generic[In, Out]):
     @contextmanager
     def admit(self, count: int, deadline: float) -> Iterator[Submit[In, Out]]:
         """Hold places for `count` items, from before they are decoded until they are answered; gives `submit` for them,
-        which waits until `deadline`.
+        until `deadline`.
 
         One call may overshoot the bound by its own size, which the request limits bound in turn.
 
@@ -110,7 +110,7 @@ class Batcher(Generic[In, Out]):
         self._coming += count
         left = count
 
-        def submit(item: In) -> Awaitable[Out]:
+        def submit(item: In) -> asyncio.Future[Out]:
             nonlocal left
             left -= 1
             self._coming -= 1
@@ -143,24 +143,21 @@ class Batcher(Generic[In, Out]):
         own = self._held[flow] + count
         return min(self._held.total() + count, own * weights / flow.weight)
 
-    async def submit(self, item: In, deadline: float, flow: Flow | None = None) -> Out:
-        """The result for one item; `deadline` is in the event loop's time.
+    def submit(self, item: In, deadline: float, flow: Flow | None = None) -> asyncio.Future[Out]:
+        """What will be the result for one item, or the error that it alone has: ModelError where the model fails for
+        it, DeadlineError where no batch took it before `deadline` (the event loop's time), BusyError at the end.
 
-        A caller that is cancelled or late takes its item out of the queue with it.
+        Whoever cancels it takes the item out of the queue. Who waits keeps the time: nothing wakes them at `deadline`.
 
         Raises:
-            DeadlineError: the time ran out. ModelError: the model failed for this item alone. BusyError: it has closed.
+            BusyError: the batcher is closed.
         """
         if self._stopped:
             raise shutting_down()
         job: _Job[In, Out] = _Job(item, self._loop.create_future(), deadline, self._loop.time())
         self._jobs.push(flow or flow_of(1), job)
         self._arrival.set()
-        try:
-            async with asyncio.timeout_at(deadline):
-                return await job.result
-        except TimeoutError:
-            raise late() from None
+        return job.result
 
     async def close(self) -> None:
         """Stop, and tell whoever still waits. Call after the last request was answered."""

@@ -7,7 +7,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, Protocol
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from app import tracing
 from app.backends import Array, Encode, Tower, choose_device, default_tower, example, lanes_of, towers_of, unit
-from app.batching import Batcher, Lanes, late
+from app.batching import Batcher, In, Lanes, Out, late
 from app.metrics import Metrics
 from app.settings import Backend, Settings
 from models.errors import BusyError, InputError, ModelError
@@ -269,21 +269,21 @@ class LocalEngine(ServedEngine):
     def __init__(
         self, engine: Engine, settings: Settings, pool: Executor, worker: Executor, metrics: Metrics | None = None
     ) -> None:
-        """pool: decodes and tokenises. worker: one thread, shared by every engine of a device that has no lanes."""
+        """pool: decodes. worker: one thread, shared by every engine of a device that has no lanes."""
         super().__init__(engine, settings, metrics or Metrics())
         self._pool = pool
-        self._images = self._batcher("image", engine.encode_images, settings, worker)
-        self._texts = self._batcher("text", engine.encode_texts, settings, worker)
+        self._images = self._batcher("image", self._image_rows, settings, worker)
+        self._texts = self._batcher("text", self._text_rows, settings, worker)
 
     def depths(self) -> dict[Tower, int]:
         """As ServedEngine's, and so the others."""
         return {"image": self._images.depth, "text": self._texts.depth}
 
     def _batcher(
-        self, kind: Tower, encode: Callable[[Sequence[Tensor]], Array], settings: Settings, worker: Executor
-    ) -> Batcher[Tensor, Array]:
+        self, kind: Tower, forward: Callable[[list[In]], list[Out | Exception]], settings: Settings, worker: Executor
+    ) -> Batcher[In, Out]:
         return Batcher(
-            lambda rows: _finite(encode(rows)),
+            forward,
             worker,
             max_batch=settings.batch_size,
             max_wait=settings.batch_wait_ms / 1000,
@@ -303,9 +303,7 @@ class LocalEngine(ServedEngine):
 
     async def encode_texts(self, texts: Sequence[str], deadline: float) -> list[TextRow]:
         with self._span("embed texts", len(texts)), self._texts.admit(len(texts), deadline) as submit:
-            rows, tokens = await self._loop.run_in_executor(self._pool, self._tokenised, texts)
-            vectors = await _all_before(deadline, [submit(row) for row in rows])
-        return [TextRow(*each) for each in zip(vectors, tokens, strict=True)]
+            return await _all_before(deadline, [submit(text) for text in texts])
 
     async def close(self) -> None:
         """Stop both batchers."""
@@ -318,10 +316,15 @@ class LocalEngine(ServedEngine):
         self._metrics.decode.labels(self.engine.name).observe(time.perf_counter() - began)
         return row
 
-    def _tokenised(self, texts: Sequence[str]) -> tuple[list[Tensor], list[int]]:
-        """Rows of token ids, and how many are no padding."""
-        rows = self.engine.prepare_texts(texts)
-        return rows, [int(torch.count_nonzero(row)) for row in rows]
+    def _image_rows(self, pictures: list[Tensor]) -> list[Array | Exception]:
+        return _finite(self.engine.encode_images(pictures))
+
+    def _text_rows(self, texts: list[str]) -> list[TextRow | Exception]:
+        """Tokenised here: to give each text to another thread for that took longer than the tokens."""
+        tokens = self.engine.prepare_texts(texts)
+        rows = _finite(self.engine.encode_texts(tokens))
+        counts = [int(torch.count_nonzero(each)) for each in tokens]  # of what is no padding
+        return [row if isinstance(row, Exception) else TextRow(row, n) for row, n in zip(rows, counts, strict=True)]
 
 
 def like_lengths(lengths: Sequence[int]) -> list[list[int]]:
@@ -344,14 +347,14 @@ def _finite(rows: Array) -> list[Array | Exception]:
     ]
 
 
-async def _all_before(deadline: float, work: Sequence[Any]) -> list[Array]:
+async def _all_before(deadline: float, work: Sequence[Awaitable[Out]]) -> list[Out]:
     """Every result, in order. The first failure cancels the rest, and so does the deadline (DeadlineError)."""
-    tasks = [asyncio.ensure_future(each) for each in work]
+    waiting = [asyncio.ensure_future(each) for each in work]
     try:
         async with asyncio.timeout_at(deadline):
-            return await asyncio.gather(*tasks)
+            return await asyncio.gather(*waiting)
     except TimeoutError:
         raise late() from None
     finally:
-        for task in tasks:
-            task.cancel()
+        for each in waiting:
+            each.cancel()

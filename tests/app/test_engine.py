@@ -135,11 +135,11 @@ def test_late_and_cancelled_items_are_not_computed() -> None:
 
     async def work(batcher: Batcher[int, int], deadline: float) -> None:
         now = asyncio.get_running_loop().time()
-        first = asyncio.create_task(batcher.submit(1, deadline))
+        first = batcher.submit(1, deadline)
         await asyncio.sleep(0.05)
-        late = asyncio.create_task(batcher.submit(2, now + 0.08))
-        gone = asyncio.create_task(batcher.submit(3, deadline))
-        kept = asyncio.create_task(batcher.submit(4, deadline))
+        late = batcher.submit(2, now + 0.08)
+        gone = batcher.submit(3, deadline)
+        kept = batcher.submit(4, deadline)
         await asyncio.sleep(0.01)
         gone.cancel()
         with pytest.raises(DeadlineError):
@@ -153,7 +153,7 @@ def test_late_and_cancelled_items_are_not_computed() -> None:
 
 def test_nobody_is_left_waiting_when_it_closes() -> None:
     async def work(batcher: Batcher[int, int], deadline: float) -> None:
-        waiting = asyncio.create_task(batcher.submit(1, deadline))
+        waiting = batcher.submit(1, deadline)
         await asyncio.sleep(0)
         await batcher.close()
         with pytest.raises(BusyError):
@@ -217,7 +217,7 @@ def test_a_long_batch_in_a_lane_holds_nobody_up() -> None:
         return forward(items)
 
     async def work(batcher: Batcher[int, int], deadline: float) -> None:
-        long = [asyncio.create_task(batcher.submit(item, deadline)) for item in range(3)]
+        long = [batcher.submit(item, deadline) for item in range(3)]
         await asyncio.sleep(0.1)
         assert await batcher.submit(7, deadline) == 14
         assert not any(task.done() for task in long)
