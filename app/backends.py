@@ -111,11 +111,12 @@ class _Rows(nn.Module):
 
 
 def _shapes(model: Any, tower: Tower) -> list[Tensor]:
-    """Batches of a tower that differ in rows, and in length where texts may."""
+    """Batches of a tower that differ in rows, and in length, and what pads them, where texts may."""
     batch = example(model, tower)
     if tower == "text":
-        shorter = batch[:, : int(model.text_lengths(batch).max())]
-        return [batch.repeat(2, 1), shorter.repeat(3, 1), shorter]
+        unlike = model.tokenizer(["a photo of two things on a table", "a", "a photo"])
+        shorter = unlike[:, : int(model.text_lengths(unlike).max())]
+        return [batch.repeat(2, 1), shorter, shorter[:1]]
     pictures = torch.arange(3 * batch.numel()).to(torch.uint8).view(3, *batch.shape[1:])
     return [pictures[:2], pictures, pictures[:1]]
 

@@ -7,20 +7,21 @@ written. So a running block only rounds. A tensor's channels differ in range; th
 arXiv:2211.10438, eq. 4 with alpha 1/2), which is folded the same way. Pictures are bytes to begin with: what cuts them
 into patches takes them as they are, and has in its weights what normalises them.
 
-Blocks of ours, of open_clip and of timm are known; a block of another kind stays what it is.
+Blocks of ours, of open_clip and of timm are known (app/blocks.py); a block of another kind stays what it is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
 from functools import partial
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from app.blocks import Parts, Product, parts_of
 from models.preprocess import Preprocess
 
 # "block/product" -> (2, C): the least and the greatest of each channel of what it takes. "module/patches", empty: this
@@ -51,38 +52,6 @@ def product_added(x: Tensor, step: float, zero: int, packed: Tensor, scales: Ten
 """)
 
 
-class Product(NamedTuple):
-    """x @ weight.T + bias, in float32. weight: (N, C). bias: (N,)."""
-
-    weight: Tensor
-    bias: Tensor
-
-    @classmethod
-    def of(cls, weight: Tensor, bias: Tensor | None, scale: nn.Module | None = None) -> Self:
-        """From a module's parameters, and the one after it that scales each of the N."""
-        weight = weight.detach().float()
-        bias = torch.zeros(len(weight)) if bias is None else bias.detach().float()
-        gamma: Tensor | None = getattr(scale, "gamma", None)
-        return cls(weight, bias) if gamma is None else cls(weight, bias).scaled(gamma.detach().float())
-
-    def scaled(self, gains: Tensor, shifts: Tensor | float = 0.0) -> Self:
-        """With each of the N times `gains` plus `shifts`."""
-        return type(self)(self.weight * gains[:, None], self.bias * gains + shifts)
-
-
-class Parts(NamedTuple):
-    """What a pre-norm transformer block computes. activation: one of _ACTIVATIONS."""
-
-    heads: int
-    norm1: nn.LayerNorm
-    qkv: Product
-    out: Product
-    norm2: nn.LayerNorm
-    fc1: Product
-    activation: str
-    fc2: Product
-
-
 def observe(model: nn.Module, run: Callable[[Any], object]) -> Ranges:
     """What the products of a model's blocks take while `run` computes with the model; empty if it has no such block."""
     ranges: Ranges = {}
@@ -99,12 +68,15 @@ def observe(model: nn.Module, run: Callable[[Any], object]) -> Ranges:
 def quantized(model: Any, ranges: Mapping[str, Tensor]) -> Any:
     """A copy of a model that shares its other weights, with every block in int8 that there are ranges of.
 
-    Where a tower reads its first token alone, its last block computes no others.
+    Where a tower reads one token alone, its last block computes no others; and none computes what pads a text.
     """
     copy = _with_blocks(model, lambda name, parts: Int8Block(name, parts, ranges) if f"{name}/qkv" in ranges else None)
-    for module in copy.modules():
+    for module in list(copy.modules()):
         if isinstance(last := _last_before_first_token(module), Int8Block):
             last.first_only = True
+        holder, name = _text_blocks(module)
+        if name and all(isinstance(each, Int8Block) for each in getattr(holder, name)):
+            setattr(holder, name, _TextBlocks(getattr(holder, name)))
     for key in ranges:
         name, _, what = key.partition("/")
         if what == "patches":
@@ -257,8 +229,36 @@ class Int8Block(_Replacement):
             x = x.float()
             length = 1 if self.first_only else x.shape[1]
             mixed = _attention(self.qkv(self.norm1(x)), self.heads, causal, attn_mask, length)
-            x = self.out.added(_to_bytes(mixed), x[:, :length].contiguous())  # oneDNN adds rows as they lie
-            return self.fc2.added(self.fc1(self.norm2(x)), x)
+            return self.after(mixed, x[:, :length].contiguous())  # oneDNN adds rows as they lie
+
+    def after(self, mixed: Tensor, x: Tensor) -> Tensor:
+        """What follows the attention: its rows, which are overwritten, and those that the block was given."""
+        x = self.out.added(_to_bytes(mixed), x)
+        return self.fc2.added(self.fc1(self.norm2(x)), x)
+
+
+class _TextBlocks(nn.ModuleList):
+    """The Int8Blocks of a text encoder that reads from left to right."""
+
+    def read_at(self, x: Tensor, ends: Tensor) -> Tensor:
+        """As models.layers.read_at. Texts lie one behind the other, but for attention, and padding is left out."""
+        length = x.shape[1]
+        inside = (torch.arange(length) <= ends[:, None]).flatten()
+        spread = inside.cumsum(0) - 1  # for each place, which token stands there; in padding the last one
+        places = inside.nonzero().flatten()
+        # oneDNN prepares for each number of rows that it has not seen of late, so long batches are filled up to one of
+        # a few, at most a thirtieth larger.
+        places = F.pad(places, (0, -places.shape[0] % (1 + places.shape[0] // 32)))
+        with torch.autocast("cpu", enabled=False):
+            x = x.float().flatten(0, 1).index_select(0, places)
+            for number, block in enumerate(cast("Iterable[Int8Block]", self)):
+                qkv = block.qkv(block.norm1(x)).index_select(0, spread).unflatten(0, (-1, length))
+                mixed = _attention(qkv, block.heads, True, None).flatten(0, 1)
+                if number == len(self) - 1:
+                    x = x.index_select(0, (ends + 1).cumsum(0) - 1)
+                    places = torch.arange(ends.shape[0]) * length + ends
+                x = block.after(mixed.index_select(0, places), x)
+        return x
 
 
 class _Bytes(NamedTuple):
@@ -355,12 +355,14 @@ def _attention(qkv: Tensor, heads: int, causal: bool, attn_mask: Tensor | None, 
     return mixed.transpose(1, 2).flatten(2)
 
 
-def parts_of(block: nn.Module) -> Parts | None:
-    """What a block computes; None if it is none that is known, or has something in it that Parts does not say."""
-    kind = f"{type(block).__module__}.{type(block).__qualname__}"
-    parts = _KINDS[kind](block) if kind in _KINDS else None
-    whole = parts is not None and all(norm.weight is not None for norm in (parts.norm1, parts.norm2))
-    return parts if whole else None
+def _text_blocks(module: Any) -> tuple[Any, str]:
+    """Where a text encoder that models.layers.read_at reads has its blocks: their holder, and the name there."""
+    kind = f"{type(module).__module__}.{type(module).__qualname__}"
+    if kind == "models.clip.CLIPTextEncoder":
+        return module, "blocks"
+    if kind in ("open_clip.model.CLIP", "open_clip.transformer.TextTransformer"):
+        return module.transformer, "resblocks"
+    return None, ""
 
 
 def _last_before_first_token(module: Any) -> nn.Module | None:
@@ -372,65 +374,3 @@ def _last_before_first_token(module: Any) -> nn.Module | None:
     if kind == "timm.models.vision_transformer.VisionTransformer":
         return module.blocks[-1] if module.global_pool == "token" and module.attn_pool is None else None
     return None
-
-
-def _ours(block: Any) -> Parts:
-    attention, (fc1, _, fc2) = block.attention, block.mlp
-    return Parts(
-        attention.heads,
-        block.norm1,
-        Product.of(attention.qkv.weight, attention.qkv.bias),
-        Product.of(attention.out.weight, attention.out.bias),
-        block.norm2,
-        Product.of(fc1.weight, fc1.bias),
-        "gelu",
-        Product.of(fc2.weight, fc2.bias),
-    )
-
-
-def _open_clip(block: Any) -> Parts | None:
-    attention, mlp = block.attn, block.mlp
-    activation = _activation(mlp.gelu)
-    if activation is None or hasattr(block, "ln_1_kv") or not attention.batch_first:
-        return None
-    return Parts(
-        attention.num_heads,
-        block.ln_1,
-        Product.of(attention.in_proj_weight, attention.in_proj_bias),
-        Product.of(attention.out_proj.weight, attention.out_proj.bias, block.ls_1),
-        block.ln_2,
-        Product.of(mlp.c_fc.weight, mlp.c_fc.bias),
-        activation,
-        Product.of(mlp.c_proj.weight, mlp.c_proj.bias, block.ls_2),
-    )
-
-
-def _timm(block: Any) -> Parts | None:
-    attention, mlp = block.attn, block.mlp
-    activation = _activation(mlp.act)
-    others = (attention.q_norm, attention.k_norm, attention.norm, mlp.norm)
-    if activation is None or attention.gate is not None or not all(type(each) is nn.Identity for each in others):
-        return None
-    return Parts(
-        attention.num_heads,
-        block.norm1,
-        Product.of(attention.qkv.weight, attention.qkv.bias),
-        Product.of(attention.proj.weight, attention.proj.bias, block.ls1),
-        block.norm2,
-        Product.of(mlp.fc1.weight, mlp.fc1.bias),
-        activation,
-        Product.of(mlp.fc2.weight, mlp.fc2.bias, block.ls2),
-    )
-
-
-_KINDS: dict[str, Callable[[Any], Parts | None]] = {
-    "models.layers.Block": _ours,
-    "open_clip.transformer.ResidualAttentionBlock": _open_clip,
-    "timm.models.vision_transformer.Block": _timm,
-}
-
-
-def _activation(module: nn.Module) -> str | None:
-    if isinstance(module, nn.GELU):
-        return "gelu" if module.approximate == "none" else "gelu-tanh"
-    return "quick-gelu" if type(module).__name__ == "QuickGELU" else None

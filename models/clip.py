@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.layers import Block, init_transformer
+from models.layers import Block, init_transformer, read_at
 from models.preprocess import Preprocess
 from models.tokenizers import TextTokenizer
 from models.vision import ImageEncoder
@@ -64,10 +64,7 @@ class CLIPTextEncoder(nn.Module):
         if tokens.shape[1] > len(self.position):
             raise ValueError(f"{tokens.shape[1]} tokens are more than the context length {len(self.position)}")
         x = self.token(tokens) + self.position[: tokens.shape[1]]
-        for block in self.blocks:
-            x = block(x, causal=True)
-        end = text_lengths(tokens) - 1
-        return self.projection(self.norm(x[torch.arange(x.shape[0], device=x.device), end]))
+        return self.projection(self.norm(read_at(self.blocks, x, text_lengths(tokens) - 1, causal=True)))
 
 
 def text_lengths(tokens: Tensor) -> Tensor:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -37,6 +40,20 @@ class Block(nn.Module):
     def forward(self, x: Tensor, causal: bool = False) -> Tensor:
         x = x + self.attention(self.norm1(x), causal)
         return x + self.mlp(self.norm2(x))
+
+
+def read_at(blocks: nn.ModuleList, x: Tensor, ends: Tensor, **options: Any) -> Tensor:
+    """Blocks that read from left to right, over texts (B, L, D), and what they give at each text's end, int64 (B,):
+    (B, D). What follows an end is padding, which `blocks` may leave out by a `read_at` of their own (app/int8.py).
+
+    options: what each block is called with.
+    """
+    if (own := getattr(blocks, "read_at", None)) is not None:
+        rows: Tensor = own(x, ends)
+        return rows
+    for block in blocks:
+        x = block(x, **options)
+    return x[torch.arange(x.shape[0], device=x.device), ends]
 
 
 def init_transformer(module: nn.Module, depth: int, std: float = 0.02) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from models.checkpoint import fingerprint
 from models.errors import CheckpointError
+from models.layers import read_at
 from models.preprocess import Preprocess
 from models.torchvision import load_torchvision
 
@@ -84,6 +85,7 @@ class _CausalText:
         if (
             type(text) not in (CLIP, TextTransformer)
             or text.attn_mask is None
+            or not text.transformer.batch_first
             or getattr(text, "cls_emb", None) is not None
         ):
             return None
@@ -97,8 +99,8 @@ class _CausalText:
     def __call__(self, tokens: Tensor) -> Tensor:
         text, length = self.text, tokens.shape[1]
         x = text.token_embedding(tokens) + text.positional_embedding[:length]
-        x = text.ln_final(text.transformer(x, attn_mask=text.attn_mask[:length, :length]))
-        x = x[torch.arange(x.shape[0], device=x.device), self.lengths(tokens) - 1]
+        mask = text.attn_mask[:length, :length]
+        x = text.ln_final(read_at(text.transformer.resblocks, x, self.lengths(tokens) - 1, attn_mask=mask))
         projection = text.text_projection
         if projection is None:
             return x

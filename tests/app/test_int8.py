@@ -265,3 +265,39 @@ def test_the_last_block_computes_what_is_read() -> None:
             assert torch.cosine_similarity(rows, outputs).min() > 0.999, name
             blocks[-1].first_only = False
             torch.testing.assert_close(narrow(batch), rows, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["open_clip", "ours"])
+def test_texts_are_computed_without_their_padding_and_last_at_their_ends(kind: str, tmp_path: Any) -> None:
+    model: Any
+    if kind == "open_clip":
+        model = load_model(open_clip_folder(tmp_path / "vit"))
+        tokens = model.tokenizer(["a red star", "a", "a blue circle beside a green square"])
+    else:
+        image = {"name": "vit-tiny", "image_size": 32, "patch_size": 8}
+        text = {"vocab_size": 300, "width": WIDTH, "depth": 2, "heads": HEADS}
+        model = CLIPModel(image=image, text=text, embed_dim=32).eval()
+        tokens = torch.tensor([[1, 7, 8, 2, 0, 0, 0, 0], [1, 2, 0, 0, 0, 0, 0, 0], [1, 9, 8, 7, 6, 5, 2, 0]])
+    lengths = model.text_lengths(tokens)
+    tokens = tokens[:, : int(lengths.max()) + 1]
+    with torch.inference_mode():
+        ranges = int8.observe(model, lambda copy: copy.encode_text(tokens))
+        narrow, seen = int8.quantized(model, ranges), list[int]()
+        blocks = [each for each in narrow.modules() if isinstance(each, int8.Int8Block)]
+        for block in blocks:
+            block.fc1.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+        rows = narrow.encode_text(tokens)
+        assert seen == [int(lengths.sum())] * (len(blocks) - 1) + [3]
+        assert (rows * model.encode_text(tokens)).sum(1).min() > 0.999
+        for text, length, row in zip(tokens, lengths, rows, strict=True):
+            torch.testing.assert_close(narrow.encode_text(text[None, :length])[0], row, atol=1e-5, rtol=1e-5)
+        seen.clear()
+        many = narrow.encode_text(tokens.repeat(50, 1))
+        torch.testing.assert_close(many, rows.repeat(50, 1), atol=1e-5, rtol=1e-5)
+        whole = 50 * int(lengths.sum())
+        assert whole <= seen[0] <= whole * 31 / 30
+        assert seen[-1] == 150
+        seen.clear()
+        for count in range(1, 51):
+            narrow.encode_text(tokens.repeat(count, 1))
+        assert len(set(seen[:: len(blocks)])) < 50  # numbers of rows that oneDNN prepares for
