@@ -241,22 +241,24 @@ class Presence:
                 answered = True
             await send(message)
 
+        work = asyncio.current_task()
+        assert work is not None  # noqa: S101 - servers run applications in tasks
+
         async def hang_up() -> None:
             await body_read.wait()
             while (await receive())["type"] != "http.disconnect":
                 pass
             gone.set()
+            if not answered:
+                work.cancel()
 
-        work = asyncio.ensure_future(self.app(scope, watched_receive, watched_send))
         watch = asyncio.ensure_future(hang_up())
         try:
-            await asyncio.wait({work, watch}, return_when=asyncio.FIRST_COMPLETED)
-            if not work.done() and not answered:
-                work.cancel()
-            with suppress(asyncio.CancelledError):
-                await work
+            await self.app(scope, watched_receive, watched_send)
+        except asyncio.CancelledError:
+            if not gone.is_set() or work.uncancel():  # somebody else wants it to end
+                raise
         finally:
-            work.cancel()
             watch.cancel()
 
 
