@@ -49,10 +49,11 @@ class Batcher(Generic[In, Out]):
     """Groups single items into batches for `forward`, which runs in `executor`'s one thread, or in `lanes` where there
     are any: so many batches run at once, and each takes its share of what waits.
 
-    A batch closes at `max_batch` items, or as soon as nothing that was admitted is still on its way (being decoded), or
-    `max_wait` seconds after its first item came; while a batch runs, the next one fills. Who is in it is a matter of
-    fairness (app/fairness.py), not of arrival alone. `forward` gets 1..max_batch items and returns one result or
-    exception for each. If it raises, the batch is halved until the culprit is alone, so that nobody else fails with it.
+    A batch closes at `max_batch` items, or as soon as nothing that was admitted is still on its way (being decoded) and
+    it is worth a lane if others have much to do, or `max_wait` seconds after its first item came; while a batch runs,
+    the next one fills. Who is in it is a matter of fairness (app/fairness.py), not of arrival alone. `forward` gets
+    1..max_batch items and returns one result or exception for each. If it raises, the batch is halved until the culprit
+    is alone, so that nobody else fails with it.
     """
 
     def __init__(
@@ -195,6 +196,12 @@ class Batcher(Generic[In, Out]):
             for job, result in zip(jobs, results, strict=True):
                 _settle(job, result)
 
+    def _more_to_come(self) -> bool:
+        """Whether a batch that is not full is to wait: for inputs that are being decoded, or, where other lanes are at
+        work on many, for as many as are worth a lane."""
+        waiting = len(self._jobs)
+        return waiting < self._max_batch and (self._coming > 0 or waiting < self._lanes.least < self._held.total())
+
     async def _collect(self) -> list[_Job[In, Out]]:
         """The next batch, without the jobs that nobody waits for any more; may be empty."""
         while not self._jobs:
@@ -203,7 +210,7 @@ class Batcher(Generic[In, Out]):
         closes = min(job.arrived for job in self._jobs) + self._max_wait
         with suppress(TimeoutError):
             async with asyncio.timeout_at(closes):
-                while len(self._jobs) < self._max_batch and self._coming:
+                while self._more_to_come():
                     self._arrival.clear()
                     await self._arrival.wait()
         share = -(-len(self._jobs) // (self._lanes.number - self._running))

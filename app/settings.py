@@ -105,7 +105,7 @@ class Settings(BaseSettings):
         description="bytes that models which embed may take; the least recently used leave; 0: any number",
     )
     batch_size: int = Field(32, gt=0, description="inputs of one forward, at most")
-    batch_wait_ms: float = Field(3.0, ge=0, description="milliseconds that a batch waits for inputs being decoded")
+    batch_wait_ms: float = Field(3.0, ge=0, description="milliseconds that a batch waits for more inputs, at most")
     head_seconds: float = Field(10.0, gt=0, description="until a request's head must have come; then it is hung up on")
     body_seconds: float = Field(
         30.0, gt=0, description="in which 16 KiB of a request's body must come, or its end; then it is hung up on"

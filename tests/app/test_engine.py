@@ -209,6 +209,28 @@ def test_lanes_run_batches_at_once_and_share_what_waits() -> None:
     assert [name.startswith("lane") for name in threads] == [True, True, False]  # who is alone has every core
 
 
+def test_beside_a_lane_with_much_to_do_a_few_wait_for_more() -> None:
+    go, forward = threading.Event(), Recorder()
+
+    def wait(items: list[int]) -> list[int | Exception]:
+        assert 0 not in items or go.wait(5)
+        return forward(items)
+
+    async def work(batcher: Batcher[int, int], deadline: float) -> None:
+        with batcher.admit(4, deadline) as submit:
+            started = [submit(item) for item in range(4)]
+            await asyncio.sleep(0.1)
+            with batcher.admit(2, deadline) as later:
+                assert await asyncio.gather(started[3], later(4), later(5)) == [6, 8, 10]
+            assert await batcher.submit(6, deadline) == 12  # as soon as its time to wait is over
+            go.set()
+            assert await asyncio.gather(*started) == [0, 2, 4, 6]
+
+    with ThreadPoolExecutor(2) as pool:
+        _run(work, wait, lanes=Lanes(pool, 2, 3), max_wait=1.0)
+    assert forward.batches == [[3, 4, 5], [6], [0, 1, 2]]
+
+
 def test_a_long_batch_in_a_lane_holds_nobody_up() -> None:
     go, forward = threading.Event(), Recorder()
 

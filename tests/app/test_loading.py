@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import base64
 import gc
+import os
+import subprocess
+import sys
 import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -92,6 +95,14 @@ def test_one_thread_of_a_server_has_the_helpers_of_openmp(start: Any, checkpoint
         wait_for(lambda: helpers() <= before + 1)
     finally:
         torch.set_num_threads(number)
+
+
+def test_helpers_are_told_to_sleep_before_torch_is_there() -> None:
+    code = "import os, sys, app; print(os.environ['GOMP_SPINCOUNT'], 'torch' in sys.modules)"
+    for given, expected in (({}, "5000 False"), ({"GOMP_SPINCOUNT": "7"}, "7 False")):
+        environment = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"} | given
+        told = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        assert told.stdout.strip() == expected
 
 
 def test_what_a_start_has_made_is_not_looked_at_again() -> None:
