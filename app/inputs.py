@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import base64
-import binascii
 import re
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -12,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar
 
 import numpy as np
+import pybase64
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from numpy.typing import NDArray
@@ -134,12 +133,12 @@ class Input(Body):
 
 def written(vector: NDArray[np.float32]) -> str:
     """A vector as base64 of little-endian float32."""
-    return base64.b64encode(vector.astype("<f4").tobytes()).decode()
+    return pybase64.b64encode(vector.astype("<f4").tobytes()).decode()
 
 
 def vector_of(text: str) -> NDArray[np.float32]:
     """What `written` gave, as a vector. Raises ValueError for anything else."""
-    return np.frombuffer(base64.b64decode(text, validate=True), "<f4").astype(np.float32)
+    return np.frombuffer(pybase64.b64decode(text, validate=True), "<f4").astype(np.float32)
 
 
 class StoredInput(Input):
@@ -185,7 +184,7 @@ class StoredInput(Input):
                 return None if self.embedding is None else np.array(self.embedding, np.float32)
         try:
             return vector_of(self.embedding)
-        except (binascii.Error, ValueError):
+        except ValueError:
             raise InputError("an embedding is base64 of little-endian float32, or numbers", index) from None
 
 
@@ -351,12 +350,12 @@ def image_bytes(value: str | bytes | Path, settings: Settings) -> bytes:
 
 
 def _unbase64(value: str) -> bytes:
-    with suppress(binascii.Error, ValueError):
-        return base64.b64decode(value, validate=True)  # as nearly all is sent: what follows copies it several times
+    with suppress(ValueError):
+        return pybase64.b64decode(value, validate=True)  # as nearly all is sent: what follows copies it several times
     compact = "".join(value.split()).replace("-", "+").replace("_", "/")
     try:
-        return base64.b64decode(compact + "=" * (-len(compact) % 4), validate=True)
-    except (binascii.Error, ValueError):
+        return pybase64.b64decode(compact + "=" * (-len(compact) % 4), validate=True)
+    except ValueError:
         raise InputError("the image is not base64; encode the file's bytes, or send them as multipart") from None
 
 
