@@ -54,7 +54,12 @@ def example(model: Any, tower: Tower) -> Tensor:
     """One input of a tower, to warm up and to measure with."""
     if tower == "image":
         return torch.zeros(1, 3, model.preprocess.size, model.preprocess.size, dtype=torch.uint8)
-    return model.tokenizer(["a photo of two things on a table"])
+    return cut(model, model.tokenizer(["a photo of two things on a table"]))
+
+
+def cut(model: Any, tokens: Tensor) -> Tensor:
+    """Texts (B, L) at the end of the longest, as they are served."""
+    return tokens[:, : int(model.text_lengths(tokens).max())]
 
 
 def towers_of(model: Any) -> tuple[Tower, ...]:
@@ -112,11 +117,11 @@ class _Rows(nn.Module):
 
 def _shapes(model: Any, tower: Tower) -> list[Tensor]:
     """Batches of a tower that differ in rows, and in length, and what pads them, where texts may."""
-    batch = example(model, tower)
     if tower == "text":
-        unlike = model.tokenizer(["a photo of two things on a table", "a", "a photo"])
-        shorter = unlike[:, : int(model.text_lengths(unlike).max())]
-        return [batch.repeat(2, 1), shorter, shorter[:1]]
+        whole = model.tokenizer(["a photo of two things on a table", "a", "a photo"])
+        shorter = cut(model, whole)
+        return [whole[:2], shorter, shorter[:1]]
+    batch = example(model, tower)
     pictures = torch.arange(3 * batch.numel()).to(torch.uint8).view(3, *batch.shape[1:])
     return [pictures[:2], pictures, pictures[:1]]
 

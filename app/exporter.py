@@ -29,6 +29,7 @@ from app.backends import (
     Array,
     Encode,
     Tower,
+    cut,
     exported_tower,
     has_native_bf16,
     in_bf16,
@@ -107,7 +108,7 @@ def export_model(name: str, model: Any, exports: Exports, to: Runtime, calibrati
 def _inputs(model: Any, calibration: Calibration) -> dict[Tower, Tensor]:
     inputs: dict[Tower, Tensor] = {"image": torch.stack([model.preprocess(each) for each in calibration.pictures])}
     if model.tokenizer is not None and calibration.texts:
-        inputs["text"] = model.tokenizer(calibration.texts)
+        inputs["text"] = cut(model, model.tokenizer(calibration.texts))
     return inputs
 
 
