@@ -37,6 +37,18 @@ class Recorder:
         return [2 * item for item in items]
 
 
+class Held(Recorder):
+    """Holds the batch that has 0 in it until told to go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.go = threading.Event()
+
+    def __call__(self, items: list[int]) -> list[int | Exception]:
+        assert 0 not in items or self.go.wait(5)
+        return super().__call__(items)
+
+
 def _run(work: Any, forward: Callable[[list[int]], list[int | Exception]], **options: Any) -> Any:
     async def main() -> Any:
         with ThreadPoolExecutor(1) as pool:
@@ -210,11 +222,7 @@ def test_lanes_run_batches_at_once_and_share_what_waits() -> None:
 
 
 def test_beside_a_lane_with_much_to_do_a_few_wait_for_more() -> None:
-    go, forward = threading.Event(), Recorder()
-
-    def wait(items: list[int]) -> list[int | Exception]:
-        assert 0 not in items or go.wait(5)
-        return forward(items)
+    forward = Held()
 
     async def work(batcher: Batcher[int, int], deadline: float) -> None:
         with batcher.admit(4, deadline) as submit:
@@ -223,31 +231,27 @@ def test_beside_a_lane_with_much_to_do_a_few_wait_for_more() -> None:
             with batcher.admit(2, deadline) as later:
                 assert await asyncio.gather(started[3], later(4), later(5)) == [6, 8, 10]
             assert await batcher.submit(6, deadline) == 12  # as soon as its time to wait is over
-            go.set()
+            forward.go.set()
             assert await asyncio.gather(*started) == [0, 2, 4, 6]
 
     with ThreadPoolExecutor(2) as pool:
-        _run(work, wait, lanes=Lanes(pool, 2, 3), max_wait=1.0)
+        _run(work, forward, lanes=Lanes(pool, 2, 3), max_wait=1.0)
     assert forward.batches == [[3, 4, 5], [6], [0, 1, 2]]
 
 
 def test_a_long_batch_in_a_lane_holds_nobody_up() -> None:
-    go, forward = threading.Event(), Recorder()
-
-    def wait(items: list[int]) -> list[int | Exception]:
-        assert 0 not in items or go.wait(5)
-        return forward(items)
+    forward = Held()
 
     async def work(batcher: Batcher[int, int], deadline: float) -> None:
         long = [batcher.submit(item, deadline) for item in range(3)]
         await asyncio.sleep(0.1)
         assert await batcher.submit(7, deadline) == 14
         assert not any(task.done() for task in long)
-        go.set()
+        forward.go.set()
         assert await asyncio.gather(*long) == [0, 2, 4]
 
     with ThreadPoolExecutor(2) as pool:
-        _run(work, wait, lanes=Lanes(pool, 2, 3))
+        _run(work, forward, lanes=Lanes(pool, 2, 3))
     assert forward.batches == [[7], [0, 1, 2]]
 
 
