@@ -79,6 +79,11 @@ class Exports:
     def open(self, backend: Backend, model: Any, tower: Tower, threads: int) -> Encode:
         """A tower from its file. Raises CheckpointError if it is not there, or not what was written."""
         if backend not in self.found(tower):
+            if not serves_here(backend, torch.device("cpu")):
+                raise CheckpointError(
+                    f"{backend} is of no use on this processor, so {self.folder} holds no {tower} tower for it: choose "
+                    "another backend"
+                )
             raise CheckpointError(
                 f"{self.folder} holds no {tower} tower for {backend}: run `semblance export NAME --to "
                 f"{backend.partition('-')[0]}` first"

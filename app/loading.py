@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
 import logging
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -116,11 +118,21 @@ def load_generator(reference: str, settings: Settings) -> DALLETransformer:
     return model.cast(torch.bfloat16) if bfloat16 else model
 
 
-def settle() -> None:
-    """Have Python's collector of cycles pass over all that a start has made: with torch these are 400,000 objects, and
-    took it a quarter of a second every few seconds, while everyone waited."""
+def settle(seconds: float = 10.0) -> None:
+    """Ready a process to serve for long. Python's collector of cycles passes over all that a start has made: with torch
+    these are 400,000 objects, and took it a quarter of a second every few seconds, while everyone waited. And every so
+    many `seconds` the C library gives back what it holds and nobody uses: in ten minutes of batches of every size that
+    had become 400 MB."""
     gc.collect()
     gc.freeze()
+    threading.Thread(target=_give_back, args=(seconds,), name="memory", daemon=True).start()
+
+
+def _give_back(seconds: float) -> None:
+    give_back = getattr(ctypes.CDLL(None), "malloc_trim", None)  # GNU's alone keeps so much
+    while give_back is not None:
+        time.sleep(seconds)
+        give_back(0)
 
 
 class Shelf:

@@ -250,10 +250,11 @@ class Service:
             await run.stop()
 
     async def embed(self, engine: ServedEngine, inputs: Sequence[Input]) -> Embedded:
-        """Texts and pictures, in the order they came. Raises what ServedEngine does; errors name the input."""
+        """Texts and pictures, in the order they came; an input lets go of its picture as soon as that is decoded.
+        Raises what ServedEngine does; errors name the input."""
         texts = [index for index, each in enumerate(inputs) if each.text is not None]
         pictures = [index for index, each in enumerate(inputs) if each.image is not None]
-        openers = [self.opener(inputs[index].image or b"", index) for index in pictures]
+        openers = [partial(_taken, self._harmless, inputs[index], index) for index in pictures]
         deadline = self.deadline()
         vectors = np.empty((len(inputs), engine.engine.embed_dim), np.float32)
         tokens = 0
@@ -304,6 +305,14 @@ def decoded(settings: Settings, value: str | bytes | Path, index: int, target: i
 def _pixels_of(settings: Settings, value: str | bytes | Path, index: int, target: int) -> Image.Image | Tensor:
     with at_index(index):
         return images.pixels(image_bytes(value, settings), image_limits(settings), target, decoder_of(settings))
+
+
+def _taken(settings: Settings, holder: Input, index: int, target: int) -> Image.Image | Tensor:
+    value, holder.image = (
+        holder.image,
+        None,
+    )  # or hundreds that wait for a forward would hold their files besides pixels
+    return _pixels_of(settings, value or b"", index, target)
 
 
 async def get_service(request: Request) -> Service:  # of FastAPI, what is not async costs a thread

@@ -224,6 +224,10 @@ def test_what_is_not_there_is_said_with_the_way_out(
     (tmp_path / "broken" / "a.png").write_bytes(b"no picture")
     with pytest.raises(DataError, match=r"a\.png.*take it out"):
         read_calibration(str(tmp_path / "broken"), 2)
+    with monkeypatch.context() as patched:
+        patched.setattr("app.exports.serves_here", lambda backend, device: False)
+        with pytest.raises(CheckpointError, match=r"torch-int8 is of no use on this processor.*choose another backend"):
+            _engine(checkpoints, tmp_path, "torch-int8")
     for package, backend, extra in (("onnxruntime", "onnx-fp32", "onnx"), ("openvino", "openvino-int8", "openvino")):
         monkeypatch.setitem(sys.modules, package, None)
         with pytest.raises(CheckpointError, match=rf"{package} is not installed.*semblance\[{extra}\]"):

@@ -10,7 +10,11 @@ from pathlib import Path
 
 import httpx
 import pytest
+from fastapi.testclient import TestClient
 from support import Server, running
+
+from app.inputs import EXAMPLE_IMAGE, Input
+from app.service import Service
 
 
 def _peak_memory(server: Server) -> int:
@@ -49,3 +53,13 @@ def test_more_than_can_be_done_is_refused_and_takes_no_memory(tmp_path: Path, ch
     assert again.status_code == 200
     assert set(statuses) == {200, 503}
     assert grown < 32 * 2**20, f"{grown / 2**20:.0f} MiB"
+
+
+def test_a_picture_that_waits_for_a_forward_waits_without_its_file(client: TestClient) -> None:
+    service: Service = client.app.state.service  # type: ignore[attr-defined]
+    inputs = [Input(text="a red star"), Input(image=EXAMPLE_IMAGE), Input(image=EXAMPLE_IMAGE)]
+    made = client.portal.call(service.embed, service.engine("clip", text=True), inputs)  # type: ignore[union-attr]
+    assert [each.image for each in inputs] == [None] * 3
+    assert inputs[0].text == "a red star"
+    assert (made.vectors[1] == made.vectors[2]).all()
+    assert not (made.vectors[0] == made.vectors[1]).all()
