@@ -15,7 +15,6 @@ import threading
 import uuid
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from itertools import chain, islice
@@ -29,6 +28,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from app import images
+from app.backends import single_threads
 from app.fetching import Fetcher
 from app.ingest import Report, picture_of
 from app.inputs import image_limits
@@ -99,7 +99,7 @@ class PartWriter:
             rows.append(self._engine.encode_images(batch))
             batch.clear()
 
-        with ThreadPoolExecutor(self._threads) as pool:
+        with single_threads(self._threads, "decode") as pool:
             ahead: deque[Any] = deque()
             records = iter(part.records)
             while True:
