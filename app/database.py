@@ -40,11 +40,13 @@ CREATE TABLE vectors (
 class Database:
     """One SQLite file in WAL mode with synchronous=FULL: what `write` returned from is on the disk.
 
-    Raises StorageError, naming the file and the way out, if it is damaged or of a newer format.
+    Raises StorageError, naming the file and the way out, if it is damaged or of a newer format, or if it is missing or
+    empty where it must not be.
     """
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, *, may_be_new: bool = True) -> None:
         self.file = file
+        self._may_be_new = may_be_new
         self._reserve = file.with_suffix(".reserve")
         self._readers: queue.LifoQueue[apsw.Connection] = queue.LifoQueue()
         self._opened: list[apsw.Connection] = []
@@ -53,7 +55,7 @@ class Database:
             self._prepare()
         except apsw.Error as error:
             ways = {apsw.FullError: "free some space", apsw.IOError: "check the disk"}
-            way = ways.get(type(error), "restore it from a backup, or move it away")
+            way = ways.get(type(error), "restore it from a backup, or use another folder")
             raise StorageError(f"{file} cannot be opened ({error}); {way}") from error
         self._take_reserve()
         self._jobs: queue.SimpleQueue[_Job[Any] | None] = queue.SimpleQueue()
@@ -133,6 +135,11 @@ class Database:
 
     def _prepare(self) -> None:
         if check(self._connection, self.file) == 0:
+            if not self._may_be_new:
+                raise StorageError(
+                    f"{self.file} is missing or empty, but there are pictures beside it, which would be deleted as "
+                    "nobody's; restore it from a backup, or use another folder"
+                )
             with self._connection:
                 self._connection.execute(_SCHEMA)
                 self._connection.pragma("user_version", FORMAT)
@@ -213,7 +220,9 @@ def check(connection: apsw.Connection, file: Path, *, whole: bool = False) -> in
     except (apsw.NotADBError, apsw.CorruptError) as error:
         found = str(error)
     if found != "ok":
-        raise StorageError(f"{file} is damaged ({' '.join(found.split())}); restore it from a backup, or move it away")
+        raise StorageError(
+            f"{file} is damaged ({' '.join(found.split())}); restore it from a backup, or use another folder"
+        )
     return version
 
 

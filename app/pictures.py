@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import uuid
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -138,12 +138,19 @@ class Pictures:
                 for each in (file, *file.parent.glob(f"{digest}.*")):
                     each.unlink(missing_ok=True)
 
+    @property
+    def empty(self) -> bool:
+        """Whether there is none."""
+        return not any(self._files())
+
     def keep_only(self, digests: Collection[str]) -> None:
         """Delete every other file: pictures whose items were never committed, and halves of files."""
-        for folder in self._folder.iterdir():
-            for file in folder.iterdir() if folder.is_dir() else ():
-                if file.stem not in digests:
-                    file.unlink(missing_ok=True)
+        for file in self._files():
+            if file.stem not in digests:
+                file.unlink(missing_ok=True)
+
+    def _files(self) -> Iterator[Path]:
+        return (file for folder in self._folder.iterdir() if folder.is_dir() for file in folder.iterdir())
 
     def _file(self, digest: str) -> Path:
         return file_of(self._folder, digest)

@@ -35,7 +35,7 @@ _SURPLUS = """
 class SQLiteCollections(Collections):
     """Those of one data folder, which one process opens at a time.
 
-    Raises StorageError if another process has it open (naming that process) or a file in it is damaged.
+    Raises StorageError if another process has it open (naming that process) or a file in it is damaged or missing.
     """
 
     def __init__(self, folder: str | Path, note: str = "", picture_root: Path | None = None) -> None:
@@ -45,8 +45,8 @@ class SQLiteCollections(Collections):
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = lock(self.folder, note)
         try:
-            self._database = Database(self.folder / "store.db")
             self._pictures = Pictures(self.folder / "pictures", picture_root)
+            self._database = Database(self.folder / "store.db", may_be_new=self._pictures.empty)
             self._open: dict[str, Collection] = {}
             self._mutex = threading.Lock()
             self._load()

@@ -92,6 +92,25 @@ def test_row_38_damage_is_named_and_refused(store: Path) -> None:
         SQLiteCollections(store)
 
 
+def test_row_38_a_database_that_is_gone_or_empty_takes_no_picture_with_it(store: Path) -> None:
+    with SQLiteCollections(store) as collections:
+        _create(collections).add([new_item(i, picture=b"picture %d" % i) for i in range(5)])
+    kept = (store / "store.db").read_bytes()
+    pictures = {file: file.read_bytes() for file in (store / "pictures").glob("*/*")}
+    assert len(pictures) == 5
+    for change in (lambda file: file.unlink(), lambda file: file.write_bytes(b"")):
+        change(store / "store.db")
+        for _ in range(2):  # the first leaves a file behind
+            with pytest.raises(StorageError, match=r"store\.db is missing or empty, but .*restore it from a backup"):
+                SQLiteCollections(store)
+    assert {file: file.read_bytes() for file in (store / "pictures").glob("*/*")} == pictures
+    for left in store.glob("store.db*"):
+        left.unlink()
+    (store / "store.db").write_bytes(kept)
+    with SQLiteCollections(store) as collections:
+        assert len(collections.get("c")) == 5
+
+
 def test_a_newer_format_is_refused(store: Path) -> None:
     SQLiteCollections(store).close()
     connection = sqlite3.connect(store / "store.db")
