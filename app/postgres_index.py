@@ -5,19 +5,21 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import psycopg
 from pgvector import Vector
-from psycopg import Connection, sql
+from psycopg import Connection, errors, sql
 
 from app.index import Ids, Vectors
 from app.postgres import TELL, Postgres
-from models.errors import SemblanceError
+from models.errors import NotFoundError, SemblanceError
 from models.retrieval import Hit
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +90,7 @@ class TableIndex:
             found = [self.nearest(connection, query, k, where, values) for query in queries]
             return [[Hit(row[0], row[1]) for row in each] for each in found]
 
-        return self._postgres.run(work)
+        return self._run(work)
 
     def nearest(
         self,
@@ -145,7 +147,13 @@ class TableIndex:
             builder.join()
 
     def _rows(self, statement: sql.Composed, *values: Any) -> list[Any]:
-        return self._postgres.run(lambda connection: connection.execute(statement, values).fetchall())
+        return self._run(lambda connection: connection.execute(statement, values).fetchall())
+
+    def _run(self, work: Callable[[Connection[Any]], T]) -> T:
+        try:
+            return self._postgres.run(work)
+        except errors.UndefinedTable as error:
+            raise NotFoundError("the collection has been deleted") from error
 
     def _settle(self) -> None:
         """Wait until few are being added."""

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from app.collection import Collection, Item, NewItem
 from app.engine import ServedEngine
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
 _PART = 32  # items embedded at once
 _PATIENCE = 600.0  # seconds that a part may wait for its embeddings
 
@@ -70,7 +71,7 @@ class Reindexing:
             self.progress.state, self.progress.error = "failed", "it failed; the server's log has more"
 
     async def _fill_and_switch(self) -> None:
-        store, collections = self._service.store, self._service.collections
+        store, collections = self._whole, self._service.collections
         engine = self._served.engine
         staged: Collection = await store(
             partial(collections.stage, self._name, engine.name, engine.fingerprint, engine.embed_dim)
@@ -83,6 +84,15 @@ class Reindexing:
                 self.progress.done = (await store(staged.info)).count
             if not moved and await store(collections.switch, self._name):
                 return
+
+    async def _whole(self, call: Callable[..., T], *args: Any) -> T:
+        """A call of the store, to its end even if the run is stopped: what it made would outlive what was deleted."""
+        made = asyncio.ensure_future(self._service.store(call, *args))
+        try:
+            return await asyncio.shield(made)
+        except asyncio.CancelledError:
+            await asyncio.wait([made])
+            raise
 
     async def _made(self, items: Sequence[Item]) -> list[NewItem]:
         """The same items with the other model's vectors; without those that were deleted or replaced since."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -90,8 +90,9 @@ class Service:
         self._loop = asyncio.get_running_loop()
         self._decoders = single_threads(self.settings.thread_count, "decode")
         self._storers = ThreadPoolExecutor(4, "store")
+        self._lookers = ThreadPoolExecutor(2, "look")
         worker = ThreadPoolExecutor(1, "model")  # one thread owns the device
-        self._pools = [self._decoders, self._storers, worker]
+        self._pools = [self._decoders, self._storers, self._lookers, worker]
         self._served = {
             name: each.served(self.settings, self.metrics)
             if isinstance(each, RemoteEngine)
@@ -253,7 +254,7 @@ class Service:
         """Texts and pictures, in the order they came; an input lets go of its picture as soon as that is decoded.
         Raises what ServedEngine does; errors name the input."""
         texts = [index for index, each in enumerate(inputs) if each.text is not None]
-        pictures = [index for index, each in enumerate(inputs) if each.image is not None]
+        pictures = [index for index, each in enumerate(inputs) if each.text is None]
         openers = [partial(_taken, self._harmless, inputs[index], index) for index in pictures]
         deadline = self.deadline()
         vectors = np.empty((len(inputs), engine.engine.embed_dim), np.float32)
@@ -278,15 +279,29 @@ class Service:
         with tracing.span("store"):
             return await asyncio.get_running_loop().run_in_executor(self._storers, call, *args)
 
-    async def in_collection(self, name: str, call: Callable[[Collection], T]) -> T:
-        """A blocking call of a collection; again, if it found nothing because another model's had just taken its place.
+    async def look(self, call: Callable[..., T], *args: Any) -> T:
+        """A call that looks at a whole collection, in threads of their own: searches and writes need not wait."""
+        return await asyncio.get_running_loop().run_in_executor(self._lookers, call, *args)
+
+    async def in_collection(
+        self,
+        name: str,
+        call: Callable[[Collection], T],
+        *,
+        writes: bool = False,
+        by: Callable[..., Awaitable[Any]] | None = None,
+    ) -> T:
+        """A blocking call of a collection; again, if another model's had taken its place when it was done: then it may
+        have found less than there is, or, if it `writes`, nothing. by: what runs it (default: `store`).
 
         Raises NotFoundError, and what the call does.
         """
         while True:
             collection = await self.collection(name)
             try:
-                return await self.store(call, collection)
+                found: T = await (by or self.store)(call, collection)
+                if writes or await self.collection(name) is collection:
+                    return found
             except NotFoundError:
                 if await self.collection(name) is collection:
                     raise

@@ -16,7 +16,7 @@ from starlette.responses import Response
 
 from app import images
 from app.batching import late
-from app.collection import Collection, Item, NewItem, Target
+from app.collection import Collection, Item, NewItem, SearchHit, Target
 from app.engine import ServedEngine
 from app.index import Vectors
 from app.inputs import (
@@ -78,6 +78,12 @@ class ItemBody(StoredInput):
     id: ItemId | None = None
     caption: Text | None = None
     metadata: Metadata = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _one_text(self) -> ItemBody:
+        if self.text is not None and self.caption not in (None, self.text):
+            raise ValueError("a text is its own caption, and another would take its place: put it into metadata")
+        return self
 
 
 class ItemsRequest(Body):
@@ -274,12 +280,15 @@ async def list_items(
     id: Annotated[tuple[ItemId, ...], Query(max_length=MAX_IDS, description="only these")] = (),
 ) -> Response:
     """Items by id, a page at a time."""
-    collection = await service.collection(name)
-    items: list[Item] = await service.store(collection.page, limit, after, id or None)
+
+    def look(collection: Collection) -> tuple[list[Item], Sequence[Any]]:
+        found = collection.page(limit, after, id or None)
+        return found, collection.embeddings(found) if embeddings else ()
+
+    items, vectors = await service.in_collection(name, look)
     following = items[-1].id if len(items) == limit else None
     shown = [describe_item(name, item) for item in items]
     if embeddings:
-        vectors = await service.store(collection.embeddings, items)
         shown = [
             item | {"embedding": written(vector)}
             for item, vector in zip(shown, vectors, strict=True)
@@ -297,13 +306,19 @@ async def list_duplicates(
     limit: Annotated[int, Query(ge=1, le=1000, description="groups to return")] = 100,
 ) -> Response:
     """Groups of items that are nearly the same, directly or by way of others."""
-    collection, ends = await service.collection(name), time.monotonic() + service.settings.deadline
+    ends = time.monotonic() + service.settings.deadline
 
     def go_on() -> None:
         if time.monotonic() > ends:
             raise late("compared")
 
-    total, groups = await service.store(lambda: collection.duplicates(threshold, limit, target=target, go_on=go_on))
+    def look(collection: Collection) -> tuple[int, list[list[SearchHit]]]:
+        return collection.duplicates(threshold, limit, target=target, go_on=go_on)
+
+    try:
+        total, groups = await service.in_collection(name, look, by=service.look)
+    finally:
+        ends = 0.0  # whoever asked may have left
     shown = [[{"score": hit.score, **describe_item(name, hit.item)} for hit in group] for group in groups]
     return json_response({"collection": name, "total": total, "groups": shown})
 
@@ -311,7 +326,9 @@ async def list_duplicates(
 @router.get("/collections/{name}/statistics", response_model=StatisticsResponse)
 async def get_statistics(service: Served, name: Name) -> Response:
     """What a collection holds, in numbers; what a score is worth in it shows beside its own cosines."""
-    return json_response({"collection": name, **await service.in_collection(name, Collection.statistics)})
+    return json_response(
+        {"collection": name, **await service.in_collection(name, Collection.statistics, by=service.look)}
+    )
 
 
 @router.get("/collections/{name}/items/{id}", response_model=ItemResponse)
@@ -324,7 +341,7 @@ async def get_item(service: Served, name: Name, id: ItemId) -> Response:
 @router.delete("/collections/{name}/items/{id}", status_code=204, dependencies=[needs("write")])
 async def delete_item(service: Served, name: Name, id: ItemId) -> Response:
     """Delete an item; no search that begins after the answer returns it."""
-    await service.in_collection(name, lambda collection: collection.delete(id))
+    await service.in_collection(name, lambda collection: collection.delete(id), writes=True)
     return Response(status_code=204)
 
 
@@ -343,11 +360,14 @@ async def get_picture(
 ) -> Response:
     """An item's picture, or a thumbnail of it, always as JPEG."""
 
-    def look(collection: Collection) -> tuple[Collection, Item, str]:
+    def look(collection: Collection) -> tuple[Item, str]:
         item = collection.get(id)
-        return collection, item, collection.version(item)
+        return item, collection.version(item)
 
-    collection, item, version = await service.in_collection(name, look)
+    def thumbnail(collection: Collection) -> bytes:
+        return collection.picture(id, size, lambda file: images.thumbnail(file, size or 0, limits))
+
+    item, version = await service.in_collection(name, look)
     limits = image_limits(service.settings)
     if size is None and item.place is not None:  # only pictures that were encoded anew are given
         size = service.settings.stored_side
@@ -356,9 +376,9 @@ async def get_picture(
     if if_none_match and etag in if_none_match:
         return Response(status_code=304, headers=headers)
     if size is None:
-        content: bytes = await service.store(collection.picture, id)
+        content = await service.in_collection(name, lambda collection: collection.picture(id))
     else:
-        content = await service.decode(collection.picture, id, size, lambda file: images.thumbnail(file, size, limits))
+        content = await service.in_collection(name, thumbnail, by=service.decode)
     return Response(content, media_type="image/jpeg", headers=headers)
 
 

@@ -19,7 +19,19 @@ from app.backends import Array
 from app.collection import Collection, Target
 from app.engine import ServedEngine
 from app.filters import Condition, Sign
-from app.inputs import MAX_IDS, Body, ItemId, Number, Text, WeightedInput, as_list, body_of, check_inputs, request_body
+from app.inputs import (
+    MAX_IDS,
+    Body,
+    Input,
+    ItemId,
+    Number,
+    Text,
+    WeightedInput,
+    as_list,
+    body_of,
+    check_inputs,
+    request_body,
+)
 from app.service import Served, Service, describe_item, json_response
 from models.errors import InputError, NotFoundError
 
@@ -173,8 +185,10 @@ async def _vectors(service: Service, collection: Collection, served: ServedEngin
     NotFoundError for an item that is not there."""
     vectors = np.empty((len(query), served.engine.embed_dim), np.float32)
     given = [index for index, each in enumerate(query) if each.item is None]
+    # Anew, for embedding takes the pictures, and the query is embedded again if another model's collection comes.
+    inputs = [Input.model_construct(text=query[index].text, image=query[index].image) for index in given]
     try:
-        vectors[given] = (await service.embed(served, [query[index] for index in given])).vectors
+        vectors[given] = (await service.embed(served, inputs)).vectors
     except InputError as error:
         error.index = None if error.index is None else given[error.index]
         raise

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from starlette.testclient import TestClient
 from support import problem, tiny_clip, wait_for
 
 from app.__main__ import main
-from app.engine import Engine, ModelEngine
+from app.engine import Engine, ModelEngine, ServedEngine
+from app.inputs import Input
+from app.service import Embedded, Service
 from app.sqlite_collections import SQLiteCollections
 from models.checkpoint import save_checkpoint
 
@@ -125,6 +128,52 @@ def test_searches_and_writes_go_on_and_nothing_of_them_is_lost(
 
 
 @pytest.mark.of_every_store
+def test_a_picture_is_looked_for_with_the_model_that_came_while_it_was_embedded(
+    start: Start, engines: dict[str, Engine], encoded: Encoded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = start({**engines, "other": Slow()})
+    _fill(client, "c", encoded, 12)
+    service: Service = client.app.state.service  # type: ignore[attr-defined]
+    embed, with_models = Service.embed, []
+
+    async def then_switch(self: Service, engine: ServedEngine, inputs: Sequence[Input]) -> Embedded:
+        made = await embed(self, engine, inputs)
+        with_models.append(engine.engine.name)
+        if len(with_models) == 1:
+            await service.reindex("c", "other")
+            while (await service.reindexing("c")).state == "running":  # type: ignore[union-attr]
+                await asyncio.sleep(0.01)
+        return made
+
+    monkeypatch.setattr(Service, "embed", then_switch)
+    query = {"image": base64.b64encode(encoded(2)).decode()}
+    answer = client.post("/search", json={"collection": "c", "query": query, "k": 1})
+    assert answer.status_code == 200, answer.text
+    assert with_models == ["clip", "other"]
+    (hit,) = answer.json()["hits"]
+    assert hit["id"] == "i2"
+    assert hit["score"] == pytest.approx(1, abs=0.02)
+
+
+@pytest.mark.of_every_store
+@pytest.mark.parametrize("what", ["items?limit=1000&embeddings=true", "statistics", "duplicates?threshold=0.000001"])
+def test_what_is_read_while_another_models_takes_its_place_is_all_there(
+    start: Start, engines: dict[str, Engine], encoded: Encoded, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    client = start({**engines, "other": Slow()})
+    _fill(client, "c", encoded, 12)
+    collections = client.app.state.service.collections  # type: ignore[attr-defined]
+    get, old = collections.get, collections.get("c")
+    client.post("/collections/c/reindex", json={"model": "other"})
+    assert _wait(client)["state"] == "done"
+    expected = client.get(f"/collections/c/{what}").json()
+    late = [old]
+    monkeypatch.setattr(collections, "get", lambda name: late.pop() if late else get(name))
+    assert client.get(f"/collections/c/{what}").json() == expected
+    assert not late
+
+
+@pytest.mark.of_every_store
 def test_what_was_interrupted_goes_on_where_it_was(
     start: Start, engines: dict[str, Engine], encoded: Encoded, tmp_path: Path
 ) -> None:
@@ -176,6 +225,28 @@ def test_it_can_be_given_up_and_says_what_is_wrong(start: Start, engines: dict[s
     client.delete("/collections/c/items/far")
     client.post("/collections/c/reindex", json={"model": "third"})
     assert _wait(client)["state"] == "done"
+
+
+def test_nothing_is_left_of_one_that_is_given_up_while_it_begins(
+    start: Start, engines: dict[str, Engine], encoded: Encoded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = start({**engines, "other": Slow()})
+    _fill(client, "c", encoded, 12)
+    collections = client.app.state.service.collections  # type: ignore[attr-defined]
+    stage, begun, may_go = collections.stage, threading.Event(), threading.Event()
+
+    def late(*given: Any) -> Any:
+        begun.set()
+        assert may_go.wait(10)
+        return stage(*given)
+
+    monkeypatch.setattr(collections, "stage", late)
+    client.post("/collections/c/reindex", json={"model": "other"})
+    assert begun.wait(10)
+    threading.Timer(0.2, may_go.set).start()
+    assert client.delete("/collections/c/reindex").status_code == 204
+    assert may_go.is_set()
+    problem(client.get("/collections/c/reindex"), 404)
 
 
 def test_what_is_to_take_its_place_goes_with_a_collection(tmp_path: Path) -> None:
