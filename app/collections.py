@@ -36,12 +36,15 @@ class Collections(ABC):
     def create(self, name: str, *, model: str, fingerprint: str, dimensions: int, index: str = "auto") -> Collection:
         """Make a collection, or give the one there is if it was made the same way.
 
-        Raises InputError for a bad name or index, ConflictError if it exists with another model.
+        Raises InputError for a bad name or index, ConflictError if it exists with another model or index.
         """
         if not NAME.fullmatch(name):
             raise InputError("a collection's name is 1 to 64 letters, digits, dots, dashes or underscores")
         self._check_index(index)  # before anything is written
-        return self._make(name, model, fingerprint, dimensions, index)
+        made = self._make(name, model, fingerprint, dimensions, index)
+        if index not in ("auto", made.kind):
+            raise ConflictError(f"collection {name!r} was made with index {made.kind!r}, which stays; leave it out")
+        return made
 
     def stage(self, name: str, model: str, fingerprint: str, dimensions: int) -> Collection:
         """The collection that is to take another's place, empty or as far as it came; nobody sees it.

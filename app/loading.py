@@ -25,7 +25,7 @@ from app.exports import choose
 from app.nvjpeg import decoder_of
 from app.settings import Settings
 from models.dalle import DALLETransformer
-from models.errors import CheckpointError
+from models.errors import CheckpointError, ModelError
 
 log = logging.getLogger(__name__)
 Described = TypeVar("Described", bound=Description)
@@ -168,6 +168,14 @@ class Shelf:
                 log.info("model %r leaves the memory for %r", gone, name)
 
 
+def _again(name: str, load: Callable[[], ModelEngine]) -> ModelEngine:
+    try:
+        return load()
+    except CheckpointError as error:
+        log.exception("model %r cannot be loaded again", name)
+        raise ModelError(f"model {name!r} cannot be loaded again; the server's log says why") from error
+
+
 class ShelvedEngine:
     """An `Engine` whose model may leave the memory; what uses it loads it again. Its description stays.
 
@@ -175,8 +183,8 @@ class ShelvedEngine:
     """
 
     def __init__(self, name: str, load: Callable[[], ModelEngine], shelf: Shelf) -> None:
-        self._get = partial(shelf.get, name, load)
-        engine = self._get()
+        engine = shelf.get(name, load)
+        self._get = partial(shelf.get, name, partial(_again, name, load))
         self.name = name
         self.fingerprint, self.embed_dim, self.image_size = engine.fingerprint, engine.embed_dim, engine.image_size
         self.takes_text, self.details, self.scale = engine.takes_text, engine.details, engine.scale

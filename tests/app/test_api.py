@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import json
+import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,10 @@ from PIL import Image
 from starlette.testclient import TestClient
 from support import problem, tiny_clip, tiny_dalle
 
+from app.collection import Collection
 from app.engine import Engine
+from app.routes.collections import list_duplicates
+from app.service import Service
 from models.checkpoint import save_checkpoint
 from models.retrieval import embed_images, embed_texts
 from models.vision import EncoderModel
@@ -294,6 +300,45 @@ def test_duplicates_are_found_in_groups(filled: TestClient, encoded: Encoded) ->
     problem(filled.get(path, params={"threshold": 2}), 422, "threshold")
     problem(filled.get(path, params={"limit": 0}), 422, "limit")
     problem(filled.get("/collections/nowhere/duplicates"), 404, "nowhere")
+
+
+def test_duplicates_are_not_looked_for_any_more_when_their_caller_has_left(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client.put("/collections/c", json={})
+    seen: list[str] = []
+
+    def endless(*_: Any, go_on: Callable[[], None], **__: Any) -> Any:
+        seen.append(threading.current_thread().name)
+        while True:
+            go_on()
+
+    monkeypatch.setattr(Collection, "duplicates", endless)
+    service: Service = client.app.state.service  # type: ignore[attr-defined]
+
+    async def leave() -> None:
+        task = asyncio.create_task(list_duplicates(service, "c", 0.9, "any", 1))
+        while not seen:
+            await asyncio.sleep(0.01)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        assert await service.look(lambda: "free") == "free"
+
+    client.portal.call(leave)  # type: ignore[union-attr]
+    assert seen[0].startswith("look")  # and no search or write waits for such a thread
+    client.portal.call(partial(asyncio.to_thread, service._lookers.shutdown))  # type: ignore[union-attr]
+
+
+def test_what_a_collection_would_not_keep_is_refused(client: TestClient) -> None:
+    assert client.put("/collections/c", json={"index": "hnsw"}).status_code == 200
+    for same in ({}, {"index": "hnsw"}, {"index": "auto"}):
+        assert client.put("/collections/c", json=same).status_code == 200
+    problem(client.put("/collections/c", json={"index": "flat"}), 409, "made with index 'hnsw'")
+    item = {"id": "a", "text": "a red star", "caption": "invoice number 7"}
+    problem(client.post("/collections/c/items", json={"items": [item]}), 422, "a text is its own caption")
+    item["caption"] = item["text"]
+    assert client.post("/collections/c/items", json={"items": [item]}).status_code == 200
+    assert client.get("/collections/c/items/a").json()["caption"] == "a red star"
 
 
 @pytest.mark.of_every_store

@@ -414,6 +414,24 @@ def test_duplicates_are_grouped_as_by_a_loop_over_all_pairs(kind: str, monkeypat
 
 
 @pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("kind", ["flat", "hnsw"])
+def test_groups_behind_more_copies_than_an_item_has_neighbours_are_one(kind: str) -> None:
+    """a and b in 40 copies each, and c, d, e around each of 90 unequal ones, which are near to one another."""
+    rng = np.random.default_rng(0)
+    a, b, *centres = unit_rows(5, 0, SIZE)
+    b = a + 0.1 * b / np.linalg.norm(b)
+    clouds = [centre + 0.02 * offset for centre in centres for offset in unit_rows(90, 1, SIZE)]
+    bridges = [centre + 0.05 * offset for centre, offset in zip(centres, unit_rows(3, 2, SIZE), strict=True)]
+    vectors = np.array([*[a] * 40, *[b] * 40, *clouds, *bridges], np.float32)[rng.permutation(80 + 270 + 3)]
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    index = make_index(kind, SIZE, np.arange(len(vectors)), vectors)
+    if isinstance(index, GrowingIndex):
+        index.wait()
+    found = duplicates.duplicate_groups(index, 0.99, None, lambda: None)
+    assert sorted(map(len, found)) == [80, 91, 91, 91]
+
+
+@pytest.mark.usefixtures("small")
 def test_a_collection_keeps_its_kind_and_its_snapshot_goes_with_it(tmp_path: Path, building: list[str]) -> None:
     vectors = unit_rows(260, 0, SIZE)
     with SQLiteCollections(tmp_path) as collections:

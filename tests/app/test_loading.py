@@ -6,6 +6,7 @@ import base64
 import ctypes
 import gc
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -24,7 +25,7 @@ from app.loading import Shelf, ShelvedEngine, find_models, load_engine, load_eng
 from app.settings import Settings
 from models.checkpoint import save_checkpoint
 from models.clip import CLIPModel
-from models.errors import CheckpointError
+from models.errors import CheckpointError, ModelError
 
 TESTS = Path(__file__).parents[1]
 
@@ -54,6 +55,9 @@ def test_models_beyond_the_budget_leave_and_come_back_with_the_same_rows(tmp_pat
 
     tiny = load_engines(Settings(checkpoints=tmp_path, threads=1, model_memory=1))  # one alone may be larger
     assert np.array_equal(tiny["a"].embed_texts(["x"]), whole["a"].embed_texts(["x"]))
+    shutil.rmtree(tmp_path / "b")
+    with pytest.raises(ModelError, match=r"model 'b' cannot be loaded again; the server's log says why$"):
+        tiny["b"].embed_texts(["x"])
 
 
 def test_a_model_that_many_ask_for_is_loaded_once_and_those_there_do_not_wait_for_it() -> None:
