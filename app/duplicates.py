@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from hashlib import blake2b
 
 import numpy as np
 
 from app.index import Ids, VectorIndex
-from models.retrieval import Hit
 
 _PART = 256  # items whose neighbours are looked for at once
-_NEIGHBOURS, _MOST = 16, 1024  # of each, at first and at last; larger groups are linked by way of their members
+_NEIGHBOURS = 16, 64  # of each; the second where all of the first are near, for another group may be behind them
 
 
 def duplicate_groups(
@@ -28,43 +26,41 @@ def duplicate_groups(
             each = older
         return each
 
-    def link(first: int, second: int) -> None:
-        first, second = sorted((oldest(first), oldest(second)))
-        head[second] = first
+    def full(looked: Ids, count: int, among: Ids | None) -> Ids:
+        """Link items to `count` neighbours each; those whose neighbours all were near."""
+        left: list[int] = []
+        for start in range(0, len(looked), _PART):
+            go_on()
+            known, vectors = index.vectors(looked[start : start + _PART])
+            for each, hits in zip(known.tolist(), index.search(vectors, count, among), strict=True):
+                near = [hit.id for hit in hits if hit.score >= threshold]
+                for other in near:
+                    if other != each:
+                        first, second = sorted((oldest(each), oldest(other)))
+                        head[second] = first
+                if len(near) == count:
+                    left.append(each)
+        return np.array(left, np.int64)
 
-    first_of: dict[bytes, int] = {}  # of equal vectors, which have the same neighbours, by their hash
-    for start in range(0, len(ids), _PART):
-        known, vectors = index.vectors(ids[start : start + _PART])
-        hashes: list[bytes] = [blake2b(row, digest_size=16).digest() for row in vectors]
-        firsts = [first_of.setdefault(hash_, each) for hash_, each in zip(hashes, known.tolist(), strict=True)]
-        for each, first in zip(known.tolist(), firsts, strict=True):
-            if first != each:
-                link(first, each)
-        new = np.flatnonzero(known == firsts)
-        for each, hits in zip(known[new].tolist(), _near(index, vectors[new], threshold, allowed, go_on), strict=True):
-            for hit in hits:
-                if hit.id != each and hit.score >= threshold:
-                    link(each, hit.id)
-    groups: dict[int, list[int]] = {}
-    for each in sorted(head):
-        groups.setdefault(oldest(each), []).append(each)
-    found = [_by_cosine(index, np.array(members, np.int64)) for members in groups.values()]
+    def groups() -> dict[int, list[int]]:
+        found: dict[int, list[int]] = {}
+        for each in sorted(head):
+            found.setdefault(oldest(each), []).append(each)
+        return found
+
+    rest = ids
+    for count in _NEIGHBOURS:
+        rest = full(rest, count, allowed)
+    while len(rest):  # each time at least two groups have become one
+        left = [np.empty(0, np.int64)]
+        for members in groups().values():
+            inside = np.intersect1d(rest, members)
+            outside = np.setdiff1d(ids, members)
+            if len(inside) and len(outside):
+                left.append(full(inside, _NEIGHBOURS[0], outside))
+        rest = np.concatenate(left)
+    found = [_by_cosine(index, np.array(members, np.int64)) for members in groups().values()]
     return sorted((group for group in found if len(group) > 1), key=lambda group: (-len(group), group[0][0]))
-
-
-def _near(
-    index: VectorIndex, vectors: np.ndarray, threshold: float, allowed: Ids | None, go_on: Callable[[], None]
-) -> list[list[Hit]]:
-    """The neighbours of each vector, more where all are near so far: another group may be behind."""
-    found: list[list[Hit]] = [[] for _ in vectors]
-    asked, rest = _NEIGHBOURS, list(range(len(vectors)))
-    while rest and asked <= _MOST:
-        go_on()
-        for place, hits in zip(rest, index.search(vectors[rest], asked, allowed), strict=True):
-            found[place] = hits
-        rest = [place for place in rest if len(found[place]) == asked and found[place][-1].score >= threshold]
-        asked *= 4
-    return found
 
 
 def _by_cosine(index: VectorIndex, members: Ids) -> list[tuple[int, float]]:
