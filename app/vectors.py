@@ -119,6 +119,7 @@ async def dump_vectors(
     """Write a collection to a Parquet file, whole or not at all; yields how many items are in it, page by page.
 
     pictures: with a column `image` of JPEGs, so that the file is all there is of the items.
+    Raises ConflictError if another model's takes the collection's place meanwhile, AnswerError.
     """
     arrow = pyarrow_for(Path(out))
     info = await call(client, "GET", f"/collections/{collection}")
@@ -138,15 +139,27 @@ async def dump_vectors(
                     item["image"] = await _picture(client, item["url"])
                 page.append({name: item[name] for name in schema.names})
                 if len(page) == 1000:
+                    await _check_same(client, info)
                     writer.write_table(arrow.Table.from_pylist(page, schema))
                     count += len(page)
                     page = []
                     yield count
+            await _check_same(client, info)
             writer.write_table(arrow.Table.from_pylist(page, schema))
         unfinished.replace(target)
     finally:
         unfinished.unlink(missing_ok=True)
     yield count + len(page)
+
+
+async def _check_same(client: httpx.AsyncClient, before: dict[str, Any]) -> None:
+    """What was read since `before` is of one model only if the collection still is that model's."""
+    now = await call(client, "GET", f"/collections/{before['name']}")
+    if now["fingerprint"] != before["fingerprint"]:
+        raise ConflictError(
+            f"collection {before['name']!r} was of model {before['model']!r} ({before['fingerprint']}) when this dump "
+            f"began and is of {now['model']!r} ({now['fingerprint']}) now, so nothing was written; dump it again"
+        )
 
 
 async def _picture(client: httpx.AsyncClient, url: str | None) -> bytes | None:

@@ -16,13 +16,16 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 from starlette.testclient import TestClient
-from support import problem, tiny_clip, unit_rows
+from support import problem, tiny_clip, unit_rows, wait_for
 
 from app.__main__ import main
-from app.calls import AnswerError
+from app.calls import BATCH_BYTES, AnswerError
+from app.engine import Engine, ModelEngine
+from app.ingest import Report
 from app.sqlite_collections import SQLiteCollections
-from app.vectors import load_vectors
+from app.vectors import dump_vectors, load_vectors
 from models.checkpoint import save_checkpoint
+from models.errors import ConflictError
 
 Encoded = Callable[..., bytes]
 Run = Callable[..., str]
@@ -131,6 +134,51 @@ def test_a_dump_is_all_there_is_of_a_collection(run: Run, encoded: Encoded, tmp_
     assert "image" not in pyarrow.parquet.read_schema(tmp_path / "small.parquet").names
     run("dump", str(tmp_path / "no" / "folder.parquet"), "--collection", "a", status=1)
     assert sorted(path.name for path in tmp_path.glob("*.parquet*")) == ["a.parquet", "small.parquet"]
+
+
+class _Other(ModelEngine):
+    """Another model than `clip`, of as many dimensions."""
+
+    def __init__(self) -> None:
+        model = tiny_clip(seed=1)
+        model.fingerprint = "of another model"
+        super().__init__("other", model, device="cpu")
+
+
+@pytest.mark.parametrize("before_page", [1, 2, 3, None])
+def test_a_dump_that_another_model_comes_into_leaves_no_file(
+    start: Callable[..., TestClient], engines: dict[str, Engine], tmp_path: Path, before_page: int | None
+) -> None:
+    client = start({**engines, "other": _Other()})
+    client.put("/collections/c", json={"model": "clip"})
+    items = [{"id": f"i{place}", "text": f"text {place}"} for place in range(12)]
+    assert client.post("/collections/c/items", json={"items": items}).status_code == 200
+    pages = 0
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        nonlocal pages
+        url = request.url
+        if url.path.endswith("/items"):
+            pages += 1
+            url = url.copy_set_param("limit", 5)
+            if pages == before_page:
+                client.post("/collections/c/reindex", json={"model": "other"})
+                wait_for(lambda: client.get("/collections/c/reindex").json()["state"] == "done")
+        found = client.request(request.method, str(url))
+        return httpx.Response(found.status_code, content=found.content)
+
+    async def dump() -> int:
+        transport = httpx.MockTransport(answer)
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as through:
+            return [count async for count in dump_vectors(through, "c", tmp_path / "c.parquet")][-1]
+
+    if before_page is None:
+        assert asyncio.run(dump()) == 12
+        assert pages == 3
+        return
+    with pytest.raises(ConflictError, match=r"is of 'other' \(of another model\) now, .* dump it again"):
+        asyncio.run(dump())
+    assert not list(tmp_path.glob("*c.parquet*"))
 
 
 def test_a_dump_of_another_model_is_refused_by_name(run: Run, encoded: Encoded, tmp_path: Path) -> None:
@@ -267,6 +315,14 @@ def test_a_picture_that_cannot_be_read_is_left_out(run: Run, encoded: Encoded, t
     assert [item.picture is not None for item in items] == [True, False, False, False, False]
 
 
+def _load_through(answer: Callable[[httpx.Request], httpx.Response], source: str | Path) -> Report:
+    async def load() -> Report:
+        async with httpx.AsyncClient(transport=httpx.MockTransport(answer), base_url="http://server") as client:
+            return await load_vectors(client, "c", source)
+
+    return asyncio.run(load())
+
+
 def test_large_pictures_are_sent_in_several_requests(run: Run, tmp_path: Path) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (730, 730, 3), dtype=np.uint8)
     Image.fromarray(noise).save(tmp_path / "large.png", compress_level=0)
@@ -275,7 +331,18 @@ def test_large_pictures_are_sent_in_several_requests(run: Run, tmp_path: Path) -
         {"id": f"i{place}", "embedding": vector, "image_path": str(tmp_path / "large.png")}
         for place, vector in enumerate(unit_rows(16, size=24).tolist())
     ]
-    assert "16 added, 0 there already, 0 not read" in run("index", _table(tmp_path / "rows.parquet", rows))
+    file = _table(tmp_path / "rows.parquet", rows)
+    assert "16 added, 0 there already, 0 not read" in run("index", file)
+    sizes = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        if request.method == "POST":
+            sizes.append((len(request.content), len(json.loads(request.content)["items"])))
+        return httpx.Response(200, json={"dimensions": 24, "items": [], "next": None})
+
+    assert _load_through(answer, file).added == 16
+    assert [items for _, items in sizes] == [2] * 8
+    assert max(size for size, _ in sizes) <= BATCH_BYTES
 
 
 def test_a_server_that_refuses_all_ends_the_import(tmp_path: Path) -> None:
@@ -287,13 +354,9 @@ def test_a_server_that_refuses_all_ends_the_import(tmp_path: Path) -> None:
             return httpx.Response(403, json={"detail": "no key"})
         return httpx.Response(200, json={"dimensions": 24, "items": [], "next": None})
 
-    async def load() -> None:
-        async with httpx.AsyncClient(transport=httpx.MockTransport(answer), base_url="http://server") as client:
-            await load_vectors(client, "c", tmp_path / "a.npy")
-
     np.save(tmp_path / "a.npy", unit_rows(20, size=24))
     with pytest.raises(AnswerError, match="no key"):
-        asyncio.run(load())
+        _load_through(answer, tmp_path / "a.npy")
     assert len(posts) == 1
 
 
