@@ -11,10 +11,10 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import dataclass, field
-from itertools import islice
+from dataclasses import dataclass, field, replace
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
 import numpy as np
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file
 
-from app.calls import BATCH, call
+from app.calls import BATCH, BATCH_BYTES, AnswerError, call
 from app.ingest import Report, item_id, items_of
 from app.inputs import vector_of, written
 from models.errors import ConflictError, DataError
@@ -30,6 +30,7 @@ from models.readers import pyarrow_for
 
 OWN = b"semblance"  # what the schema of a dump or a part says of it
 _NAMES = ("id", "key", "image_path", "path", "url")  # columns that may name a row, the best first
+_ROWS = 256  # of a table that are read at once
 _NOT_METADATA = {"id", "kind", "caption", "metadata", "embedding", "image", "text"}
 
 
@@ -45,8 +46,28 @@ class Row:
     image: bytes | None = None
 
 
+class _Stored(NamedTuple):
+    """A row as it is in its file, not yet looked at, so that a bad one ends nothing. where: the file and the row, from
+    1 on. name: of the item, if nothing else names it. about: one row of a table (a record batch). embedding and kind:
+    where that does not hold them."""
+
+    where: str
+    name: str
+    about: Any = None
+    embedding: NDArray[np.floating] | None = None
+    kind: str | None = None
+
+
+class _Item(NamedTuple):
+    """A row on its way. body: its JSON."""
+
+    where: str
+    row: Row
+    body: bytes
+
+
 def holds_vectors(source: str | Path) -> bool:
-    """Whether a source is of embeddings, not of pictures."""
+    """Whether a source is of embeddings, not of pictures. Raises DataError for Parquet that cannot be read."""
     path = Path(source)
     if path.is_dir():
         arrays = any(any(path.glob(pattern)) for pattern in ("img_emb", "*.npy", "part-*.safetensors"))
@@ -55,8 +76,8 @@ def holds_vectors(source: str | Path) -> bool:
 
 
 def own_of(table: Path) -> dict[str, Any] | None:
-    """What a Parquet file of ours says of itself, None for one of others."""
-    own = (pyarrow_for(table).parquet.read_schema(table).metadata or {}).get(OWN)
+    """What a Parquet file of ours says of itself, None for one of others. Raises DataError if it cannot be read."""
+    own = (_schema(table).metadata or {}).get(OWN)
     return None if own is None else json.loads(own)
 
 
@@ -77,20 +98,18 @@ async def load_vectors(
 ) -> Report:
     """Put every embedding of a source into a collection, which is made if need be; ids that are there are passed over.
 
-    Raises ConflictError for a dump of another model's, DataError for a file that cannot be read, AnswerError.
+    Rows that cannot be read, or that the server refuses, are in the report with their file and row (from 1 on), as are
+    pictures without which a row was stored.
+
+    Raises ConflictError for a dump of another model's, DataError for a file that cannot be read or is of another
+    model's, AnswerError when the server refuses more than single rows.
     """
     made = await call(client, "PUT", f"/collections/{collection}", json={} if model is None else {"model": model})
     _check_model(Path(source), made)
     known, report = {item["id"] async for item in items_of(client, collection)}, Report()
-    rows = _rows(Path(source))
-    while part := list(islice(rows, BATCH)):
-        fresh = [row for row in part if row.id not in known]
-        report.present += len(part) - len(fresh)
-        if fresh:
-            body = {"items": [_body(row) for row in fresh]}
-            await call(client, "POST", f"/collections/{collection}/items", json=body)
-            report.added += len(fresh)
-        progress(len(part))
+    for batch in _batches(_items(_rows(Path(source), made["dimensions"]), known, report, progress)):
+        await _send(client, collection, batch, report)
+        progress(len(batch))
     return report
 
 
@@ -100,6 +119,7 @@ async def dump_vectors(
     """Write a collection to a Parquet file, whole or not at all; yields how many items are in it, page by page.
 
     pictures: with a column `image` of JPEGs, so that the file is all there is of the items.
+    Raises ConflictError if another model's takes the collection's place meanwhile, AnswerError.
     """
     arrow = pyarrow_for(Path(out))
     info = await call(client, "GET", f"/collections/{collection}")
@@ -119,15 +139,27 @@ async def dump_vectors(
                     item["image"] = await _picture(client, item["url"])
                 page.append({name: item[name] for name in schema.names})
                 if len(page) == 1000:
+                    await _check_same(client, info)
                     writer.write_table(arrow.Table.from_pylist(page, schema))
                     count += len(page)
                     page = []
                     yield count
+            await _check_same(client, info)
             writer.write_table(arrow.Table.from_pylist(page, schema))
         unfinished.replace(target)
     finally:
         unfinished.unlink(missing_ok=True)
     yield count + len(page)
+
+
+async def _check_same(client: httpx.AsyncClient, before: dict[str, Any]) -> None:
+    """What was read since `before` is of one model only if the collection still is that model's."""
+    now = await call(client, "GET", f"/collections/{before['name']}")
+    if now["fingerprint"] != before["fingerprint"]:
+        raise ConflictError(
+            f"collection {before['name']!r} was of model {before['model']!r} ({before['fingerprint']}) when this dump "
+            f"began and is of {now['model']!r} ({now['fingerprint']}) now, so nothing was written; dump it again"
+        )
 
 
 async def _picture(client: httpx.AsyncClient, url: str | None) -> bytes | None:
@@ -137,7 +169,64 @@ async def _picture(client: httpx.AsyncClient, url: str | None) -> bytes | None:
     return answer.content if answer.is_success else None  # deleted since
 
 
-def _body(row: Row) -> dict[str, Any]:
+def _items(
+    rows: Iterator[_Stored], known: set[str], report: Report, progress: Callable[[int], None]
+) -> Iterator[_Item]:
+    """The rows that are new and can be sent; the others are in the report."""
+    for stored in rows:
+        try:
+            row = _row(stored)
+            if row.id not in known:
+                yield _Item(stored.where, row, _body(row))
+                continue
+            report.present += 1
+        except (ValueError, TypeError, OverflowError) as error:  # UnicodeError and ArrowInvalid are ValueErrors
+            report.bad.append(f"{stored.where}: {error}")
+        progress(1)
+
+
+def _batches(items: Iterator[_Item]) -> Iterator[list[_Item]]:
+    """A request holds so many items and bytes at most, and one item at least."""
+    batch: list[_Item] = []
+    size = 0
+    for item in items:
+        if batch and (len(batch) == BATCH or size + len(item.body) > BATCH_BYTES):
+            yield batch
+            batch, size = [], 0
+        batch.append(item)
+        size += len(item.body)
+    if batch:
+        yield batch
+
+
+async def _send(client: httpx.AsyncClient, collection: str, batch: list[_Item], report: Report) -> None:
+    """Store a batch; one that is refused is sent item by item, an item that is refused without its picture."""
+    content = b'{"items":[' + b",".join(item.body for item in batch) + b"]}"
+    headers = {"Content-Type": "application/json"}
+    try:
+        await call(client, "POST", f"/collections/{collection}/items", content=content, headers=headers)
+        report.added += len(batch)
+        return
+    except AnswerError as error:
+        if error.status not in (413, 415, 422):
+            raise
+        why = str(error).removeprefix("input 0: ").removeprefix("items.0.").removeprefix(": ")
+    if len(batch) > 1:
+        for item in batch:
+            await _send(client, collection, [item], report)
+        return
+    (item,), added = batch, report.added
+    if item.row.image is not None:
+        row = replace(item.row, image=None)
+        await _send(client, collection, [_Item(item.where, row, _body(row))], report)
+        if report.added > added:
+            report.bad.append(f"{item.where}: stored without its picture: {why}")
+    else:
+        report.bad.append(f"{item.where}: {why}")
+
+
+def _body(row: Row) -> bytes:
+    """A row as an item's JSON. Raises ValueError for what JSON cannot hold."""
     body: dict[str, Any] = {"id": row.id, "metadata": row.metadata}
     body["embedding"] = written(row.embedding)
     if row.kind == "text":
@@ -146,30 +235,30 @@ def _body(row: Row) -> dict[str, Any]:
         body["image"] = base64.b64encode(row.image).decode()
     if row.caption and row.kind != "text":
         body["caption"] = row.caption
-    return body
+    return json.dumps(body, ensure_ascii=False, allow_nan=False).encode()
 
 
-def _rows(source: Path) -> Iterator[Row]:
+def _rows(source: Path, dimensions: int) -> Iterator[_Stored]:
     if source.suffix == ".parquet":
-        yield from _parquet_rows(source)
+        yield from _parquet_rows(source, dimensions)
     elif source.suffix == ".npy":
-        yield from _array_rows(source, "image", None)
+        yield from _array_rows(source, "image", None, dimensions)
     elif (source / "img_emb").is_dir():
-        yield from _clip_retrieval_rows(source)
+        yield from _clip_retrieval_rows(source, dimensions)
     else:
         for file in sorted(source.glob("*.parquet")) or sorted(source.glob("*.npy")):
             beside = file.with_suffix(".safetensors")
-            yield from _part_rows(file, beside) if beside.is_file() else _rows(file)
+            yield from _part_rows(file, beside) if beside.is_file() else _rows(file, dimensions)
 
 
-def _clip_retrieval_rows(source: Path) -> Iterator[Row]:
+def _clip_retrieval_rows(source: Path, dimensions: int) -> Iterator[_Stored]:
     for folder, kind in (("img_emb", "image"), ("text_emb", "text")):
         for file in sorted((source / folder).glob("*.npy")):
             table = source / "metadata" / f"metadata_{file.stem.rpartition('_')[2]}.parquet"
-            yield from _array_rows(file, kind, table if table.is_file() else None)
+            yield from _array_rows(file, kind, table if table.is_file() else None, dimensions)
 
 
-def _part_rows(table: Path, vectors: Path) -> Iterator[Row]:
+def _part_rows(table: Path, vectors: Path) -> Iterator[_Stored]:
     """Of a part that app/bulk.py made."""
     try:
         if not belong_together(own_of(table), vectors):
@@ -177,62 +266,123 @@ def _part_rows(table: Path, vectors: Path) -> Iterator[Row]:
         embeddings = load_file(vectors)["embedding"]
     except (SafetensorError, KeyError) as error:
         raise DataError(f"{vectors} holds no embeddings ({error})") from error
-    for content, vector in zip(_table_rows(table), embeddings, strict=True):
-        yield _row(content, vector, content["kind"], content["id"])
+    for place, (about, vector) in enumerate(zip(_table_rows(table), embeddings, strict=True)):
+        yield _Stored(f"{table}:{place + 1}", f"{table.stem}:{place}", about, vector)
 
 
-def _array_rows(file: Path, kind: str, table: Path | None) -> Iterator[Row]:
+def _array_rows(file: Path, kind: str, table: Path | None, dimensions: int) -> Iterator[_Stored]:
     """A row a row of an array (N, D), with what the table says of it at the same place."""
     try:
-        array = np.load(file, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{file} is no .npy array of numbers ({error})") from error
+        array = np.lib.format.open_memmap(file, mode="r")
+    except OSError as error:
+        raise DataError(f"{file} cannot be read: {error.strerror}") from error
+    except ValueError as error:  # whose text may advise to unpickle
+        raise DataError(
+            f"{file} is no .npy array of numbers: not of that format, cut off, or of Python objects; "
+            "write it again with numpy.save, as one array (N, D) of floats"
+        ) from error
     if array.ndim != 2 or not np.issubdtype(array.dtype, np.floating):
         raise DataError(f"{file} is of shape {array.shape} and type {array.dtype}; rows of floats are expected")
-    if table is None:
-        for place, vector in enumerate(array):
-            yield Row(item_id(f"{file.stem}:{place}"), kind, vector.astype(np.float32))
-        return
-    described = _table_rows(table)
+    _check_dimensions(file, {array.shape[1]}, dimensions)
+    described = None if table is None else _table_rows(table)
     for place, vector in enumerate(array):
-        content = next(described, None)
-        if content is None:
+        about = None if described is None else next(described, None)
+        if described is not None and about is None:
             raise DataError(f"{table} has fewer rows than {file.name}, which has {len(array)}")
-        yield _row(content, vector.astype(np.float32), kind, f"{file.stem}:{place}")
+        yield _Stored(f"{file}:{place + 1}", f"{file.stem}:{place}", about, vector, kind)
 
 
-def _parquet_rows(file: Path) -> Iterator[Row]:
-    for place, content in enumerate(_table_rows(file)):
-        vector = np.asarray(content["embedding"], np.float32)
-        yield _row(content, vector, content.get("kind") or "image", f"{file.stem}:{place}")
+def _parquet_rows(file: Path, dimensions: int) -> Iterator[_Stored]:
+    if not _has_embedding(file):
+        raise DataError(
+            f"{file} has no column `embedding`; name its column of embeddings so, or move it out of the folder: "
+            "the .npy files of a folder are read where no Parquet file is beside them"
+        )
+    rows = _table_rows(file)
+    first = list(islice(rows, _ROWS))
+    vectors = [about["embedding"][0].as_py() for about in first]
+    lengths = {len(vector) if isinstance(vector, list) else 0 for vector in vectors if vector is not None}
+    _check_dimensions(file, lengths, dimensions)  # one of another length is a bad row, all of them are another model's
+    for place, about in enumerate(chain(first, rows)):
+        yield _Stored(f"{file}:{place + 1}", f"{file.stem}:{place}", about)
 
 
-def _row(content: dict[str, Any], vector: NDArray[np.float32], kind: str, otherwise: str) -> Row:
-    name = next((str(content[column]) for column in _NAMES if content.get(column)), otherwise)
-    if kind == "text" and "id" not in content:  # beside the picture of the same name
+def _row(stored: _Stored) -> Row:
+    """What is known of a row. Raises ValueError, TypeError or OverflowError, saying what is wrong with it."""
+    found = {} if stored.about is None else stored.about.to_pylist()[0]
+    # What is missing is left out; pandas has NaN for it.
+    content = {key: value for key, value in found.items() if value is not None and value == value}
+    vector = _vector(content.get("embedding") if stored.embedding is None else stored.embedding)
+    kind = stored.kind or content.get("kind") or "image"
+    name = next((str(content[column]) for column in _NAMES if content.get(column)), stored.name)
+    if kind == "text" and found and "id" not in content:  # beside the picture of the same name
         name += ":text"
-    metadata = json.loads(content["metadata"]) if content.get("metadata") else {}
+    metadata = _metadata(content.get("metadata"))
     for key, value in content.items():
-        if key not in _NOT_METADATA and value is not None and 0 < len(key) <= 64:
+        if key not in _NOT_METADATA and 0 < len(key) <= 64:
             metadata[key] = value if isinstance(value, (str, int, float, bool)) else str(value)
     caption = content.get("caption") or content.get("text")
-    image = content.get("image")
-    if image is None and (path := content.get("image_path")) and Path(path).is_file():
-        image = Path(path).read_bytes()
+    image = content["image"] if "image" in content else _file(content.get("image_path"))
     return Row(item_id(name), kind, vector, caption, metadata, image)
 
 
-def _table_rows(file: Path) -> Iterator[dict[str, Any]]:
+def _vector(value: Any) -> NDArray[np.float32]:
+    if value is None:
+        raise ValueError("it has no embedding")
+    try:
+        with np.errstate(over="ignore"):  # what does not fit becomes infinite, which is refused
+            return np.asarray(value, np.float32)
+    except (ValueError, TypeError):
+        raise ValueError("its embedding is no list of numbers") from None
+
+
+def _metadata(text: Any) -> dict[str, Any]:
+    try:
+        return dict(json.loads(text)) if text else {}
+    except (ValueError, TypeError, RecursionError):
+        raise ValueError("its `metadata` is no JSON object") from None
+
+
+def _file(path: Any) -> bytes | None:
+    """What is at a picture's path, None where that cannot be read."""
+    try:
+        return Path(path).read_bytes() if path and Path(path).is_file() else None
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _table_rows(file: Path) -> Iterator[Any]:
+    """A record batch of one row for each, so that one whose values Python cannot hold is alone in that."""
     arrow = pyarrow_for(file)
     try:
-        for batch in arrow.parquet.ParquetFile(file).iter_batches(batch_size=256):
-            yield from batch.to_pylist()
-    except arrow.ArrowException as error:
-        raise DataError(f"{file} cannot be read as Parquet ({error})") from error
+        for batch in arrow.parquet.ParquetFile(file).iter_batches(batch_size=_ROWS):
+            yield from (batch.slice(place, 1) for place in range(batch.num_rows))
+    except (arrow.ArrowException, OSError) as error:
+        raise _unreadable(file, error) from error
+
+
+def _schema(file: Path) -> Any:
+    arrow = pyarrow_for(file)
+    try:
+        return arrow.parquet.read_schema(file)
+    except (arrow.ArrowException, OSError) as error:
+        raise _unreadable(file, error) from error
+
+
+def _unreadable(file: Path, error: Exception) -> DataError:
+    return DataError(f"{file} cannot be read as Parquet ({error}); write it again, or move it out of the folder")
 
 
 def _has_embedding(file: Path) -> bool:
-    return "embedding" in pyarrow_for(file).parquet.read_schema(file).names
+    return "embedding" in _schema(file).names
+
+
+def _check_dimensions(file: Path, found: set[int], expected: int) -> None:
+    if found and expected not in found:
+        raise DataError(
+            f"{file} holds embeddings of {min(found)} numbers, those of the collection have {expected}; "
+            "load the model that they are of, and name it with --embedder"
+        )
 
 
 def _check_model(source: Path, collection: dict[str, Any]) -> None:

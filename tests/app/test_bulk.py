@@ -132,7 +132,7 @@ def test_a_part_whose_files_are_of_two_processes_or_one_is_gone_is_made_again(
     shutil.copy(tmp_path / "two" / f"part-000002.{suffix}", tmp_path / "one")
     (tmp_path / "one" / f"part-000004.{suffix}").unlink()
     with pytest.raises(DataError, match="of two processes"):
-        list(_rows(tmp_path / "one"))
+        list(_rows(tmp_path / "one", 24))
     report = embed_source(str(place / "photos"), tmp_path / "one", settings)
     assert (report.added, report.present) == (64 - (BROKEN // 32 in (2, 4)), COUNT - 65 + (BROKEN // 32 in (2, 4)))
     check_whole(tmp_path / "one")

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+from PIL import Image
 from starlette.testclient import TestClient
-from support import problem, tiny_clip, unit_rows
+from support import problem, tiny_clip, unit_rows, wait_for
 
 from app.__main__ import main
+from app.calls import BATCH_BYTES, AnswerError
+from app.engine import Engine, ModelEngine
+from app.ingest import Report
 from app.sqlite_collections import SQLiteCollections
+from app.vectors import dump_vectors, load_vectors
 from models.checkpoint import save_checkpoint
+from models.errors import ConflictError
 
 Encoded = Callable[..., bytes]
 Run = Callable[..., str]
@@ -128,6 +136,51 @@ def test_a_dump_is_all_there_is_of_a_collection(run: Run, encoded: Encoded, tmp_
     assert sorted(path.name for path in tmp_path.glob("*.parquet*")) == ["a.parquet", "small.parquet"]
 
 
+class _Other(ModelEngine):
+    """Another model than `clip`, of as many dimensions."""
+
+    def __init__(self) -> None:
+        model = tiny_clip(seed=1)
+        model.fingerprint = "of another model"
+        super().__init__("other", model, device="cpu")
+
+
+@pytest.mark.parametrize("before_page", [1, 2, 3, None])
+def test_a_dump_that_another_model_comes_into_leaves_no_file(
+    start: Callable[..., TestClient], engines: dict[str, Engine], tmp_path: Path, before_page: int | None
+) -> None:
+    client = start({**engines, "other": _Other()})
+    client.put("/collections/c", json={"model": "clip"})
+    items = [{"id": f"i{place}", "text": f"text {place}"} for place in range(12)]
+    assert client.post("/collections/c/items", json={"items": items}).status_code == 200
+    pages = 0
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        nonlocal pages
+        url = request.url
+        if url.path.endswith("/items"):
+            pages += 1
+            url = url.copy_set_param("limit", 5)
+            if pages == before_page:
+                client.post("/collections/c/reindex", json={"model": "other"})
+                wait_for(lambda: client.get("/collections/c/reindex").json()["state"] == "done")
+        found = client.request(request.method, str(url))
+        return httpx.Response(found.status_code, content=found.content)
+
+    async def dump() -> int:
+        transport = httpx.MockTransport(answer)
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as through:
+            return [count async for count in dump_vectors(through, "c", tmp_path / "c.parquet")][-1]
+
+    if before_page is None:
+        assert asyncio.run(dump()) == 12
+        assert pages == 3
+        return
+    with pytest.raises(ConflictError, match=r"is of 'other' \(of another model\) now, .* dump it again"):
+        asyncio.run(dump())
+    assert not list(tmp_path.glob("*c.parquet*"))
+
+
 def test_a_dump_of_another_model_is_refused_by_name(run: Run, encoded: Encoded, tmp_path: Path) -> None:
     run("index", str(_photos(tmp_path / "photos", encoded)))
     run("dump", str(tmp_path / "a.parquet"))
@@ -178,15 +231,177 @@ def test_folders_of_clip_retrieval_and_autofaiss_are_read(run: Run, encoded: Enc
         }
 
 
+def _table(file: Path, rows: list[dict[str, Any]]) -> str:
+    file.parent.mkdir(exist_ok=True)
+    names = {name: None for row in rows for name in row}
+    columns = {name: [row.get(name) for row in rows] for name in names}
+    pyarrow.parquet.write_table(pyarrow.table(columns), file)
+    return str(file)
+
+
+def test_a_bad_row_is_named_and_the_others_are_taken_in(run: Run, encoded: Encoded, tmp_path: Path) -> None:
+    good = {"embedding": [1.0] + [0.0] * 23, "metadata": None, "caption": "good", "exif": None, "ratio": 1.5}
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"caption": "x" * 2001}, "the text has 2,001 characters"),
+        ({"exif": "x" * 17_000}, "metadata of one item takes at most 16,384 bytes"),
+        ({"embedding": [0.0] * 24}, "zero or not finite"),
+        ({"embedding": [1e300] * 24}, "zero or not finite"),
+        ({"embedding": [1.0, None] * 12}, "zero or not finite"),
+        ({"embedding": None}, "it has no embedding"),
+        ({"embedding": [1.0] * 23}, "shape (23,), (24,) expected"),
+        ({"metadata": "{"}, "its `metadata` is no JSON object"),
+        ({"metadata": "[1]"}, "its `metadata` is no JSON object"),
+        ({"ratio": float("inf")}, "not JSON compliant"),
+        ({"caption": "half \0 a pair"}, "must not hold NUL"),
+    ]
+    rows = [good | change for change, _ in wrong]
+    rows = [{"id": f"i{place}", **row} for place, row in enumerate([good, *rows, *[good] * 30])]
+    file = _table(tmp_path / "rows.parquet", rows)
+    said = run("index", file)
+    assert f"31 added, 0 there already, {len(wrong)} not read" in said
+    lines = [line for line in said.splitlines() if line.startswith("not read: ")]
+    reported = {int(line.removeprefix(f"not read: {file}:").partition(":")[0]): line for line in lines}
+    assert sorted(reported) == list(range(2, 2 + len(wrong)))
+    for place, (_, says) in enumerate(wrong, 2):
+        assert says in reported[place]
+        assert "input" not in reported[place]
+        assert ": : " not in reported[place]
+    assert f"0 added, 31 there already, {len(wrong)} not read" in run("index", file)
+    run("index", file, "--max-bad", "3", status=1)
+
+
+def test_a_bad_row_of_an_array_is_named(run: Run, tmp_path: Path) -> None:
+    rows = unit_rows(20, size=24)
+    rows[3], rows[17] = 0, np.nan
+    np.save(tmp_path / "a.npy", rows)
+    said = run("index", str(tmp_path / "a.npy"))
+    assert "18 added, 0 there already, 2 not read" in said
+    assert f"not read: {tmp_path}/a.npy:4: " in said
+    assert f"not read: {tmp_path}/a.npy:18: " in said
+
+
+def test_missing_values_are_left_out_of_the_metadata(run: Run, tmp_path: Path) -> None:
+    for name in ("img_emb", "metadata"):
+        (tmp_path / "c" / name).mkdir(parents=True)
+    np.save(tmp_path / "c" / "img_emb" / "img_emb_0.npy", unit_rows(3, size=24))
+    nan = float("nan")
+    columns = {"width": [640.0, nan, None], "caption": pyarrow.array([nan] * 3), "image_path": [nan] * 3}
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "c" / "metadata" / "metadata_0.parquet")
+    assert "3 added, 0 there already, 0 not read" in run("index", str(tmp_path / "c"))
+    with SQLiteCollections(tmp_path / "data") as collections:
+        items = collections.get("default").page(10)
+    assert [(item.caption, item.metadata) for item in items] == [(None, {"width": 640.0}), (None, {}), (None, {})]
+
+
+def test_a_picture_that_cannot_be_read_is_left_out(run: Run, encoded: Encoded, tmp_path: Path) -> None:
+    (tmp_path / "good.jpg").write_bytes(encoded(1))
+    (tmp_path / "damaged.jpg").write_bytes(encoded(2)[:100])
+    (tmp_path / "text.jpg").write_text("no picture")
+    names = ["good", "damaged", "gone", "text", "x" * 300, "good"]
+    vectors = unit_rows(6, size=24).tolist()
+    rows = [
+        {"id": f"i{place}", "embedding": vector, "image_path": f"{tmp_path}/{name}.jpg"}
+        for place, (name, vector) in enumerate(zip(names, vectors, strict=True))
+    ]
+    rows[5]["embedding"] = [0.0] * 24
+    file = _table(tmp_path / "rows.parquet", rows)
+    said = run("index", file)
+    assert "5 added, 0 there already, 3 not read" in said
+    assert f"not read: {file}:2: stored without its picture: " in said
+    assert f"not read: {file}:4: stored without its picture: " in said
+    assert f"not read: {file}:6: " in said
+    with SQLiteCollections(tmp_path / "data") as collections:
+        items = collections.get("default").page(10)
+    assert [item.picture is not None for item in items] == [True, False, False, False, False]
+
+
+def _load_through(answer: Callable[[httpx.Request], httpx.Response], source: str | Path) -> Report:
+    async def load() -> Report:
+        async with httpx.AsyncClient(transport=httpx.MockTransport(answer), base_url="http://server") as client:
+            return await load_vectors(client, "c", source)
+
+    return asyncio.run(load())
+
+
+def test_large_pictures_are_sent_in_several_requests(run: Run, tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (730, 730, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "large.png", compress_level=0)
+    assert (tmp_path / "large.png").stat().st_size > 1_500_000
+    rows = [
+        {"id": f"i{place}", "embedding": vector, "image_path": str(tmp_path / "large.png")}
+        for place, vector in enumerate(unit_rows(16, size=24).tolist())
+    ]
+    file = _table(tmp_path / "rows.parquet", rows)
+    assert "16 added, 0 there already, 0 not read" in run("index", file)
+    sizes = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        if request.method == "POST":
+            sizes.append((len(request.content), len(json.loads(request.content)["items"])))
+        return httpx.Response(200, json={"dimensions": 24, "items": [], "next": None})
+
+    assert _load_through(answer, file).added == 16
+    assert [items for _, items in sizes] == [2] * 8
+    assert max(size for size, _ in sizes) <= BATCH_BYTES
+
+
+def test_a_server_that_refuses_all_ends_the_import(tmp_path: Path) -> None:
+    posts = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        if request.method == "POST":
+            posts.append(request)
+            return httpx.Response(403, json={"detail": "no key"})
+        return httpx.Response(200, json={"dimensions": 24, "items": [], "next": None})
+
+    np.save(tmp_path / "a.npy", unit_rows(20, size=24))
+    with pytest.raises(AnswerError, match="no key"):
+        _load_through(answer, tmp_path / "a.npy")
+    assert len(posts) == 1
+
+
+def test_folders_with_files_that_are_no_embeddings_are_refused_by_name(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "arrays").mkdir()
+    np.save(tmp_path / "arrays" / "0.npy", unit_rows(2, size=24))
+    _table(tmp_path / "arrays" / "other.parquet", [{"caption": "a"}])
+    said = run("index", str(tmp_path / "arrays"), status=1)
+    assert "other.parquet has no column `embedding`" in said
+    assert "move it out of the folder" in said
+    vector = unit_rows(1, size=24)[0].tolist()
+    _table(tmp_path / "tables" / "0.parquet", [{"embedding": vector}])
+    _table(tmp_path / "tables" / "1.parquet", [{"vector": vector}])
+    assert "1.parquet has no column `embedding`" in run("index", str(tmp_path / "tables"), status=1)
+    (tmp_path / "tables" / "1.parquet").write_bytes(b"nothing")
+    assert "1.parquet cannot be read as Parquet" in run("index", str(tmp_path / "tables"), status=1)
+    for content in (b"nothing", b"", b"PAR1" * 10):
+        (tmp_path / "no.parquet").write_bytes(content)
+        assert "no.parquet cannot be read as Parquet" in run("index", str(tmp_path / "no.parquet"), status=1)
+    assert "gone.parquet cannot be read as Parquet" in run("index", str(tmp_path / "gone.parquet"), status=1)
+    for value in ([1.0] * 5, 1.0, "1.0"):
+        file = _table(tmp_path / "short.parquet", [{"embedding": value}] * 3)
+        assert "short.parquet holds" in run("index", file, status=1)
+
+
 def test_files_that_hold_no_embeddings_are_named(run: Run, tmp_path: Path) -> None:
     (tmp_path / "a.npy").write_bytes(b"nothing")
-    assert "a.npy is no .npy array" in run("index", str(tmp_path / "a.npy"), status=1)
     np.save(tmp_path / "b.npy", np.array([object()]), allow_pickle=True)
-    assert "b.npy is no .npy array" in run("index", str(tmp_path / "b.npy"), status=1)
+    np.save(tmp_path / "cut.npy", unit_rows(2, size=24))
+    (tmp_path / "cut.npy").write_bytes((tmp_path / "cut.npy").read_bytes()[:200])
+    np.savez(tmp_path / "several.npz", unit_rows(2, size=24))
+    (tmp_path / "several.npz").rename(tmp_path / "several.npy")
+    (tmp_path / "empty.npy").touch()
+    for name in ("a", "b", "cut", "several", "empty"):
+        said = run("index", str(tmp_path / f"{name}.npy"), status=1)
+        assert f"{name}.npy is no .npy array of numbers" in said
+        assert "numpy.save" in said
+        assert "pickle" not in said
+    assert "gone.npy cannot be read: No such file" in run("index", str(tmp_path / "gone.npy"), status=1)
     np.save(tmp_path / "c.npy", np.arange(3))
     assert "rows of floats are expected" in run("index", str(tmp_path / "c.npy"), status=1)
     np.save(tmp_path / "d.npy", unit_rows(2, size=5))
-    assert "shape (5,), (24,) expected" in run("index", str(tmp_path / "d.npy"), status=1)
+    assert "d.npy holds embeddings of 5 numbers, those of the collection have 24" in run(
+        "index", str(tmp_path / "d.npy"), status=1
+    )
     (tmp_path / "img_emb").mkdir()
     (tmp_path / "metadata").mkdir()
     np.save(tmp_path / "img_emb" / "img_emb_0.npy", unit_rows(2, size=24))
