@@ -48,12 +48,12 @@ class Row:
 
 class _Stored(NamedTuple):
     """A row as it is in its file, not yet looked at, so that a bad one ends nothing. where: the file and the row, from
-    1 on. name: of the item, if nothing else names it. about: one row of a table (a record batch). embedding and kind:
-    where that does not hold them."""
+    1 on. name: of the item, if nothing else names it. about: its row of a table, or what kept that from being read.
+    embedding and kind: where that does not hold them."""
 
     where: str
     name: str
-    about: Any = None
+    about: dict[str, Any] | Exception | None = None
     embedding: NDArray[np.floating] | None = None
     kind: str | None = None
 
@@ -300,7 +300,7 @@ def _parquet_rows(file: Path, dimensions: int) -> Iterator[_Stored]:
         )
     rows = _table_rows(file)
     first = list(islice(rows, _ROWS))
-    vectors = [about["embedding"][0].as_py() for about in first]
+    vectors = [about["embedding"] for about in first if isinstance(about, dict)]
     lengths = {len(vector) if isinstance(vector, list) else 0 for vector in vectors if vector is not None}
     _check_dimensions(file, lengths, dimensions)  # one of another length is a bad row, all of them are another model's
     for place, about in enumerate(chain(first, rows)):
@@ -309,7 +309,9 @@ def _parquet_rows(file: Path, dimensions: int) -> Iterator[_Stored]:
 
 def _row(stored: _Stored) -> Row:
     """What is known of a row. Raises ValueError, TypeError or OverflowError, saying what is wrong with it."""
-    found = {} if stored.about is None else stored.about.to_pylist()[0]
+    if isinstance(stored.about, Exception):
+        raise stored.about
+    found = stored.about or {}
     # What is missing is left out; pandas has NaN for it.
     content = {key: value for key, value in found.items() if value is not None and value == value}
     vector = _vector(content.get("embedding") if stored.embedding is None else stored.embedding)
@@ -351,14 +353,25 @@ def _file(path: Any) -> bytes | None:
         return None
 
 
-def _table_rows(file: Path) -> Iterator[Any]:
-    """A record batch of one row for each, so that one whose values Python cannot hold is alone in that."""
+def _table_rows(file: Path) -> Iterator[dict[str, Any] | Exception]:
+    """Each row, or the error of one whose values Python cannot hold."""
     arrow = pyarrow_for(file)
     try:
         for batch in arrow.parquet.ParquetFile(file).iter_batches(batch_size=_ROWS):
-            yield from (batch.slice(place, 1) for place in range(batch.num_rows))
+            try:
+                rows = batch.to_pylist()
+            except (ValueError, OverflowError):
+                rows = [_alone(batch.slice(place, 1)) for place in range(batch.num_rows)]
+            yield from rows
     except (arrow.ArrowException, OSError) as error:
         raise _unreadable(file, error) from error
+
+
+def _alone(row: Any) -> dict[str, Any] | Exception:
+    try:
+        return row.to_pylist()[0]
+    except (ValueError, OverflowError) as error:
+        return error
 
 
 def _schema(file: Path) -> Any:
