@@ -136,5 +136,7 @@ def _picture(collection: Collection, item: Item) -> bytes | None:
     except NotFoundError:
         with suppress(NotFoundError):
             if collection.get(item.id) == item:
-                raise StorageError(f"the picture of item {item.id!r} is not on the disk any more") from None
+                raise StorageError(
+                    f"the picture of item {item.id!r} is not on the disk any more; put it back, or delete the item"
+                ) from None
         return None
