@@ -67,7 +67,7 @@ async def ingest(
     await call(client, "PUT", f"/collections/{collection}", json=body, patience=patience)
     there = items_of(client, collection, patience=patience)
     known = {item["id"]: item["metadata"].get("modified") async for item in there}
-    rows, report = BadRows(limit=1_000_000_000), Report()
+    rows, report = BadRows(limit=None), Report()
     pictures = (picture_of(record, Path(source)) for record in read(source, rows))
     batches = _batches(pictures, known, report, progress, in_place)
 
@@ -82,7 +82,7 @@ async def ingest(
 def count(source: str) -> int | None:
     """How many pictures a folder holds; None for what cannot be counted without reading it."""
     path = Path(source)
-    return sum(1 for _ in read(source, BadRows(1_000_000_000))) if path.is_dir() else None
+    return sum(1 for _ in read(source, BadRows(limit=None))) if path.is_dir() else None
 
 
 async def items_of(

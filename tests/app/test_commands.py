@@ -6,6 +6,7 @@ import io
 import json
 import os
 import tarfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -64,17 +65,58 @@ def test_index_reports_resumes_and_updates(run: Run, photos: Path, encoded: Enco
     run("index", str(photos), "--collection", "pets", "--max-bad", "1", status=1)
 
 
+def _shard(file: Path, members: dict[str, bytes]) -> None:
+    with tarfile.open(file, "w:gz" if file.suffix == ".gz" else "w") as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+
+
+def test_texts_that_are_not_utf8_are_reported_and_the_run_goes_on(run: Run, photos: Path) -> None:
+    for number in (1, 2):
+        kind = "cats" if number % 2 else "old dogs"
+        (photos / kind / f"pic ture {number}.txt").write_bytes(["ein Hund", "ein Bär"][number % 2].encode("latin-1"))
+    said = run("index", str(photos), "--collection", "pets")
+    assert "39 added, 0 there already, 3 not read" in said
+    assert f"not read: {photos}/cats/pic ture 1.jpg: its captions, pic ture 1.txt, cannot be read as UTF-8" in said
+    run("index", str(photos), "--collection", "pets", "--max-bad", "2", status=1)
+    table = photos / "captions.csv"
+    table.write_bytes("path,caption\ncats/pic ture 1.jpg,süß\ncats/pic ture 3.jpg,plain\n".encode("latin-1"))
+    said = run("index", str(table), "--collection", "table")
+    assert "1 added, 0 there already, 1 not read" in said
+    assert f"not read: {table}:2: not UTF-8" in said
+
+
+def test_a_shard_that_breaks_off_is_reported_and_the_others_are_read(
+    run: Run, encoded: Encoded, tmp_path: Path
+) -> None:
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    for name in ("a.tar", "b.tar.gz", "c.tar", "e.tar"):
+        _shard(folder / name, {f"{index}.jpg": encoded(index, size=(200, 200)) for index in range(4)})
+    packed, plain = (folder / "b.tar.gz").read_bytes(), (folder / "c.tar").read_bytes()
+    (folder / "b.tar.gz").write_bytes(packed[: len(packed) // 2])
+    (folder / "c.tar").write_bytes(plain[:-11_000])
+    gzip = zlib.compressobj(wbits=31)
+    (folder / "d.tar.gz").write_bytes(gzip.compress(plain[:-11_000]) + gzip.flush(zlib.Z_FULL_FLUSH) + b"\xff" * 99)
+    said = run("index", str(folder), "--collection", "shards")
+    for name in ("b.tar.gz", "c.tar", "d.tar.gz"):
+        assert f"not read: {folder / name}: cannot be read as a tar archive, or not to its end" in said
+    assert "3 not read" in said
+    with SQLiteCollections(tmp_path / "data") as collections:
+        found = {item.id for item in collections.get("shards").page(100)}
+    assert {f"{name}:{index}" for name in ("a.tar", "e.tar") for index in range(4)} < found
+    assert {"b.tar.gz:0", "c.tar:0", "d.tar.gz:0"} < found
+
+
 def test_index_of_a_table_and_of_shards(run: Run, photos: Path, encoded: Encoded, tmp_path: Path) -> None:
     table = photos / "captions.csv"
     table.write_text("path,caption\ncats/pic ture 1.jpg,a cat asleep\nmissing.jpg,nothing\n")
     said = run("index", str(table), "--collection", "table")
     assert "1 added, 0 there already, 1 not read" in said
     assert "No such file" in said
-    with tarfile.open(tmp_path / "shard.tar", "w") as tar:
-        for name, content in (("x.jpg", encoded(1)), ("x.json", b'{"caption": "from a shard", "year": 1999}')):
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
+    _shard(tmp_path / "shard.tar", {"x.jpg": encoded(1), "x.json": b'{"caption": "from a shard", "year": 1999}'})
     assert "1 added" in run("index", str(tmp_path / "shard.tar"), "--collection", "shard")
     with SQLiteCollections(tmp_path / "data") as collections:
         (item,) = collections.get("shard").page(10)
