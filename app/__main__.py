@@ -236,7 +236,8 @@ def _index(options: argparse.Namespace) -> int:
 
     def ended(report: Report) -> int:
         for line in report.bad:
-            console.print(f"not read: {line}", style="yellow", highlight=False, soft_wrap=True)
+            shown_line = f"not read: {line}".encode(errors="backslashreplace").decode()  # names may be no Unicode
+            console.out(shown_line, style="yellow", highlight=False)  # print() takes a name's [/x] for markup
         print(f"{report.added} added, {report.present} there already, {len(report.bad)} not read")  # noqa: T201
         return 1 if 0 <= options.max_bad < len(report.bad) else 0
 

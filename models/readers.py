@@ -239,7 +239,8 @@ def _shard_record(path: Path, key: str, parts: dict[str, Any], bad: BadRows) -> 
         return
     try:
         meta = json.loads(parts["json"]) if "json" in parts else {}
-        captions = meta.get("captions") or ([meta["caption"]] if meta.get("caption") else [])
+        captions = meta.get("captions") or meta.get("caption") or []
+        captions = [str(each) for each in (captions if isinstance(captions, list) else [captions])]
         if "txt" in parts:
             captions = [line for line in parts["txt"].decode("utf-8").splitlines() if line.strip()]
         label = parts["cls"].decode().strip() if "cls" in parts else meta.get("label")

@@ -110,6 +110,41 @@ def test_a_shard_that_breaks_off_is_reported_and_the_others_are_read(
     assert {"b.tar.gz:0", "c.tar:0", "d.tar.gz:0"} < found
 
 
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_row_that_is_refused_is_named_and_the_rest_is_stored(
+    run: Run, photos: Path, monkeypatch: pytest.MonkeyPatch, in_place: bool
+) -> None:
+    monkeypatch.setenv("SEMBLANCE_PICTURE_ROOT", str(photos))
+    refused: list[tuple[dict[str, object], str]] = [
+        ({"share": float("nan")}, "a number of its metadata is not finite"),
+        ({"k" * 65: 1}, f"metadata.{'k' * 64}.[key]: String should have at most 64 characters"),
+        ({"big": 2**64}, "metadata.big: a text without NUL, a finite number (an integer: of 64 bits), true"),
+        ({"long": "x" * 20_000}, "metadata: at most 16,384 bytes, as JSON, are kept of one item"),
+        ({"path": "cats/a\0b.jpg"}, "path: text must not hold NUL" if in_place else "embedded null byte"),
+        ({"path": "cats/" + "x" * 5000}, "path: Value should have at most 4096" if in_place else "File name too long"),
+        ({"caption": "\ud83d"}, "its name, caption or metadata is no Unicode"),
+        ({"caption": "x" * 100_000}, "the text has 100,000 characters"),
+    ]
+    rows = [{"path": f"cats/pic ture {2 * index + 1}.jpg", "caption": "a cat"} for index in range(19)]
+    for place, (change, _) in enumerate(refused):
+        rows[2 * place] = rows[2 * place] | change
+    table = photos / "[b]captions.jsonl"
+    table.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for added, there in ((11, 0), (0, 11)):
+        said = run("index", str(table), "--collection", "c", *["--in-place"] * in_place)
+        assert f"{added} added, {there} there already, 8 not read" in said
+        for place, (_, why) in enumerate(refused):
+            assert f"not read: {table}:{2 * place + 1}: {why}" in said
+    run("index", str(table), "--collection", "c", "--max-bad", "7", *["--in-place"] * in_place, status=1)
+
+
+def test_names_that_are_no_unicode_are_reported(run: Run, photos: Path, encoded: Encoded) -> None:
+    (photos / os.fsdecode(b"b\xe4r.jpg")).write_bytes(encoded(1))
+    said = run("index", str(photos), "--collection", "c")
+    assert "40 added, 0 there already, 3 not read" in said
+    assert "its name, caption or metadata is no Unicode" in said
+
+
 def test_index_of_a_table_and_of_shards(run: Run, photos: Path, encoded: Encoded, tmp_path: Path) -> None:
     table = photos / "captions.csv"
     table.write_text("path,caption\ncats/pic ture 1.jpg,a cat asleep\nmissing.jpg,nothing\n")
