@@ -76,14 +76,15 @@ async def ingest(
 
     in_place: files stay where they are and the collection refers to them, if the server allows that.
 
-    Pictures that are there with the same time of change are passed over. progress: told how many were dealt with.
+    Pictures that are there with the same time of change and caption are passed over; of several records of one picture
+    the first counts. progress: told how many were dealt with.
     patience: as of `call`.
     Raises AnswerError when the server refuses more than single pictures, DataError when there is nothing to read.
     """
     body = {} if model is None else {"model": model}
     await call(client, "PUT", f"/collections/{collection}", json=body, patience=patience)
     there = items_of(client, collection, patience=patience)
-    known = {item["id"]: item["metadata"].get("modified") async for item in there}
+    known = {item["id"]: _version(item["metadata"], item["caption"]) async for item in there}
     rows, report = BadRows(limit=None), Report()
     pictures = (picture_of(record, Path(source)) for record in read(source, rows))
     batches = _batches(pictures, known, report, progress, in_place)
@@ -117,7 +118,7 @@ async def items_of(
 
 def _batches(
     pictures: Iterator[Picture],
-    known: dict[str, Any],
+    known: dict[str, int],
     report: Report,
     progress: Callable[[int], None],
     in_place: bool,
@@ -125,12 +126,17 @@ def _batches(
     """What is to be sent, with its bytes: a request holds so many pictures and bytes at most."""
     batch: list[_Content] = []
     size = 0
+    seen: set[str] = set()
     for picture in pictures:
-        if picture.id in known and known[picture.id] == picture.metadata.get("modified"):
+        first = picture.id not in seen
+        seen.add(picture.id)
+        if first and known.get(picture.id) == _version(picture.metadata, picture.caption):
             report.present += 1
             progress(1)
             continue
         try:
+            if not first:
+                raise ValueError("an earlier row has this picture, which is stored once")
             picture.check()
             content = None if in_place and isinstance(picture.record.image, Path) else picture.content()
         except (OSError, ValueError) as error:  # a ValueError for NUL in a path, too
@@ -145,6 +151,11 @@ def _batches(
         size += length
     if batch:
         yield batch
+
+
+def _version(metadata: dict[str, Any], caption: str | None) -> int:
+    """What differs where a picture has changed since; a number, for there may be millions."""
+    return hash((metadata.get("modified"), caption or ""))
 
 
 async def _send(

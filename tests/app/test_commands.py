@@ -57,6 +57,14 @@ def test_index_reports_resumes_and_updates(run: Run, photos: Path, encoded: Enco
     os.utime(changed, (1, 1))
     (photos / "cats" / "new.jpg").write_bytes(encoded(100))
     assert "2 added, 39 there already" in run("index", str(photos), "--collection", "pets")
+    text = photos / "cats" / "pic ture 3.txt"
+    for caption in ("a cat asleep", "a cat awake", None):  # its caption is changed, and the picture is not
+        text.unlink() if caption is None else text.write_text(f"{caption}\nanother\n")
+        assert "1 added, 40 there already" in run("index", str(photos), "--collection", "pets")
+        assert "0 added, 41 there already" in run("index", str(photos), "--collection", "pets")
+        with SQLiteCollections(tmp_path / "data") as collections:
+            found = {item.metadata["path"]: item.caption for item in collections.get("pets").page(100)}
+        assert found["cats/pic ture 3.jpg"] == (caption or "cats")
     with SQLiteCollections(tmp_path / "data") as collections:
         items = collections.get("pets").page(100)
         assert len(items) == 41
@@ -136,6 +144,21 @@ def test_a_row_that_is_refused_is_named_and_the_rest_is_stored(
         for place, (_, why) in enumerate(refused):
             assert f"not read: {table}:{2 * place + 1}: {why}" in said
     run("index", str(table), "--collection", "c", "--max-bad", "7", *["--in-place"] * in_place, status=1)
+
+
+def test_of_several_rows_of_one_picture_the_first_counts(run: Run, photos: Path, tmp_path: Path) -> None:
+    table = photos / "captions.csv"
+    rows = [f"cats/pic ture {2 * index + 1}.jpg,caption {caption}" for index in range(20) for caption in range(2)]
+    rows += ["cats/pic ture 1.jpg,of a later batch", "cats/broken.jpg,one", "cats/broken.jpg,two"]
+    table.write_text("\n".join(["path,caption", *rows]))
+    for added, there in ((20, 0), (0, 20)):
+        said = run("index", str(table), "--collection", "c")
+        assert f"{added} added, {there} there already, 23 not read" in said
+        for line in (3, 5, 41, 42, 44):
+            assert f"not read: {table}:{line}: an earlier row has this picture, which is stored once" in said
+        assert f"not read: {table}:43: the picture cannot be decoded" in said
+        with SQLiteCollections(tmp_path / "data") as collections:
+            assert {item.caption for item in collections.get("c").page(100)} == {"caption 0"}
 
 
 def test_names_that_are_no_unicode_are_reported(run: Run, photos: Path, encoded: Encoded) -> None:

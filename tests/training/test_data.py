@@ -265,6 +265,8 @@ def test_shards(tmp_path: Path, encoded: Encoded, name: str) -> None:
         "c.json": b"{}",
         "d.jpg": b"not a picture",
         "d.cls": b"broken",
+        "e.gif": encoded(3, "GIF"),
+        "e.json": json.dumps({"captions": "no list"}).encode(),
     }
     with tarfile.open(tmp_path / name, "w:gz" if name.endswith("gz") else "w") as tar:
         for member, content in members.items():
@@ -273,13 +275,15 @@ def test_shards(tmp_path: Path, encoded: Encoded, name: str) -> None:
             tar.addfile(info, io.BytesIO(content))
     bad = BadRows()
     _, kept = decode(read(str(tmp_path / name), bad), 16, bad)
-    assert [record.captions for record in kept] == [["one", "two"], ["three"]]
+    assert [record.captions for record in kept] == [["one", "two"], ["three"], ["no list"]]
     assert len(bad.rows) == 2
     records = list(read(str(tmp_path), BadRows(), "train"))
-    assert [record.meta["key"] for record in records] == ["a", "b", "d"]
+    assert [record.meta["key"] for record in records] == ["a", "b", "d", "e"]
     # Of a plain archive nothing but the texts is held.
     assert all(isinstance(record.image, Member if name == "shard.tar" else bytes) for record in records)
-    assert [file_bytes(record.image) for record in records] == [members[f] for f in ("a.jpg", "b.png", "d.jpg")]  # type: ignore[arg-type]
+    assert [file_bytes(record.image) for record in records] == [
+        members[f] for f in ("a.jpg", "b.png", "d.jpg", "e.gif")
+    ]  # type: ignore[arg-type]
 
 
 def test_broken_archives_and_unknown_specs_name_the_way_out(tmp_path: Path) -> None:
