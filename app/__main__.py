@@ -231,7 +231,8 @@ def _index(options: argparse.Namespace) -> int:
     def shown(name: str) -> Iterator[Callable[[int], None]]:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _rate(), TimeRemainingColumn())
         with Progress(*columns, console=console) as progress:
-            task = progress.add_task(name, total=None if vectors else count(options.source))
+            task = progress.add_task(name, total=None)
+            progress.update(task, total=None if vectors else count(options.source))  # which may take minutes
             yield lambda done: progress.advance(task, done)
 
     def ended(report: Report) -> int:

@@ -98,9 +98,12 @@ async def ingest(
 
 
 def count(source: str) -> int | None:
-    """How many pictures a folder holds; None for what cannot be counted without reading it."""
+    """How many pictures a folder, table or plain shard names; None for what is not here, and for a compressed shard,
+    which would be unpacked twice. Raises DataError as `read` does."""
     path = Path(source)
-    return sum(1 for _ in read(source, BadRows(limit=None))) if path.is_dir() else None
+    if not path.exists() or path.name.endswith("gz"):
+        return None
+    return sum(1 for _ in read(source, BadRows(limit=None)))
 
 
 async def items_of(

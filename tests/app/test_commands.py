@@ -15,6 +15,7 @@ import pytest
 from support import open_clip_folder, running
 
 from app.__main__ import main
+from app.ingest import count
 from app.sqlite_collections import SQLiteCollections
 from training.scene_shard import write_shard
 
@@ -174,8 +175,12 @@ def test_index_of_a_table_and_of_shards(run: Run, photos: Path, encoded: Encoded
     said = run("index", str(table), "--collection", "table")
     assert "1 added, 0 there already, 1 not read" in said
     assert "No such file" in said
+    assert count(str(table)) == 2
     _shard(tmp_path / "shard.tar", {"x.jpg": encoded(1), "x.json": b'{"caption": "from a shard", "year": 1999}'})
     assert "1 added" in run("index", str(tmp_path / "shard.tar"), "--collection", "shard")
+    assert count(str(tmp_path / "shard.tar")) == 1
+    _shard(tmp_path / "packed.tar.gz", {"x.jpg": encoded(1)})
+    assert count(str(tmp_path / "packed.tar.gz")) is count("torchvision:FakeData") is None
     with SQLiteCollections(tmp_path / "data") as collections:
         (item,) = collections.get("shard").page(10)
         assert (item.caption, item.metadata["year"]) == ("from a shard", 1999)
