@@ -231,12 +231,14 @@ def _index(options: argparse.Namespace) -> int:
     def shown(name: str) -> Iterator[Callable[[int], None]]:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _rate(), TimeRemainingColumn())
         with Progress(*columns, console=console) as progress:
-            task = progress.add_task(name, total=None if vectors else count(options.source))
+            task = progress.add_task(name, total=None)
+            progress.update(task, total=None if vectors else count(options.source))  # which may take minutes
             yield lambda done: progress.advance(task, done)
 
     def ended(report: Report) -> int:
         for line in report.bad:
-            console.print(f"not read: {line}", style="yellow", highlight=False, soft_wrap=True)
+            shown_line = f"not read: {line}".encode(errors="backslashreplace").decode()  # names may be no Unicode
+            console.out(shown_line, style="yellow", highlight=False)  # print() takes a name's [/x] for markup
         print(f"{report.added} added, {report.present} there already, {len(report.bad)} not read")  # noqa: T201
         return 1 if 0 <= options.max_bad < len(report.bad) else 0
 

@@ -205,7 +205,7 @@ def embed_source(
         raise DataError(f"no model {name!r}; there are: {', '.join(models) or 'none'}")
     place = Path(folder)
     place.mkdir(parents=True, exist_ok=True)
-    rows, report = BadRows(limit=1_000_000_000), Report()
+    rows, report = BadRows(limit=None), Report()
     arguments = {"name": name, "reference": models[name], "source": source, "folder": str(place)}
 
     def missing() -> Iterator[Part]:

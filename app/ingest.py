@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ import httpx
 from app.calls import BATCH, BATCH_BYTES, PATIENCE, AnswerError, call, send_all
 from models.readers import BadRows, Record, file_bytes, read
 
+_OF_ITEMS = (400, 413, 415, 422)  # statuses that may be due to some items of a request alone
+_PLACE = re.compile(r"^input \d+: |\bitems\.\d+\.")  # where the server says that it is in the request
 _SAFE = re.compile(r"[^A-Za-z0-9._:@+-]+")
 
 
@@ -35,6 +38,20 @@ class Picture:
     where: str
     record: Record
     metadata: dict[str, Any]
+
+    @property
+    def caption(self) -> str:
+        """What is stored of its texts; empty where there is none."""
+        return str(self.record.captions[0]) if self.record.captions else ""
+
+    def check(self) -> None:
+        """Raises ValueError for what no request can say."""
+        try:
+            json.dumps([self.caption, self.metadata], ensure_ascii=False, allow_nan=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError("its name, caption or metadata is no Unicode (half a surrogate pair)") from None
+        except ValueError:
+            raise ValueError("a number of its metadata is not finite (NaN or infinite)") from None
 
     def content(self) -> bytes:
         """Its file."""
@@ -59,15 +76,16 @@ async def ingest(
 
     in_place: files stay where they are and the collection refers to them, if the server allows that.
 
-    Pictures that are there with the same time of change are passed over. progress: told how many were dealt with.
+    Pictures that are there with the same time of change and caption are passed over; of several records of one picture
+    the first counts. progress: told how many were dealt with.
     patience: as of `call`.
     Raises AnswerError when the server refuses more than single pictures, DataError when there is nothing to read.
     """
     body = {} if model is None else {"model": model}
     await call(client, "PUT", f"/collections/{collection}", json=body, patience=patience)
     there = items_of(client, collection, patience=patience)
-    known = {item["id"]: item["metadata"].get("modified") async for item in there}
-    rows, report = BadRows(limit=1_000_000_000), Report()
+    known = {item["id"]: _version(item["metadata"], item["caption"]) async for item in there}
+    rows, report = BadRows(limit=None), Report()
     pictures = (picture_of(record, Path(source)) for record in read(source, rows))
     batches = _batches(pictures, known, report, progress, in_place)
 
@@ -80,9 +98,12 @@ async def ingest(
 
 
 def count(source: str) -> int | None:
-    """How many pictures a folder holds; None for what cannot be counted without reading it."""
+    """How many pictures a folder, table or plain shard names; None for what is not here, and for a compressed shard,
+    which would be unpacked twice. Raises DataError as `read` does."""
     path = Path(source)
-    return sum(1 for _ in read(source, BadRows(1_000_000_000))) if path.is_dir() else None
+    if not path.exists() or path.name.endswith("gz"):
+        return None
+    return sum(1 for _ in read(source, BadRows(limit=None)))
 
 
 async def items_of(
@@ -100,7 +121,7 @@ async def items_of(
 
 def _batches(
     pictures: Iterator[Picture],
-    known: dict[str, Any],
+    known: dict[str, int],
     report: Report,
     progress: Callable[[int], None],
     in_place: bool,
@@ -108,15 +129,21 @@ def _batches(
     """What is to be sent, with its bytes: a request holds so many pictures and bytes at most."""
     batch: list[_Content] = []
     size = 0
+    seen: set[str] = set()
     for picture in pictures:
-        if picture.id in known and known[picture.id] == picture.metadata.get("modified"):
+        first = picture.id not in seen
+        seen.add(picture.id)
+        if first and known.get(picture.id) == _version(picture.metadata, picture.caption):
             report.present += 1
             progress(1)
             continue
         try:
+            if not first:
+                raise ValueError("an earlier row has this picture, which is stored once")
+            picture.check()
             content = None if in_place and isinstance(picture.record.image, Path) else picture.content()
-        except OSError as error:
-            report.bad.append(f"{picture.where}: {error.strerror}")
+        except (OSError, ValueError) as error:  # a ValueError for NUL in a path, too
+            report.bad.append(f"{picture.where}: {getattr(error, 'strerror', None) or error}")
             progress(1)
             continue
         length = len(content or b"")
@@ -129,27 +156,37 @@ def _batches(
         yield batch
 
 
+def _version(metadata: dict[str, Any], caption: str | None) -> int:
+    """What differs where a picture has changed since; a number, for there may be millions."""
+    return hash((metadata.get("modified"), caption or ""))
+
+
 async def _send(
     client: httpx.AsyncClient, collection: str, batch: list[_Content], report: Report, patience: int
 ) -> int:
     """Store a batch, without the pictures that the server refuses; they are reported. -> how many were dealt with."""
-    total = len(batch)
-    while batch:
+    parts = [batch]
+    while parts:
+        part = parts.pop()
         try:
-            await call(client, "POST", f"/collections/{collection}/items", patience=patience, **_request(batch))
+            await call(client, "POST", f"/collections/{collection}/items", patience=patience, **_request(part))
         except AnswerError as error:
-            if error.status not in (413, 415, 422) or (error.input is None and len(batch) > 1):
+            if error.status not in _OF_ITEMS:
                 raise
-            picture, _ = batch.pop(error.input or 0)
-            report.bad.append(f"{picture.where}: {str(error).partition(': ')[2] or error}")
-            continue
-        report.added += len(batch)
-        break
-    return total
+            if error.input is None and len(part) > 1:  # one by one, for the answer does not say which it was
+                parts += [[each] for each in reversed(part)]
+                continue
+            picture, _ = part[error.input or 0]
+            report.bad.append(f"{picture.where}: {_PLACE.sub('', str(error))}")
+            if rest := [each for each in part if each[0] is not picture]:
+                parts.append(rest)
+        else:
+            report.added += len(part)
+    return len(batch)
 
 
 def _request(batch: list[_Content]) -> dict[str, Any]:
-    captions = [picture.record.captions[0] if picture.record.captions else "" for picture, _ in batch]
+    captions = [picture.caption for picture, _ in batch]
     if batch[0][1] is None:
         items = [
             {"id": picture.id, "path": str(Path(str(picture.record.image)).absolute()), "metadata": picture.metadata}
@@ -182,7 +219,7 @@ def picture_of(record: Record, source: Path) -> Picture:
         inside = record.image.is_relative_to(base)
         name = str(record.image.relative_to(base) if inside else record.image)
         metadata["path"] = name
-        if record.image.is_file():
+        with suppress(OSError, ValueError):  # what is wrong with the path is told when the file is read
             metadata["modified"] = record.image.stat().st_mtime_ns
     return Picture(item_id(name), record.where, record, metadata)
 

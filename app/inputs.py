@@ -23,7 +23,9 @@ from pydantic import (
     GetJsonSchemaHandler,
     StringConstraints,
     ValidationError,
+    ValidatorFunctionWrapHandler,
     WithJsonSchema,
+    WrapValidator,
     model_validator,
 )
 from pydantic.json_schema import JsonSchemaValue
@@ -60,6 +62,15 @@ def _no_integer(value: Any) -> Any:
     return value
 
 
+def _plain(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+    try:
+        return handler(value)
+    except ValidationError:  # one sentence in place of four, of which each is about one type that it might have been
+        raise ValueError(
+            "a text without NUL, a finite number (an integer: of 64 bits), true, false or null is expected"
+        ) from None
+
+
 def as_list(value: Any) -> Any:
     """One input stands for a list of one."""
     return value if isinstance(value, list) else [value]
@@ -78,7 +89,7 @@ ItemId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:@+-
 Number = Annotated[int, Field(ge=-(2**63), lt=2**63)] | Annotated[float, BeforeValidator(_no_integer)]
 Metadata = dict[
     Annotated[str, StringConstraints(min_length=1, max_length=64), AfterValidator(_clean)],
-    Annotated[str, AfterValidator(_clean)] | Number | bool | None,
+    Annotated[Annotated[str, AfterValidator(_clean)] | Number | bool | None, WrapValidator(_plain)],
 ]
 
 

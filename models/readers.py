@@ -11,11 +11,12 @@ import errno
 import io
 import json
 import tarfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import torch
@@ -77,14 +78,15 @@ class Record:
 
 @dataclass
 class BadRows:
-    """Rows that could not be read. More than `limit` of them raise DataError with the first few."""
+    """Rows that could not be read. More than `limit` of them raise DataError with the first few. limit: None for who
+    takes what can be read, however little; then a shard that breaks off is one of the rows, too, and raises nothing."""
 
-    limit: int = 100
+    limit: int | None = 100
     rows: list[str] = field(default_factory=list)
 
     def add(self, where: str, why: str) -> None:
         self.rows.append(f"{where}: {why}")
-        if len(self.rows) > self.limit:
+        if self.limit is not None and len(self.rows) > self.limit:
             shown = "\n  ".join(self.rows[:10])
             raise DataError(
                 f"more than {self.limit} rows cannot be read, among them\n  {shown}\nRaise --max-bad to go on."
@@ -105,7 +107,7 @@ def read(spec: str, bad: BadRows, split: str | None = None) -> Iterator[Record]:
     path = Path(spec).expanduser()
     if path.is_dir():
         shards = sorted(file for file in path.rglob("*") if _is_shard(file))
-        records = _chain(shards, bad) if shards else _read_folder(path)
+        records = _chain(shards, bad) if shards else _read_folder(path, bad)
     elif not path.is_file():
         raise DataError(f"{spec!r} is no file, folder, torchvision:<name> or hf:<name>")
     elif _is_shard(path):
@@ -184,14 +186,18 @@ def _chain(shards: list[Path], bad: BadRows) -> Iterator[Record]:
         yield from _read_shard(shard, bad)
 
 
-def _read_folder(folder: Path) -> Iterator[Record]:
+def _read_folder(folder: Path, bad: BadRows) -> Iterator[Record]:
     for file in sorted(folder.rglob("*")):
         if file.suffix.lower() in SUFFIXES:
             label = file.parent.name if file.parent != folder else None
             text = file.with_suffix(".txt")
             words = (label or file.stem).replace("_", " ").replace("-", " ")
-            captions = [line.strip() for line in text.read_text("utf-8").splitlines()] if text.is_file() else [words]
-            yield Record(str(file), file, [c for c in captions if c], label)
+            try:
+                lines = text.read_text("utf-8").splitlines() if text.is_file() else [words]
+            except (UnicodeDecodeError, OSError) as error:
+                bad.add(str(file), f"its captions, {text.name}, cannot be read as UTF-8: {error}")
+                continue
+            yield Record(str(file), file, [line.strip() for line in lines if line.strip()], label)
 
 
 def _read_shard(path: Path, bad: BadRows) -> Iterator[Record]:
@@ -219,8 +225,10 @@ def _read_shard(path: Path, bad: BadRows) -> Iterator[Record]:
                     parts[suffix.lower()] = file.read() if file else b""
             if parts:
                 yield from _shard_record(path, key, parts, bad)
-    except (tarfile.TarError, EOFError, OSError) as error:
-        raise DataError(f"{path} cannot be read as a tar archive: {error}") from error
+    except (tarfile.TarError, zlib.error, EOFError, OSError) as error:
+        if bad.limit is not None:
+            raise DataError(f"{path} cannot be read as a tar archive: {error}") from error
+        bad.add(str(path), f"cannot be read as a tar archive, or not to its end: {error}")
 
 
 def _shard_record(path: Path, key: str, parts: dict[str, Any], bad: BadRows) -> Iterator[Record]:
@@ -231,7 +239,8 @@ def _shard_record(path: Path, key: str, parts: dict[str, Any], bad: BadRows) -> 
         return
     try:
         meta = json.loads(parts["json"]) if "json" in parts else {}
-        captions = meta.get("captions") or ([meta["caption"]] if meta.get("caption") else [])
+        captions = meta.get("captions") or meta.get("caption") or []
+        captions = [str(each) for each in (captions if isinstance(captions, list) else [captions])]
         if "txt" in parts:
             captions = [line for line in parts["txt"].decode("utf-8").splitlines() if line.strip()]
         label = parts["cls"].decode().strip() if "cls" in parts else meta.get("label")
@@ -257,20 +266,46 @@ def _table_rows(path: Path, bad: BadRows) -> Iterator[tuple[int, dict[str, Any]]
             (row for batch in parquet.ParquetFile(path).iter_batches() for row in batch.to_pylist()), 1
         )
         return
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        if path.suffix == ".jsonl":
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    try:
-                        yield number, dict(json.loads(line))
-                    except (ValueError, TypeError) as error:
-                        bad.add(f"{path}:{number}", f"no JSON object: {error}")
-            return
-        reader = csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
-        for row in reader:
+    # What is not UTF-8 becomes half surrogate pairs, by which its row is known.
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        rows = _json_rows(file) if path.suffix == ".jsonl" else _csv_rows(file, "\t" if path.suffix == ".tsv" else ",")
+        for number, row in rows:
+            if isinstance(row, dict):
+                yield number, row
+            else:
+                bad.add(f"{path}:{number}", row)
+
+
+def _json_rows(file: TextIO) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    """Each line's number with its object, or with what is wrong with it."""
+    for number, line in enumerate(file, 1):
+        if line.strip():
+            try:
+                line.encode()
+                yield number, dict(json.loads(line))
+            except UnicodeEncodeError:
+                yield number, _NOT_UTF8
+            except (ValueError, TypeError, RecursionError) as error:
+                yield number, f"no JSON object: {error}"
+
+
+def _csv_rows(file: TextIO, delimiter: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    """Each row with the number of its last line, or what is wrong with it."""
+    reader = csv.DictReader(file, delimiter=delimiter)
+    while True:
+        try:
+            row = next(reader)
+            json.dumps(row, ensure_ascii=False).encode()
             yield reader.line_num, row
+        except StopIteration:
+            return
+        except UnicodeEncodeError:
+            yield reader.line_num, _NOT_UTF8
+        except csv.Error as error:  # such as a quote that never ends
+            yield reader.line_num, f"no row: {error}"
 
 
+_NOT_UTF8 = "not UTF-8; save the table in that encoding"
 _TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
 
 

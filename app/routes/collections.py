@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Header, Query, Request
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, Field, field_validator, model_validator
 from starlette.responses import Response
 
 from app import images
@@ -85,6 +85,13 @@ class ItemBody(StoredInput):
             raise ValueError("a text is its own caption, and another would take its place: put it into metadata")
         return self
 
+    @field_validator("metadata")
+    @classmethod
+    def _small(cls, value: dict[str, Any]) -> dict[str, Any]:
+        if len(json.dumps(value)) > MAX_METADATA:
+            raise ValueError(f"at most {MAX_METADATA:,} bytes, as JSON, are kept of one item")
+        return value
+
 
 class ItemsRequest(Body):
     """As a form: file, and in the files' order as many id, caption and metadata (JSON) fields, or none of them."""
@@ -104,13 +111,6 @@ class ItemsRequest(Body):
                 if value:
                     item[name] = _parsed(value) if name == "metadata" else value
         return {"items": items}
-
-    @model_validator(mode="after")
-    def _small_metadata(self) -> ItemsRequest:
-        for item in self.items:
-            if len(json.dumps(item.metadata)) > MAX_METADATA:
-                raise ValueError(f"metadata of one item takes at most {MAX_METADATA:,} bytes as JSON")
-        return self
 
 
 class ItemsResponse(BaseModel):

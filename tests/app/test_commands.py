@@ -6,6 +6,7 @@ import io
 import json
 import os
 import tarfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pytest
 from support import open_clip_folder, running
 
 from app.__main__ import main
+from app.ingest import count
 from app.sqlite_collections import SQLiteCollections
 from training.scene_shard import write_shard
 
@@ -56,6 +58,14 @@ def test_index_reports_resumes_and_updates(run: Run, photos: Path, encoded: Enco
     os.utime(changed, (1, 1))
     (photos / "cats" / "new.jpg").write_bytes(encoded(100))
     assert "2 added, 39 there already" in run("index", str(photos), "--collection", "pets")
+    text = photos / "cats" / "pic ture 3.txt"
+    for caption in ("a cat asleep", "a cat awake", None):  # its caption is changed, and the picture is not
+        text.unlink() if caption is None else text.write_text(f"{caption}\nanother\n")
+        assert "1 added, 40 there already" in run("index", str(photos), "--collection", "pets")
+        assert "0 added, 41 there already" in run("index", str(photos), "--collection", "pets")
+        with SQLiteCollections(tmp_path / "data") as collections:
+            found = {item.metadata["path"]: item.caption for item in collections.get("pets").page(100)}
+        assert found["cats/pic ture 3.jpg"] == (caption or "cats")
     with SQLiteCollections(tmp_path / "data") as collections:
         items = collections.get("pets").page(100)
         assert len(items) == 41
@@ -64,18 +74,113 @@ def test_index_reports_resumes_and_updates(run: Run, photos: Path, encoded: Enco
     run("index", str(photos), "--collection", "pets", "--max-bad", "1", status=1)
 
 
+def _shard(file: Path, members: dict[str, bytes]) -> None:
+    with tarfile.open(file, "w:gz" if file.suffix == ".gz" else "w") as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+
+
+def test_texts_that_are_not_utf8_are_reported_and_the_run_goes_on(run: Run, photos: Path) -> None:
+    for number in (1, 2):
+        kind = "cats" if number % 2 else "old dogs"
+        (photos / kind / f"pic ture {number}.txt").write_bytes(["ein Hund", "ein Bär"][number % 2].encode("latin-1"))
+    said = run("index", str(photos), "--collection", "pets")
+    assert "39 added, 0 there already, 3 not read" in said
+    assert f"not read: {photos}/cats/pic ture 1.jpg: its captions, pic ture 1.txt, cannot be read as UTF-8" in said
+    run("index", str(photos), "--collection", "pets", "--max-bad", "2", status=1)
+    table = photos / "captions.csv"
+    table.write_bytes("path,caption\ncats/pic ture 1.jpg,süß\ncats/pic ture 3.jpg,plain\n".encode("latin-1"))
+    said = run("index", str(table), "--collection", "table")
+    assert "1 added, 0 there already, 1 not read" in said
+    assert f"not read: {table}:2: not UTF-8" in said
+
+
+def test_a_shard_that_breaks_off_is_reported_and_the_others_are_read(
+    run: Run, encoded: Encoded, tmp_path: Path
+) -> None:
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    for name in ("a.tar", "b.tar.gz", "c.tar", "e.tar"):
+        _shard(folder / name, {f"{index}.jpg": encoded(index, size=(200, 200)) for index in range(4)})
+    packed, plain = (folder / "b.tar.gz").read_bytes(), (folder / "c.tar").read_bytes()
+    (folder / "b.tar.gz").write_bytes(packed[: len(packed) // 2])
+    (folder / "c.tar").write_bytes(plain[:-11_000])
+    gzip = zlib.compressobj(wbits=31)
+    (folder / "d.tar.gz").write_bytes(gzip.compress(plain[:-11_000]) + gzip.flush(zlib.Z_FULL_FLUSH) + b"\xff" * 99)
+    said = run("index", str(folder), "--collection", "shards")
+    for name in ("b.tar.gz", "c.tar", "d.tar.gz"):
+        assert f"not read: {folder / name}: cannot be read as a tar archive, or not to its end" in said
+    assert "3 not read" in said
+    with SQLiteCollections(tmp_path / "data") as collections:
+        found = {item.id for item in collections.get("shards").page(100)}
+    assert {f"{name}:{index}" for name in ("a.tar", "e.tar") for index in range(4)} < found
+    assert {"b.tar.gz:0", "c.tar:0", "d.tar.gz:0"} < found
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_row_that_is_refused_is_named_and_the_rest_is_stored(
+    run: Run, photos: Path, monkeypatch: pytest.MonkeyPatch, in_place: bool
+) -> None:
+    monkeypatch.setenv("SEMBLANCE_PICTURE_ROOT", str(photos))
+    refused: list[tuple[dict[str, object], str]] = [
+        ({"share": float("nan")}, "a number of its metadata is not finite"),
+        ({"k" * 65: 1}, f"metadata.{'k' * 64}.[key]: String should have at most 64 characters"),
+        ({"big": 2**64}, "metadata.big: a text without NUL, a finite number (an integer: of 64 bits), true"),
+        ({"long": "x" * 20_000}, "metadata: at most 16,384 bytes, as JSON, are kept of one item"),
+        ({"path": "cats/a\0b.jpg"}, "path: text must not hold NUL" if in_place else "embedded null byte"),
+        ({"path": "cats/" + "x" * 5000}, "path: Value should have at most 4096" if in_place else "File name too long"),
+        ({"caption": "\ud83d"}, "its name, caption or metadata is no Unicode"),
+        ({"caption": "x" * 100_000}, "the text has 100,000 characters"),
+    ]
+    rows = [{"path": f"cats/pic ture {2 * index + 1}.jpg", "caption": "a cat"} for index in range(19)]
+    for place, (change, _) in enumerate(refused):
+        rows[2 * place] = rows[2 * place] | change
+    table = photos / "[b]captions.jsonl"
+    table.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for added, there in ((11, 0), (0, 11)):
+        said = run("index", str(table), "--collection", "c", *["--in-place"] * in_place)
+        assert f"{added} added, {there} there already, 8 not read" in said
+        for place, (_, why) in enumerate(refused):
+            assert f"not read: {table}:{2 * place + 1}: {why}" in said
+    run("index", str(table), "--collection", "c", "--max-bad", "7", *["--in-place"] * in_place, status=1)
+
+
+def test_of_several_rows_of_one_picture_the_first_counts(run: Run, photos: Path, tmp_path: Path) -> None:
+    table = photos / "captions.csv"
+    rows = [f"cats/pic ture {2 * index + 1}.jpg,caption {caption}" for index in range(20) for caption in range(2)]
+    rows += ["cats/pic ture 1.jpg,of a later batch", "cats/broken.jpg,one", "cats/broken.jpg,two"]
+    table.write_text("\n".join(["path,caption", *rows]))
+    for added, there in ((20, 0), (0, 20)):
+        said = run("index", str(table), "--collection", "c")
+        assert f"{added} added, {there} there already, 23 not read" in said
+        for line in (3, 5, 41, 42, 44):
+            assert f"not read: {table}:{line}: an earlier row has this picture, which is stored once" in said
+        assert f"not read: {table}:43: the picture cannot be decoded" in said
+        with SQLiteCollections(tmp_path / "data") as collections:
+            assert {item.caption for item in collections.get("c").page(100)} == {"caption 0"}
+
+
+def test_names_that_are_no_unicode_are_reported(run: Run, photos: Path, encoded: Encoded) -> None:
+    (photos / os.fsdecode(b"b\xe4r.jpg")).write_bytes(encoded(1))
+    said = run("index", str(photos), "--collection", "c")
+    assert "40 added, 0 there already, 3 not read" in said
+    assert "its name, caption or metadata is no Unicode" in said
+
+
 def test_index_of_a_table_and_of_shards(run: Run, photos: Path, encoded: Encoded, tmp_path: Path) -> None:
     table = photos / "captions.csv"
     table.write_text("path,caption\ncats/pic ture 1.jpg,a cat asleep\nmissing.jpg,nothing\n")
     said = run("index", str(table), "--collection", "table")
     assert "1 added, 0 there already, 1 not read" in said
     assert "No such file" in said
-    with tarfile.open(tmp_path / "shard.tar", "w") as tar:
-        for name, content in (("x.jpg", encoded(1)), ("x.json", b'{"caption": "from a shard", "year": 1999}')):
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
+    assert count(str(table)) == 2
+    _shard(tmp_path / "shard.tar", {"x.jpg": encoded(1), "x.json": b'{"caption": "from a shard", "year": 1999}'})
     assert "1 added" in run("index", str(tmp_path / "shard.tar"), "--collection", "shard")
+    assert count(str(tmp_path / "shard.tar")) == 1
+    _shard(tmp_path / "packed.tar.gz", {"x.jpg": encoded(1)})
+    assert count(str(tmp_path / "packed.tar.gz")) is count("torchvision:FakeData") is None
     with SQLiteCollections(tmp_path / "data") as collections:
         (item,) = collections.get("shard").page(10)
         assert (item.caption, item.metadata["year"]) == ("from a shard", 1999)

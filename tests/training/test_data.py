@@ -231,6 +231,30 @@ def test_tables_report_bad_rows_with_file_and_line(photos: Path, suffix: str) ->
         decode(read(str(table), strict := BadRows(limit=0)), 16, strict)
 
 
+def test_what_is_not_utf8_is_a_bad_row(photos: Path) -> None:
+    (photos / "dogs" / "2.txt").write_bytes("ein Bär".encode("latin-1"))
+    bad = BadRows()
+    assert len(list(read(str(photos), bad))) == 2
+    assert f"{photos}/dogs/2.jpg: its captions, 2.txt, cannot be read as UTF-8" in bad.rows[0]
+    (photos / "t.csv").write_bytes("path,caption\na.jpg,ein Bär\nb.jpg,\U0001f43b\n".encode())
+    (photos / "latin.csv").write_bytes("path,caption\na.jpg,ein Bär\nb.jpg,a bear\n".encode("latin-1"))
+    (photos / "latin.jsonl").write_bytes(
+        '{"path": "a.jpg", "caption": "B\xe4r"}\n{"path": "b.jpg", "caption": "c"}\n'.encode("latin-1")
+    )
+    for name, good, rows in (("t.csv", 2, []), ("latin.csv", 1, [2]), ("latin.jsonl", 1, [1])):
+        assert len(list(read(str(photos / name), bad := BadRows()))) == good
+        assert bad.rows == [f"{photos / name}:{row}: not UTF-8; save the table in that encoding" for row in rows]
+
+
+def test_a_quote_that_never_ends_is_a_bad_row(tmp_path: Path) -> None:
+    table = tmp_path / "t.csv"
+    table.write_text('path,caption\na.jpg,one\nb.jpg,"' + "x" * 200_000 + "\nc.jpg,three\n")
+    bad = BadRows()
+    assert next(read(str(table), bad)).captions == ["one"]
+    list(read(str(table), bad))
+    assert "field larger than field limit" in bad.rows[0]
+
+
 @pytest.mark.parametrize("name", ["shard.tar", "shard.tar.gz"])
 def test_shards(tmp_path: Path, encoded: Encoded, name: str) -> None:
     members = {
@@ -241,6 +265,8 @@ def test_shards(tmp_path: Path, encoded: Encoded, name: str) -> None:
         "c.json": b"{}",
         "d.jpg": b"not a picture",
         "d.cls": b"broken",
+        "e.gif": encoded(3, "GIF"),
+        "e.json": json.dumps({"captions": "no list"}).encode(),
     }
     with tarfile.open(tmp_path / name, "w:gz" if name.endswith("gz") else "w") as tar:
         for member, content in members.items():
@@ -249,13 +275,15 @@ def test_shards(tmp_path: Path, encoded: Encoded, name: str) -> None:
             tar.addfile(info, io.BytesIO(content))
     bad = BadRows()
     _, kept = decode(read(str(tmp_path / name), bad), 16, bad)
-    assert [record.captions for record in kept] == [["one", "two"], ["three"]]
+    assert [record.captions for record in kept] == [["one", "two"], ["three"], ["no list"]]
     assert len(bad.rows) == 2
     records = list(read(str(tmp_path), BadRows(), "train"))
-    assert [record.meta["key"] for record in records] == ["a", "b", "d"]
+    assert [record.meta["key"] for record in records] == ["a", "b", "d", "e"]
     # Of a plain archive nothing but the texts is held.
     assert all(isinstance(record.image, Member if name == "shard.tar" else bytes) for record in records)
-    assert [file_bytes(record.image) for record in records] == [members[f] for f in ("a.jpg", "b.png", "d.jpg")]  # type: ignore[arg-type]
+    assert [file_bytes(record.image) for record in records] == [
+        members[f] for f in ("a.jpg", "b.png", "d.jpg", "e.gif")
+    ]  # type: ignore[arg-type]
 
 
 def test_broken_archives_and_unknown_specs_name_the_way_out(tmp_path: Path) -> None:
@@ -263,6 +291,8 @@ def test_broken_archives_and_unknown_specs_name_the_way_out(tmp_path: Path) -> N
     for spec, message in ((str(tmp_path / "x.tar"), "tar archive"), ("nowhere", "torchvision:<name>")):
         with pytest.raises(DataError, match=message):
             list(read(spec, BadRows()))
+    assert not list(read(str(tmp_path), bad := BadRows(limit=None)))
+    assert f"{tmp_path}/x.tar: cannot be read as a tar archive" in bad.rows[0]
     with pytest.raises(DataError, match="no data set"):
         list(read("torchvision:NoSuchSet", BadRows()))
 
