@@ -243,7 +243,7 @@ def test_a_bad_row_is_named_and_the_others_are_taken_in(run: Run, encoded: Encod
     good = {"embedding": [1.0] + [0.0] * 23, "metadata": None, "caption": "good", "exif": None, "ratio": 1.5}
     wrong: list[tuple[dict[str, Any], str]] = [
         ({"caption": "x" * 2001}, "the text has 2,001 characters"),
-        ({"exif": "x" * 17_000}, "metadata of one item takes at most 16,384 bytes"),
+        ({"exif": "x" * 17_000}, "at most 16,384 bytes, as JSON, are kept of one item"),
         ({"embedding": [0.0] * 24}, "zero or not finite"),
         ({"embedding": [1e300] * 24}, "zero or not finite"),
         ({"embedding": [1.0, None] * 12}, "zero or not finite"),
