@@ -10,6 +10,7 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import AbstractContextManager, nullcontext
+from hashlib import sha256
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -274,6 +275,7 @@ class LocalEngine(ServedEngine):
         self._pool = pool
         self._images = self._batcher("image", self._image_rows, settings, worker)
         self._texts = self._batcher("text", self._text_rows, settings, worker)
+        self._on_their_way: dict[bytes, asyncio.Future[Array]] = {}  # pictures that are being embedded, by their hash
 
     def depths(self) -> dict[Tower, int]:
         """As ServedEngine's, and so the others."""
@@ -296,8 +298,16 @@ class LocalEngine(ServedEngine):
         with self._span("embed images", len(openers)), self._images.admit(len(openers), deadline) as submit:
 
             async def embed(opener: Opener) -> Array:
-                row = await self._loop.run_in_executor(self._pool, self._prepare, opener)
-                return await submit(row)
+                row, digest = await self._loop.run_in_executor(self._pool, self._prepare, opener)
+                while (same := self._on_their_way.get(digest)) is not None:
+                    await asyncio.wait([same])
+                    if not same.cancelled():  # else who had it embedded has left
+                        return same.result()
+                answer = submit(row)
+                if digest:
+                    self._on_their_way[digest] = answer
+                    answer.add_done_callback(lambda _: self._on_their_way.pop(digest))
+                return await answer
 
             return self._stack(await _all_before(deadline, [embed(opener) for opener in openers]))
 
@@ -310,11 +320,13 @@ class LocalEngine(ServedEngine):
         await self._images.close()
         await self._texts.close()
 
-    def _prepare(self, opener: Opener) -> Tensor:
+    def _prepare(self, opener: Opener) -> tuple[Tensor, bytes]:
+        """A picture's row, and its hash, by which equal ones are embedded once; empty on a GPU, which must not wait."""
         began = time.perf_counter()
         row = self.engine.prepare_image(opener(self.engine.image_size))
+        digest = sha256(row.contiguous().numpy().data).digest() if row.device.type == "cpu" else b""
         self._metrics.decode.labels(self.engine.name).observe(time.perf_counter() - began)
-        return row
+        return row, digest
 
     def _image_rows(self, pictures: list[Tensor]) -> list[Array | Exception]:
         return _finite(self.engine.encode_images(pictures))

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from support import CORPUS, in_python, open_clip_folder
 
-from app import backends
+from app import backends, int8
 from app.backends import exported_tower, filled_shape, in_bf16, torch_tower
 from app.engine import ModelEngine
 from app.exporter import export_model, read_calibration
@@ -30,7 +30,7 @@ from models.checkpoint import load_model
 from models.errors import CheckpointError, DataError
 
 EXACT = ("onnx-fp32", "openvino-fp32")
-NARROW = ("torch-int8", "onnx-int8", "openvino-int8")
+NARROW = (*(["torch-int8"] if int8.supported() else []), "onnx-int8", "openvino-int8")
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +88,7 @@ def test_every_backend_gives_the_rows_of_torch(
     assert other.scale == exact.scale
 
 
+@pytest.mark.skipif(not int8.supported(), reason="this processor has no VNNI")
 def test_weights_that_nothing_computes_with_leave_the_memory(checkpoints: Path, exported: Path) -> None:
     def held(engine: ModelEngine) -> int:
         return sum(parameter.numel() for parameter in engine.model.parameters())

@@ -276,14 +276,15 @@ def test_callers_share_the_batches_and_one_leaves_places_for_another() -> None:
 
 
 class Counting:
-    """An engine whose row for a text begins with its length; 13 is no number."""
+    """An engine whose row for a text begins with its length, for a picture (a tensor already) with its first level; 13
+    is no number."""
 
     name, fingerprint, embed_dim, image_size, takes_text = "fake", "f", 2, 8, True
     details: ClassVar[dict[str, Any]] = {}
     lanes: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, seconds: float = 0.0) -> None:
-        self.seconds, self.texts = seconds, 0
+        self.seconds, self.texts, self.pictures = seconds, 0, 0
 
     def prepare_texts(self, texts: Any) -> list[torch.Tensor]:
         return [torch.full((3,), len(text)) for text in texts]
@@ -291,11 +292,19 @@ class Counting:
     def encode_texts(self, rows: Any) -> np.ndarray:
         time.sleep(self.seconds)
         self.texts += len(rows)
-        values = [[float("nan") if row[0] == 13 else float(row[0]), 1.0] for row in rows]
-        return np.array(values, np.float32)
+        return self._rows(rows)
+
+    def prepare_image(self, image: torch.Tensor) -> torch.Tensor:
+        return image
 
     def encode_images(self, rows: Any) -> np.ndarray:
-        raise AssertionError("no pictures here")
+        time.sleep(self.seconds)
+        self.pictures += len(rows)
+        return self._rows(rows)
+
+    def _rows(self, rows: Any) -> np.ndarray:
+        values = [[float("nan") if row[0] == 13 else float(row[0]), 1.0] for row in rows]
+        return np.array(values, np.float32)
 
 
 def _serve(work: Any, engine: Counting, **settings: Any) -> None:
@@ -358,6 +367,40 @@ def test_a_text_that_several_ask_for_at_once_is_embedded_once(cache: int) -> Non
 
     _serve(work, engine, text_cache=cache)
     assert engine.texts == (3 if cache else 6)
+
+
+def test_a_picture_that_several_ask_for_at_once_is_embedded_once() -> None:
+    engine = Counting(seconds=0.2)
+
+    def openers(*levels: int) -> list[Any]:
+        return [lambda size, level=level: torch.full((4,), level) for level in levels]
+
+    async def work(served: LocalEngine, deadline: float) -> None:
+        first = asyncio.create_task(served.embed_images(openers(1), deadline))
+        await asyncio.sleep(0.05)
+        hurried = asyncio.create_task(served.embed_images(openers(1), asyncio.get_running_loop().time() + 0.05))
+        others = [
+            asyncio.create_task(served.embed_images(openers(*levels), deadline)) for levels in ((1, 2, 2), (2, 1))
+        ]
+        with pytest.raises(DeadlineError):
+            await hurried
+        assert [[row[0] for row in rows] for rows in await asyncio.gather(*others)] == [[1, 2, 2], [2, 1]]
+        assert (await first)[:, 0].tolist() == [1]
+        assert engine.pictures == 2
+        leaves = asyncio.create_task(served.embed_images(openers(3), deadline))
+        await asyncio.sleep(0.05)
+        stays = asyncio.create_task(served.embed_images(openers(3), deadline))
+        await asyncio.sleep(0.05)
+        leaves.cancel()
+        assert (await stays)[:, 0].tolist() == [3]
+        assert engine.pictures == 4
+        for _ in range(2):  # a failure is not remembered
+            with pytest.raises(ModelError, match="no finite numbers"):
+                await served.embed_images(openers(13), deadline)
+        assert not served._on_their_way
+        assert sum(served.depths().values()) == 0
+
+    _serve(work, engine)
 
 
 def test_who_waits_for_a_text_of_another_goes_on_alone_if_that_one_leaves_and_is_late_by_its_own_deadline() -> None:

@@ -454,7 +454,8 @@ def main() -> None:
                 held = f"{more:,.0f} MiB beyond the {weights / 2**20:.0f} MiB of its weights"
                 print(f"\nthe demo: ready after {server.started:.1f} s, {held}")
         if "overload" in arguments.parts:
-            overload(ours, files["1024 x 768"], arguments.overload_seconds)
+            # More than wait at once, for equal pictures are embedded once.
+            overload(ours, jpegs(1024, 768, 512), arguments.overload_seconds)
 
 
 if __name__ == "__main__":
