@@ -21,7 +21,6 @@ log = logging.getLogger(__name__)
 
 In = TypeVar("In")
 Out = TypeVar("Out")
-Submit = Callable[[In], asyncio.Future[Out]]
 _CALLERS_PART = 0.75  # of all places, for one caller at most, so that another finds one
 _MEMORY = 0.2  # share that the last batch has in what is known of the pace
 
@@ -43,6 +42,27 @@ class _Job(Generic[In, Out]):
     result: asyncio.Future[Out]
     deadline: float
     arrived: float
+
+
+@dataclass(slots=True)
+class Places(Generic[In, Out]):
+    """What `Batcher.admit` gives: places for items, of which `coming` are on their way."""
+
+    batcher: Batcher[In, Out]
+    deadline: float
+    flow: Flow
+    coming: int
+
+    def here(self) -> None:
+        """Say that an item has come that is submitted later, or never: no batch shall wait for it."""
+        self.coming -= 1
+        self.batcher.here(1)
+
+    def submit(self, item: In, *, here: bool = False) -> asyncio.Future[Out]:
+        """Have it embedded. here: that was said before."""
+        if not here:
+            self.here()
+        return self.batcher.submit(item, self.deadline, self.flow)
 
 
 class Batcher(Generic[In, Out]):
@@ -93,9 +113,8 @@ class Batcher(Generic[In, Out]):
         return any(task.done() for task in self._tasks)
 
     @contextmanager
-    def admit(self, count: int, deadline: float) -> Iterator[Submit[In, Out]]:
-        """Hold places for `count` items, from before they are decoded until they are answered; gives `submit` for them,
-        until `deadline`.
+    def admit(self, count: int, deadline: float) -> Iterator[Places[In, Out]]:
+        """Hold places for `count` items, from before they are decoded until they are answered, until `deadline`.
 
         One call may overshoot the bound by its own size, which the request limits bound in turn.
 
@@ -109,21 +128,18 @@ class Batcher(Generic[In, Out]):
         self._check_room(flow, count, deadline)
         self._held[flow] += count
         self._coming += count
-        left = count
-
-        def submit(item: In) -> asyncio.Future[Out]:
-            nonlocal left
-            left -= 1
-            self._coming -= 1
-            return self.submit(item, deadline, flow)
-
+        places = Places(self, deadline, flow, count)
         try:
-            yield submit
+            yield places
         finally:
             self._held[flow] -= count
             self._held += Counter()  # forgets who has none
-            self._coming -= left
-            self._arrival.set()
+            self.here(places.coming)
+
+    def here(self, count: int) -> None:
+        """So many of those that are admitted are not on their way any more: submitted, or given up."""
+        self._coming -= count
+        self._arrival.set()
 
     def _check_room(self, flow: Flow, count: int, deadline: float) -> None:
         held = self._held.total()

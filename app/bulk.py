@@ -110,7 +110,7 @@ class PartWriter:
                 record, prepared = ahead.popleft()
                 try:
                     batch.append(prepared.result())
-                except (SemblanceError, OSError) as error:
+                except (SemblanceError, OSError, ValueError) as error:
                     bad.append(f"{record.where}: {error}")
                     continue
                 kept.append(record)
@@ -126,6 +126,7 @@ class PartWriter:
         return Done(len(good), bad)
 
     def _prepared(self, record: Record) -> torch.Tensor:
+        picture_of(record, self._source).check()
         if isinstance(record.image, Image.Image):
             return self._engine.prepare_image(record.image.convert("RGB"))
         content, size = self._content(record.image), self._engine.image_size

@@ -50,6 +50,8 @@ class Database:
         self._reserve = file.with_suffix(".reserve")
         self._readers: queue.LifoQueue[apsw.Connection] = queue.LifoQueue()
         self._opened: list[apsw.Connection] = []
+        if not may_be_new and not (file.is_file() and file.stat().st_size):
+            raise self._nothing()  # and no file is left behind
         try:
             self._connection = self._connect()
             self._prepare()
@@ -136,13 +138,16 @@ class Database:
     def _prepare(self) -> None:
         if check(self._connection, self.file) == 0:
             if not self._may_be_new:
-                raise StorageError(
-                    f"{self.file} is missing or empty, but there are pictures beside it, which would be deleted as "
-                    "nobody's; restore it from a backup, or use another folder"
-                )
+                raise self._nothing()
             with self._connection:
                 self._connection.execute(_SCHEMA)
                 self._connection.pragma("user_version", FORMAT)
+
+    def _nothing(self) -> StorageError:
+        return StorageError(
+            f"{self.file} is missing or empty; restore it from a backup, or use another folder: pictures beside it "
+            "would be deleted as nobody's"
+        )
 
     def _write_all(self) -> None:
         while (job := self._jobs.get()) is not None:

@@ -52,12 +52,14 @@ def duplicate_groups(
     for count in _NEIGHBOURS:
         rest = full(rest, count, allowed)
     while len(rest):  # each time at least two groups have become one
+        looked, of_group = rest.tolist(), groups()
         left = [np.empty(0, np.int64)]
-        for members in groups().values():
-            inside = np.intersect1d(rest, members)
-            outside = np.setdiff1d(ids, members)
-            if len(inside) and len(outside):
-                left.append(full(inside, _NEIGHBOURS[0], outside))
+        for first in sorted({oldest(each) for each in looked}):
+            go_on()
+            members = np.array(of_group[first], np.int64)
+            outside = ids[~np.isin(ids, members)]
+            if len(outside):
+                left.append(full(rest[np.isin(rest, members)], _NEIGHBOURS[0], outside))
         rest = np.concatenate(left)
     found = [_by_cosine(index, np.array(members, np.int64)) for members in groups().values()]
     return sorted((group for group in found if len(group) > 1), key=lambda group: (-len(group), group[0][0]))

@@ -23,7 +23,7 @@ from app.backends import Array, Encode, Tower, choose_device, default_tower, exa
 from app.batching import Batcher, In, Lanes, Out, late
 from app.metrics import Metrics
 from app.settings import Backend, Settings
-from models.errors import BusyError, InputError, ModelError
+from models.errors import BusyError, DeadlineError, InputError, ModelError
 from models.retrieval import Scale
 
 # Gives an upright RGB picture whose shorter side is at least twice the argument, or all it has; or its pixels, uint8
@@ -295,15 +295,17 @@ class LocalEngine(ServedEngine):
         )
 
     async def embed_images(self, openers: Sequence[Opener], deadline: float) -> Array:
-        with self._span("embed images", len(openers)), self._images.admit(len(openers), deadline) as submit:
+        with self._span("embed images", len(openers)), self._images.admit(len(openers), deadline) as places:
 
             async def embed(opener: Opener) -> Array:
                 row, digest = await self._loop.run_in_executor(self._pool, self._prepare, opener)
+                places.here()
                 while (same := self._on_their_way.get(digest)) is not None:
                     await asyncio.wait([same])
-                    if not same.cancelled():  # else who had it embedded has left
+                    # Else who had it embedded has left, or was late.
+                    if not same.cancelled() and not isinstance(same.exception(), DeadlineError):
                         return same.result()
-                answer = submit(row)
+                answer = places.submit(row, here=True)
                 if digest:
                     self._on_their_way[digest] = answer
                     answer.add_done_callback(lambda _: self._on_their_way.pop(digest))
@@ -312,8 +314,8 @@ class LocalEngine(ServedEngine):
             return self._stack(await _all_before(deadline, [embed(opener) for opener in openers]))
 
     async def encode_texts(self, texts: Sequence[str], deadline: float) -> list[TextRow]:
-        with self._span("embed texts", len(texts)), self._texts.admit(len(texts), deadline) as submit:
-            return await _all_before(deadline, [submit(text) for text in texts])
+        with self._span("embed texts", len(texts)), self._texts.admit(len(texts), deadline) as places:
+            return await _all_before(deadline, [places.submit(text) for text in texts])
 
     async def close(self) -> None:
         """Stop both batchers."""

@@ -18,6 +18,7 @@ from models.readers import BadRows, Record, file_bytes, read
 
 _OF_ITEMS = (400, 413, 415, 422)  # statuses that may be due to some items of a request alone
 _PLACE = re.compile(r"^input \d+: |\bitems\.\d+\.")  # where the server says that it is in the request
+_NO_UNICODE = "its name, caption or metadata is no Unicode (half a surrogate pair)"
 _SAFE = re.compile(r"[^A-Za-z0-9._:@+-]+")
 
 
@@ -49,7 +50,7 @@ class Picture:
         try:
             json.dumps([self.caption, self.metadata], ensure_ascii=False, allow_nan=False).encode()
         except UnicodeEncodeError:
-            raise ValueError("its name, caption or metadata is no Unicode (half a surrogate pair)") from None
+            raise ValueError(_NO_UNICODE) from None
         except ValueError:
             raise ValueError("a number of its metadata is not finite (NaN or infinite)") from None
 
@@ -86,7 +87,7 @@ async def ingest(
     there = items_of(client, collection, patience=patience)
     known = {item["id"]: _version(item["metadata"], item["caption"]) async for item in there}
     rows, report = BadRows(limit=None), Report()
-    pictures = (picture_of(record, Path(source)) for record in read(source, rows))
+    pictures = _pictures(source, rows)
     batches = _batches(pictures, known, report, progress, in_place)
 
     async def send(batch: list[_Content]) -> None:
@@ -119,6 +120,17 @@ async def items_of(
         after = page["next"]
 
 
+def _pictures(source: str, rows: BadRows) -> Iterator[Picture]:
+    for record in read(source, rows):
+        try:
+            picture = picture_of(record, Path(source))
+            picture.check()
+        except ValueError as error:
+            rows.add(record.where, str(error))
+        else:
+            yield picture
+
+
 def _batches(
     pictures: Iterator[Picture],
     known: dict[str, int],
@@ -140,7 +152,6 @@ def _batches(
         try:
             if not first:
                 raise ValueError("an earlier row has this picture, which is stored once")
-            picture.check()
             content = None if in_place and isinstance(picture.record.image, Path) else picture.content()
         except (OSError, ValueError) as error:  # a ValueError for NUL in a path, too
             report.bad.append(f"{picture.where}: {getattr(error, 'strerror', None) or error}")
@@ -203,7 +214,7 @@ def _request(batch: list[_Content]) -> dict[str, Any]:
 
 
 def picture_of(record: Record, source: Path) -> Picture:
-    """What a record is to a collection: its id, and what is known of it."""
+    """What a record is to a collection: its id, and what is known of it. Raises ValueError for a name of no Unicode."""
     metadata = {
         key: value
         for key, value in record.meta.items()
@@ -225,8 +236,12 @@ def picture_of(record: Record, source: Path) -> Picture:
 
 
 def item_id(name: str) -> str:
-    """An id that reads like the name; two names never share one."""
+    """An id that reads like the name; two names never share one. Raises ValueError for a name that is no Unicode."""
     slug = _SAFE.sub("-", name.replace("/", ":")).lstrip("-._:@+")
     if slug == name.replace("/", ":") and len(slug) <= 128:
         return slug
-    return f"{slug[:100] or 'picture'}-{hashlib.sha256(name.encode('utf-8', 'surrogateescape')).hexdigest()[:12]}"
+    try:
+        digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()
+    except UnicodeEncodeError:
+        raise ValueError(_NO_UNICODE) from None
+    return f"{slug[:100] or 'picture'}-{digest[:12]}"

@@ -42,7 +42,7 @@ def reading(folder: Path, picture_root: Path | None) -> Iterator[Mapping[str, Co
 
     if not (folder / "store.db").is_file():
         raise NotFoundError(f"{folder} is no data folder: it has no store.db")
-    database, pictures = Database(folder / "store.db"), Pictures(folder / "pictures", picture_root)
+    database, pictures = Database(folder / "store.db", may_be_new=False), Pictures(folder / "pictures", picture_root)
     try:
         with database.read() as connection:
             found = known(connection)
@@ -65,7 +65,7 @@ def migrate(source: Collection, target: Collections, progress: Callable[[Pass], 
     made = {"model": source.model, "fingerprint": source.fingerprint, "dimensions": source.dimensions}
     try:
         copy = target.create(source.name, index=source.kind, **made)  # type: ignore[arg-type]
-    except InputError:
+    except (InputError, ConflictError):  # of its model, too, and then again
         copy = target.create(source.name, **made)  # type: ignore[arg-type]
     for _ in range(_PASSES):
         found = _compare(source, copy)

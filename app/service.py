@@ -33,7 +33,7 @@ from app.plane import Unfolding
 from app.reindex import Progress, Reindexing
 from app.settings import Settings
 from models.dalle import DALLETransformer
-from models.errors import ConflictError, InputError, NotFoundError
+from models.errors import ConflictError, InputError, NotFoundError, StorageError
 
 _LAST_WORDS = 0.9  # of the seconds to drain in: then whoever still waits is told
 T = TypeVar("T")
@@ -302,7 +302,8 @@ class Service:
                 found: T = await (by or self.store)(call, collection)
                 if writes or await self.collection(name) is collection:
                     return found
-            except NotFoundError:
+            except (NotFoundError, StorageError):  # the latter from a Milvus beside it
+                await self.store(self.collections.refresh)  # another server may just have put it in its place
                 if await self.collection(name) is collection:
                     raise
 

@@ -193,11 +193,13 @@ def _read_folder(folder: Path, bad: BadRows) -> Iterator[Record]:
             text = file.with_suffix(".txt")
             words = (label or file.stem).replace("_", " ").replace("-", " ")
             try:
-                lines = text.read_text("utf-8").splitlines() if text.is_file() else [words]
+                captions = [words]
+                if text.is_file():
+                    captions = [line.strip() for line in text.read_text("utf-8").splitlines()]
             except (UnicodeDecodeError, OSError) as error:
                 bad.add(str(file), f"its captions, {text.name}, cannot be read as UTF-8: {error}")
                 continue
-            yield Record(str(file), file, [line.strip() for line in lines if line.strip()], label)
+            yield Record(str(file), file, [caption for caption in captions if caption], label)
 
 
 def _read_shard(path: Path, bad: BadRows) -> Iterator[Record]:

@@ -98,8 +98,8 @@ def test_a_full_queue_answers_at_once() -> None:
 def test_who_would_be_late_by_the_pace_of_those_before_is_told_at_once_and_when() -> None:
     async def work(batcher: Batcher[int, int], deadline: float) -> None:
         now = asyncio.get_running_loop().time
-        with batcher.admit(1, deadline) as submit:
-            await submit(1)  # 0.2 seconds an item
+        with batcher.admit(1, deadline) as places:
+            await places.submit(1)  # 0.2 seconds an item
         with batcher.admit(50, now() + 1):  # alone, whatever it takes
             started = now()
             with pytest.raises(BusyError, match=r"for about 1[12] s") as refused, batcher.admit(9, now() + 4):
@@ -124,16 +124,16 @@ def test_a_batch_waits_for_what_is_on_its_way_and_for_nothing_else() -> None:
         now = asyncio.get_running_loop().time
 
         async def decoded(number: int) -> int:
-            with batcher.admit(1, deadline) as submit:
+            with batcher.admit(1, deadline) as places:
                 await asyncio.sleep(0.1 * number)
-                return await submit(number)
+                return await places.submit(number)
 
         started = now()
         assert await decoded(0) == 0
         assert now() - started < 0.5  # alone: not the 30 seconds of max_wait
         assert await asyncio.gather(decoded(1), decoded(2), decoded(0)) == [2, 4, 0]
-        with batcher.admit(2, deadline) as submit:  # one of two that never comes, for it cannot be decoded
-            alone = asyncio.ensure_future(submit(7))
+        with batcher.admit(2, deadline) as places:  # one of two that never comes, for it cannot be decoded
+            alone = asyncio.ensure_future(places.submit(7))
             await asyncio.sleep(0.1)
             assert not alone.done()
         assert await alone == 14
@@ -225,11 +225,11 @@ def test_beside_a_lane_with_much_to_do_a_few_wait_for_more() -> None:
     forward = Held()
 
     async def work(batcher: Batcher[int, int], deadline: float) -> None:
-        with batcher.admit(4, deadline) as submit:
-            started = [submit(item) for item in range(4)]
+        with batcher.admit(4, deadline) as places:
+            started = [places.submit(item) for item in range(4)]
             await asyncio.sleep(0.1)
             with batcher.admit(2, deadline) as later:
-                assert await asyncio.gather(started[3], later(4), later(5)) == [6, 8, 10]
+                assert await asyncio.gather(started[3], later.submit(4), later.submit(5)) == [6, 8, 10]
             assert await batcher.submit(6, deadline) == 12  # as soon as its time to wait is over
             forward.go.set()
             assert await asyncio.gather(*started) == [0, 2, 4, 6]
@@ -261,8 +261,8 @@ def test_callers_share_the_batches_and_one_leaves_places_for_another() -> None:
     async def work(batcher: Batcher[int, int], deadline: float) -> None:
         async def ask(caller: str, items: range) -> None:
             CALLER.set(caller)
-            with batcher.admit(len(items), deadline) as submit:
-                await asyncio.gather(*(submit(item) for item in items))
+            with batcher.admit(len(items), deadline) as places:
+                await asyncio.gather(*(places.submit(item) for item in items))
 
         first = asyncio.create_task(ask("hog", range(12)))
         await asyncio.sleep(0.01)
@@ -397,10 +397,13 @@ def test_a_picture_that_several_ask_for_at_once_is_embedded_once() -> None:
         for _ in range(2):  # a failure is not remembered
             with pytest.raises(ModelError, match="no finite numbers"):
                 await served.embed_images(openers(13), deadline)
+        began = asyncio.get_running_loop().time()
+        await served.embed_images(openers(5, 5), deadline)  # no batch waits for the second, which waits for the first
+        assert asyncio.get_running_loop().time() - began < 0.2 + 0.5
         assert not served._on_their_way
         assert sum(served.depths().values()) == 0
 
-    _serve(work, engine)
+    _serve(work, engine, batch_wait_ms=1000)
 
 
 def test_who_waits_for_a_text_of_another_goes_on_alone_if_that_one_leaves_and_is_late_by_its_own_deadline() -> None:

@@ -108,6 +108,12 @@ def test_what_cannot_be_is_said(postgres: PostgresServer, tmp_path: Path, capsys
         with pytest.raises(ConflictError, match="model 'n'"), reading(tmp_path / "data", None) as known:
             migrate(known["c"], target, print)
         target.delete("c")
+        made_so = {"model": "m", "fingerprint": "f", "dimensions": 8}
+        collections.create("exact", index="flat", **made_so).add([new_item(1)])
+        target.create("exact", **made_so)  # its own kind of index stays
+        with reading(tmp_path / "data", None) as known:
+            assert migrate(known["exact"], target, print).items == 1
+        assert target.get("exact").kind == "auto"
 
         def meddle(found: Pass) -> None:
             made.add([new_item(1, caption=str(found.checksums))])

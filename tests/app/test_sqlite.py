@@ -14,8 +14,9 @@ import apsw
 import pytest
 from support import new_item, unit_rows, wait_for
 
+from app.migration import reading
 from app.sqlite_collections import SQLiteCollections
-from models.errors import StorageError
+from models.errors import NotFoundError, StorageError
 
 
 @pytest.fixture
@@ -100,9 +101,12 @@ def test_row_38_a_database_that_is_gone_or_empty_takes_no_picture_with_it(store:
     assert len(pictures) == 5
     for change in (lambda file: file.unlink(), lambda file: file.write_bytes(b"")):
         change(store / "store.db")
-        for _ in range(2):  # the first leaves a file behind
-            with pytest.raises(StorageError, match=r"store\.db is missing or empty, but .*restore it from a backup"):
+        for _ in range(2):
+            with pytest.raises(StorageError, match=r"store\.db is missing or empty; restore it from a backup"):
                 SQLiteCollections(store)
+        with pytest.raises((StorageError, NotFoundError), match=r"store\.db"), reading(store, None):
+            pass
+        assert not (store / "store.db").exists() or not (store / "store.db").stat().st_size
     assert {file: file.read_bytes() for file in (store / "pictures").glob("*/*")} == pictures
     for left in store.glob("store.db*"):
         left.unlink()
