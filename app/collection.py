@@ -248,15 +248,18 @@ class Collection(ABC):
         ids: Sequence[str] | None,
     ) -> tuple[list[SearchHit], bool]:
         """At most k hits of a unit vector (1, D), best first, and whether there may be more."""
-        gone = set[int]()
+        gone, before = set[int](), set[int]()
         while True:
             hits = self._searches.search(query, k, self._allowed(target, filters, ids))[0]
             items = self._items([hit.id for hit in hits])
-            if (unseen := {hit.id for hit in hits} - items.keys()) <= gone:
+            unseen = {hit.id for hit in hits} - items.keys()
+            if not unseen or (unseen <= gone and items.keys() == before):
                 # Rows that are being replaced or deleted are not among the items; others shall have their places.
                 return [SearchHit(items[hit.id], hit.score) for hit in hits if hit.id in items], len(hits) == k
-            # Not committed yet, deleted, or replaced since the index was asked: another look finds the new one.
+            # Not committed yet, deleted, or replaced since the index was asked: another look finds the new one. What was
+            # not committed at one look may have come and been replaced by the next; but then what is seen differs.
             gone |= unseen
+            before = set(items)
 
     @abstractmethod
     def _put(self, ids: Sequence[str], items: Sequence[NewItem], vectors: Vectors) -> None:

@@ -17,6 +17,7 @@ from support import new_item, unit_rows, wait_for
 from app.migration import reading
 from app.sqlite_collections import SQLiteCollections
 from models.errors import NotFoundError, StorageError
+from models.retrieval import Hit
 
 
 @pytest.fixture
@@ -46,6 +47,22 @@ def test_an_item_that_is_replaced_between_index_and_database_is_found(
         monkeypatch.setattr(made._searches, "search", then_replaced)
         assert {hit.item.id for hit in made.search(unit_rows(1)[0], 10)} == {"i1", "i2"}
         assert len(asked) == 2
+
+
+def test_an_item_whose_next_row_was_seen_too_soon_and_too_late_is_found(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Row 11 replaces 10 and is not committed at the first look; at the second, 12 has replaced it just after the index
+    was asked."""
+    looks = [([10, 11, 2], {10, 2}), ([11, 2], {2}), ([12, 2], {12, 2})]
+    with SQLiteCollections(store) as collections:
+        made = _create(collections)
+        made.add([new_item(1), new_item(2)])
+        first, second = made.page(2)
+        monkeypatch.setattr(made._searches, "search", lambda *_: [[Hit(row, 0.5) for row in looks[0][0]]])
+        monkeypatch.setattr(made, "_items", lambda _: {row: second if row == 2 else first for row in looks.pop(0)[1]})
+        assert [hit.item.id for hit in made.search(unit_rows(1)[0], 10)] == ["i1", "i2"]
+        assert not looks
 
 
 def test_a_picture_stays_for_who_adds_it_in_the_commit_that_deletes_its_last_item(store: Path) -> None:
