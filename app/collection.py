@@ -257,7 +257,7 @@ class Collection(ABC):
                 # Rows that are being replaced or deleted are not among the items; others shall have their places.
                 return [SearchHit(items[hit.id], hit.score) for hit in hits if hit.id in items], len(hits) == k
             # Not committed yet, deleted, or replaced since the index was asked: another look finds the new one. What was
-            # not committed at one look may have come and been replaced by the next; but then what is seen differs.
+            # not committed at one look may be there and replaced at the next, but then other items are seen.
             gone |= unseen
             before = set(items)
 
