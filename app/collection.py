@@ -256,8 +256,8 @@ class Collection(ABC):
             if not unseen or (unseen <= gone and items.keys() == before):
                 # Rows that are being replaced or deleted are not among the items; others shall have their places.
                 return [SearchHit(items[hit.id], hit.score) for hit in hits if hit.id in items], len(hits) == k
-            # Not committed yet, deleted, or replaced since the index was asked: another look finds the new one. What was
-            # not committed at one look may be there and replaced at the next, but then other items are seen.
+            # Not committed yet, deleted, or replaced since the index was asked: another look finds the new one. What
+            # was not committed at one look may be there and replaced at the next, but then other items are seen.
             gone |= unseen
             before = set(items)
 
