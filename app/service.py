@@ -324,10 +324,8 @@ def _pixels_of(settings: Settings, value: str | bytes | Path, index: int, target
 
 
 def _taken(settings: Settings, holder: Input, index: int, target: int) -> Image.Image | Tensor:
-    value, holder.image = (
-        holder.image,
-        None,
-    )  # or hundreds that wait for a forward would hold their files besides pixels
+    # Or hundreds that wait for a forward would hold their files beside the pixels.
+    value, holder.image = holder.image, None
     return _pixels_of(settings, value or b"", index, target)
 
 
