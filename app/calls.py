@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
 from contextlib import aclosing
 from typing import Any, TypeVar
@@ -18,6 +19,7 @@ PATIENCE = 60  # times that a busy server is asked again
 IN_FLIGHT = 4  # requests at once: some decode while others are embedded
 # Requests that change nothing, which therefore may be sent again.
 _PURE = {"/embed", "/zero-shot", "/search", "/similarity", "/rank", "/generate"}
+_PLACE = re.compile(r"^input \d+: |\bitems\.\d+\.")  # where the server says that it is in the request
 _LOST = 3  # connections in a row that end without an answer, until there is no server
 
 
@@ -28,6 +30,11 @@ class AnswerError(SemblanceError):
         super().__init__(message)
         self.status = status
         self.input = input
+
+    @property
+    def of_item(self) -> str:
+        """What it says of an item, without the item's place in the request."""
+        return _PLACE.sub("", str(self))
 
 
 async def events(

@@ -17,7 +17,6 @@ from app.calls import BATCH, BATCH_BYTES, PATIENCE, AnswerError, call, send_all
 from models.readers import BadRows, Record, file_bytes, read
 
 _OF_ITEMS = (400, 413, 415, 422)  # statuses that may be due to some items of a request alone
-_PLACE = re.compile(r"^input \d+: |\bitems\.\d+\.")  # where the server says that it is in the request
 _NO_UNICODE = "its name, caption or metadata is no Unicode (half a surrogate pair)"
 _SAFE = re.compile(r"[^A-Za-z0-9._:@+-]+")
 
@@ -188,7 +187,7 @@ async def _send(
                 parts += [[each] for each in reversed(part)]
                 continue
             picture, _ = part[error.input or 0]
-            report.bad.append(f"{picture.where}: {_PLACE.sub('', str(error))}")
+            report.bad.append(f"{picture.where}: {error.of_item}")
             if rest := [each for each in part if each[0] is not picture]:
                 parts.append(rest)
         else:

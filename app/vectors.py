@@ -210,7 +210,7 @@ async def _send(client: httpx.AsyncClient, collection: str, batch: list[_Item], 
     except AnswerError as error:
         if error.status not in (413, 415, 422):
             raise
-        why = str(error).removeprefix("input 0: ").removeprefix("items.0.").removeprefix(": ")
+        why = error.of_item
     if len(batch) > 1:
         for item in batch:
             await _send(client, collection, [item], report)
