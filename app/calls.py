@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -68,6 +68,23 @@ async def call(client: httpx.AsyncClient, method: str, url: str, *, patience: in
     except httpx.TransportError as error:
         raise _unreachable(client, error) from error
     return json.loads(content) if content else None
+
+
+def packed(
+    items: Iterable[T], size: Callable[[T], int], kind: Callable[[T], Any] = lambda item: None
+) -> Iterator[list[T]]:
+    """Items as requests hold them: so many and so many bytes at most, one at least, and all of one kind."""
+    batch: list[T] = []
+    held = 0
+    for item in items:
+        length = size(item)
+        if batch and (len(batch) == BATCH or held + length > BATCH_BYTES or kind(item) != kind(batch[0])):
+            yield batch
+            batch, held = [], 0
+        batch.append(item)
+        held += length
+    if batch:
+        yield batch
 
 
 async def send_all(batches: Iterator[T], send: Callable[[T], Coroutine[Any, Any, None]]) -> None:

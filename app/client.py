@@ -37,7 +37,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from app.calls import BATCH, BATCH_BYTES, PATIENCE, AnswerError, call, events, send_all
+from app.calls import PATIENCE, AnswerError, call, events, packed, send_all
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -353,32 +353,20 @@ async def _batched(
         progress(total)
 
     places = itertools.count()
-    await send_all(_batches(given, places, bad), one)
+    await send_all(packed(_readable(given, places, bad), lambda each: sum(map(len, each[1].values()))), one)
     return found, next(places)
 
 
-def _batches(
-    given: Iterable[tuple[str, Any]], places: Iterator[int], bad: dict[int, str] | None
-) -> Iterator[list[_Input]]:
-    """Inputs that fit into a request, with their places; what cannot be read is noted in `bad`, or raises."""
-    batch: list[_Input] = []
-    size = 0
+def _readable(given: Iterable[tuple[str, Any]], places: Iterator[int], bad: dict[int, str] | None) -> Iterator[_Input]:
+    """Inputs with their places; what cannot be read is noted in `bad`, or raises."""
     for kind, each in given:
         place = next(places)
         try:
-            value = _image(each) if kind == "image" else each
+            yield place, {kind: _image(each) if kind == "image" else each}
         except OSError as error:
             if bad is None:
                 raise
             bad[place] = str(error)
-            continue
-        if batch and (len(batch) == BATCH or size + len(value) > BATCH_BYTES):
-            yield batch
-            batch, size = [], 0
-        batch.append((place, {kind: value}))
-        size += len(value)
-    if batch:
-        yield batch
 
 
 def _inputs(images: Iterable[Picture], texts: Iterable[str]) -> Iterator[tuple[str, Any]]:

@@ -5,17 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 
-from app.calls import BATCH, BATCH_BYTES, PATIENCE, AnswerError, call, send_all
+from app.calls import PATIENCE, AnswerError, call, packed, send_all
 from models.readers import BadRows, Record, file_bytes, read
 
+T = TypeVar("T")
 _OF_ITEMS = (400, 413, 415, 422)  # statuses that may be due to some items of a request alone
 _NO_UNICODE = "its name, caption or metadata is no Unicode (half a surrogate pair)"
 _SAFE = re.compile(r"[^A-Za-z0-9._:@+-]+")
@@ -86,13 +87,20 @@ async def ingest(
     there = items_of(client, collection, patience=patience)
     known = {item["id"]: _version(item["metadata"], item["caption"]) async for item in there}
     rows, report = BadRows(limit=None), Report()
-    pictures = _pictures(source, rows)
-    batches = _batches(pictures, known, report, progress, in_place)
+    contents = _contents(_pictures(source, rows), known, report, progress, in_place)
 
     async def send(batch: list[_Content]) -> None:
-        progress(await _send(client, collection, batch, report, patience))
+        await call(client, "POST", f"/collections/{collection}/items", patience=patience, **_request(batch))
 
-    await send_all(batches, send)
+    async def refused(item: _Content, why: str) -> None:
+        report.bad.append(f"{item[0].where}: {why}")
+
+    async def store(batch: list[_Content]) -> None:
+        stored = await store_sound(batch, send, refused)
+        report.added += stored
+        progress(len(batch))
+
+    await send_all(packed(contents, lambda item: len(item[1] or b""), lambda item: item[1] is None), store)
     report.bad += rows.rows
     return report
 
@@ -119,6 +127,30 @@ async def items_of(
         after = page["next"]
 
 
+async def store_sound(
+    batch: list[T], send: Callable[[list[T]], Awaitable[None]], refused: Callable[[T, str], Awaitable[None]]
+) -> int:
+    """Send a batch without the items that the server refuses; `refused` is told of each, and why. -> how many were
+    stored. Raises AnswerError for what no single item is at fault for."""
+    parts, stored = [list(batch)], 0
+    while parts:
+        part = parts.pop()
+        try:
+            await send(part)
+            stored += len(part)
+        except AnswerError as error:
+            if error.status not in _OF_ITEMS:
+                raise
+            if error.input is None and len(part) > 1:  # one by one, for the answer does not say which it was
+                parts += [[item] for item in reversed(part)]
+                continue
+            bad = part.pop(error.input or 0)
+            await refused(bad, error.of_item)
+            if part:
+                parts.append(part)
+    return stored
+
+
 def _pictures(source: str, rows: BadRows) -> Iterator[Picture]:
     for record in read(source, rows):
         try:
@@ -130,16 +162,14 @@ def _pictures(source: str, rows: BadRows) -> Iterator[Picture]:
             yield picture
 
 
-def _batches(
+def _contents(
     pictures: Iterator[Picture],
     known: dict[str, int],
     report: Report,
     progress: Callable[[int], None],
     in_place: bool,
-) -> Iterator[list[_Content]]:
-    """What is to be sent, with its bytes: a request holds so many pictures and bytes at most."""
-    batch: list[_Content] = []
-    size = 0
+) -> Iterator[_Content]:
+    """What is to be sent, with its bytes; what is there or cannot be read is in the report."""
     seen: set[str] = set()
     for picture in pictures:
         first = picture.id not in seen
@@ -155,44 +185,13 @@ def _batches(
         except (OSError, ValueError) as error:  # a ValueError for NUL in a path, too
             report.bad.append(f"{picture.where}: {getattr(error, 'strerror', None) or error}")
             progress(1)
-            continue
-        length = len(content or b"")
-        if batch and (len(batch) == BATCH or size + length > BATCH_BYTES or (batch[0][1] is None) != (content is None)):
-            yield batch
-            batch, size = [], 0
-        batch.append((picture, content))
-        size += length
-    if batch:
-        yield batch
+        else:
+            yield picture, content
 
 
 def _version(metadata: dict[str, Any], caption: str | None) -> int:
     """What differs where a picture has changed since; a number, for there may be millions."""
     return hash((metadata.get("modified"), caption or ""))
-
-
-async def _send(
-    client: httpx.AsyncClient, collection: str, batch: list[_Content], report: Report, patience: int
-) -> int:
-    """Store a batch, without the pictures that the server refuses; they are reported. -> how many were dealt with."""
-    parts = [batch]
-    while parts:
-        part = parts.pop()
-        try:
-            await call(client, "POST", f"/collections/{collection}/items", patience=patience, **_request(part))
-        except AnswerError as error:
-            if error.status not in _OF_ITEMS:
-                raise
-            if error.input is None and len(part) > 1:  # one by one, for the answer does not say which it was
-                parts += [[each] for each in reversed(part)]
-                continue
-            picture, _ = part[error.input or 0]
-            report.bad.append(f"{picture.where}: {error.of_item}")
-            if rest := [each for each in part if each[0] is not picture]:
-                parts.append(rest)
-        else:
-            report.added += len(part)
-    return len(batch)
 
 
 def _request(batch: list[_Content]) -> dict[str, Any]:

@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file
 
-from app.calls import BATCH, BATCH_BYTES, AnswerError, call
-from app.ingest import Report, item_id, items_of
+from app.calls import call, packed, send_all
+from app.ingest import Report, item_id, items_of, store_sound
 from app.inputs import vector_of, written
 from models.errors import ConflictError, DataError
 from models.readers import pyarrow_for
@@ -96,7 +96,8 @@ async def load_vectors(
     model: str | None = None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Report:
-    """Put every embedding of a source into a collection, which is made if need be; ids that are there are passed over.
+    """Put every embedding of a source into a collection, which is made if need be; ids that are there are passed over,
+    and of several rows of one id the first counts.
 
     Rows that cannot be read, or that the server refuses, are in the report with their file and row (from 1 on), as are
     pictures without which a row was stored.
@@ -107,9 +108,28 @@ async def load_vectors(
     made = await call(client, "PUT", f"/collections/{collection}", json={} if model is None else {"model": model})
     _check_model(Path(source), made)
     known, report = {item["id"] async for item in items_of(client, collection)}, Report()
-    for batch in _batches(_items(_rows(Path(source), made["dimensions"]), known, report, progress)):
-        await _send(client, collection, batch, report)
+    items = _items(_rows(Path(source), made["dimensions"]), known, report, progress)
+
+    async def send(batch: list[_Item]) -> None:
+        content = b'{"items":[' + b",".join(item.body for item in batch) + b"]}"
+        headers = {"Content-Type": "application/json"}
+        await call(client, "POST", f"/collections/{collection}/items", content=content, headers=headers)
+
+    async def refused(item: _Item, why: str) -> None:
+        if item.row.image is not None:
+            row = replace(item.row, image=None)
+            if not await store_sound([_Item(item.where, row, _body(row))], send, refused):
+                return
+            report.added += 1
+            why = f"stored without its picture: {why}"
+        report.bad.append(f"{item.where}: {why}")
+
+    async def store(batch: list[_Item]) -> None:
+        stored = await store_sound(batch, send, refused)
+        report.added += stored
         progress(len(batch))
+
+    await send_all(packed(items, lambda item: len(item.body)), store)
     return report
 
 
@@ -173,9 +193,13 @@ def _items(
     rows: Iterator[_Stored], known: set[str], report: Report, progress: Callable[[int], None]
 ) -> Iterator[_Item]:
     """The rows that are new and can be sent; the others are in the report."""
+    seen: set[str] = set()
     for stored in rows:
         try:
             row = _row(stored)
+            if row.id in seen:
+                raise ValueError(f"an earlier row has this item ({row.id}), which is stored once")
+            seen.add(row.id)
             if row.id not in known:
                 yield _Item(stored.where, row, _body(row))
                 continue
@@ -183,46 +207,6 @@ def _items(
         except (ValueError, TypeError, OverflowError) as error:  # UnicodeError and ArrowInvalid are ValueErrors
             report.bad.append(f"{stored.where}: {error}")
         progress(1)
-
-
-def _batches(items: Iterator[_Item]) -> Iterator[list[_Item]]:
-    """A request holds so many items and bytes at most, and one item at least."""
-    batch: list[_Item] = []
-    size = 0
-    for item in items:
-        if batch and (len(batch) == BATCH or size + len(item.body) > BATCH_BYTES):
-            yield batch
-            batch, size = [], 0
-        batch.append(item)
-        size += len(item.body)
-    if batch:
-        yield batch
-
-
-async def _send(client: httpx.AsyncClient, collection: str, batch: list[_Item], report: Report) -> None:
-    """Store a batch; one that is refused is sent item by item, an item that is refused without its picture."""
-    content = b'{"items":[' + b",".join(item.body for item in batch) + b"]}"
-    headers = {"Content-Type": "application/json"}
-    try:
-        await call(client, "POST", f"/collections/{collection}/items", content=content, headers=headers)
-        report.added += len(batch)
-        return
-    except AnswerError as error:
-        if error.status not in (413, 415, 422):
-            raise
-        why = error.of_item
-    if len(batch) > 1:
-        for item in batch:
-            await _send(client, collection, [item], report)
-        return
-    (item,), added = batch, report.added
-    if item.row.image is not None:
-        row = replace(item.row, image=None)
-        await _send(client, collection, [_Item(item.where, row, _body(row))], report)
-        if report.added > added:
-            report.bad.append(f"{item.where}: stored without its picture: {why}")
-    else:
-        report.bad.append(f"{item.where}: {why}")
 
 
 def _body(row: Row) -> bytes:
