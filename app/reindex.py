@@ -1,14 +1,15 @@
 """A collection's way from one model to another while it serves: a second is filled beside it, then takes its place.
 
 What was made of items that were deleted or replaced in the meantime is made again, until both hold the same; the
-exchange is one commit. A run that was interrupted leaves what it made, and the next one goes on from there.
+exchange is one commit. A run that was interrupted or failed leaves what it made, and the next one goes on from there;
+items that cannot be embedded fail it when all others have been.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +18,16 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from app.collection import Collection, Item, NewItem
 from app.engine import ServedEngine
 from app.fairness import CALLER
-from models.errors import BusyError, ConflictError, DeadlineError, NotFoundError, SemblanceError, StorageError
+from models.errors import (
+    BusyError,
+    ConflictError,
+    DeadlineError,
+    InputError,
+    ModelError,
+    NotFoundError,
+    SemblanceError,
+    StorageError,
+)
 
 if TYPE_CHECKING:
     from app.service import Service
@@ -25,8 +35,11 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+_Embed = Callable[[Sequence[Item], float], Awaitable[Any]]  # (B items, a deadline) -> (B, D)
 _PART = 32  # items embedded at once
 _PATIENCE = 600.0  # seconds that a part may wait for its embeddings
+_BAD = 100  # items that cannot be embedded, until it is no use to look for more
+_SHOWN = 10  # of them that the error names
 
 
 @dataclass
@@ -78,10 +91,14 @@ class Reindexing:
         )
         while True:
             after, moved = "", False
-            while items := await store(collections.lacking, self._name, after, _PART):
-                await store(staged.add, await self._made(items))
-                after, moved = items[-1].id, True
+            bad: dict[str, str] = {}
+            while len(bad) < _BAD and (items := await store(collections.lacking, self._name, after, _PART)):
+                if made := await self._made(items, bad):
+                    await store(staged.add, made)
+                after, moved = items[-1].id, moved or bool(made)
                 self.progress.done = (await store(staged.info)).count
+            if bad and (not moved or len(bad) >= _BAD):
+                raise ConflictError(_unmade(bad))
             if not moved and await store(collections.switch, self._name):
                 return
 
@@ -94,31 +111,52 @@ class Reindexing:
             await asyncio.wait([made])
             raise
 
-    async def _made(self, items: Sequence[Item]) -> list[NewItem]:
-        """The same items with the other model's vectors; without those that were deleted or replaced since."""
+    async def _made(self, items: Sequence[Item], bad: dict[str, str]) -> list[NewItem]:
+        """The same items with the other model's vectors; without those that were deleted or replaced since, and those
+        that cannot be embedded, which `bad` is told of."""
         old = await self._service.collection(self._name)
         pictures: dict[str, bytes] = {}
         for item in items:
             if item.picture is not None:
-                content = await self._service.store(_picture, old, item)
-                if content is not None:
-                    pictures[item.id] = content
+                try:
+                    content = await self._service.store(_picture, old, item)
+                except StorageError as error:
+                    bad[item.id] = str(error)
+                else:
+                    pictures |= {} if content is None else {item.id: content}
             elif item.kind == "image":
                 raise ConflictError(f"item {item.id!r} came with its embedding alone and cannot be embedded again")
-        shown = [item for item in items if item.id in pictures]
-        written = [item for item in items if item.kind == "text"]
-        openers = [self._service.opener(pictures[item.id], index) for index, item in enumerate(shown)]
-        texts = [item.caption or "" for item in written]
-        of_pictures = await self._patiently(lambda deadline: self._served.embed_images(openers, deadline))
-        of_texts, _ = await self._patiently(lambda deadline: self._served.embed_texts(texts, deadline))
-        made = zip([*shown, *written], [*of_pictures, *of_texts], strict=True)
-        vectors = {item.id: vector for item, vector in made}
+
+        async def of_pictures(shown: Sequence[Item], deadline: float) -> Any:
+            openers = [self._service.opener(pictures[item.id], index) for index, item in enumerate(shown)]
+            return await self._served.embed_images(openers, deadline)
+
+        async def of_texts(written: Sequence[Item], deadline: float) -> Any:
+            rows, _ = await self._served.embed_texts([item.caption or "" for item in written], deadline)
+            return rows
+
+        vectors = await self._vectors([item for item in items if item.id in pictures], of_pictures, bad)
+        vectors |= await self._vectors([item for item in items if item.kind == "text"], of_texts, bad)
         kept = {item.id: item.place or pictures.get(item.id) for item in items}
         return [
             NewItem(item.kind, vectors[item.id], item.id, item.caption, item.metadata, kept[item.id])
             for item in items
             if item.id in vectors
         ]
+
+    async def _vectors(self, items: Sequence[Item], embed: _Embed, bad: dict[str, str]) -> dict[str, Any]:
+        """What `embed` makes of each item by its id; where it fails, of each alone."""
+        try:
+            rows = await self._patiently(partial(embed, items))
+            return dict(zip([item.id for item in items], rows, strict=True))
+        except (InputError, ModelError) as error:
+            if len(items) == 1:
+                bad[items[0].id] = str(error)
+                return {}
+        found: dict[str, Any] = {}
+        for item in items:
+            found |= await self._vectors([item], embed, bad)
+        return found
 
     async def _patiently(self, embed: Callable[[float], Any]) -> Any:
         """What `embed` gives; a queue that is full is waited for."""
@@ -129,6 +167,15 @@ class Reindexing:
                 await asyncio.sleep(getattr(error, "retry_after", None) or 1)
 
 
+def _unmade(bad: dict[str, str]) -> str:
+    shown = "; ".join(f"{id!r}: {why}" for id, why in list(bad.items())[:_SHOWN])
+    more = f"; and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
+    return (
+        f"items that cannot be embedded again: {shown}{more}. Put their pictures back, or delete or replace them, and "
+        "begin again: what was made of the others is kept"
+    )
+
+
 def _picture(collection: Collection, item: Item) -> bytes | None:
     """An item's picture; None if the item has been deleted or replaced since."""
     try:
@@ -136,7 +183,5 @@ def _picture(collection: Collection, item: Item) -> bytes | None:
     except NotFoundError:
         with suppress(NotFoundError):
             if collection.get(item.id) == item:
-                raise StorageError(
-                    f"the picture of item {item.id!r} is not on the disk any more; put it back, or delete the item"
-                ) from None
+                raise StorageError("its picture is not on the disk any more") from None
         return None

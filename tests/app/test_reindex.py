@@ -261,14 +261,42 @@ def test_what_is_to_take_its_place_goes_with_a_collection(tmp_path: Path) -> Non
         assert (collections.names(), collections.staged("c")) == (["c"], None)
 
 
-def test_a_picture_that_is_gone_ends_it_with_a_word(
+def test_items_that_cannot_be_embedded_are_named_when_all_others_are_made(
+    start: Start, engines: dict[str, Engine], encoded: Encoded, tmp_path: Path
+) -> None:
+    other = Slow()
+    client = start({**engines, "other": other})
+    _fill(client, "c", encoded)
+    files = {file.read_bytes(): file for file in (tmp_path / "data" / "pictures").glob("*/*")}
+    contents = [client.get(f"/collections/c/items/i{number}/image").content for number in (1, 40)]
+    gone, wrong = (files[content] for content in contents)
+    gone.unlink()
+    wrong.write_bytes(b"no picture")
+    client.post("/collections/c/reindex", json={"model": "other"})
+    found = _wait(client)
+    assert (found["state"], found["done"]) == ("failed", 78)
+    assert "'i1': its picture is not on the disk any more; 'i40': " in found["error"]
+    assert "input" not in found["error"]
+    assert client.get("/collections/c").json()["model"] == "clip"
+    gone.write_bytes(contents[0])
+    wrong.write_bytes(contents[1])
+    before = other.pictures
+    client.post("/collections/c/reindex", json={"model": "other"})
+    assert _wait(client)["state"] == "done"
+    assert other.pictures == before + 2
+
+
+def test_a_disk_of_pictures_that_is_gone_ends_it_early(
     start: Start, engines: dict[str, Engine], encoded: Encoded, tmp_path: Path
 ) -> None:
     client = start({**engines, "other": Slow()})
-    _fill(client, "c", encoded, count=3)
-    next(iter((tmp_path / "data" / "pictures").glob("*/*"))).unlink()
+    _fill(client, "c", encoded, 200)
+    (tmp_path / "data" / "pictures").rename(tmp_path / "elsewhere")
     client.post("/collections/c/reindex", json={"model": "other"})
-    assert "is not on the disk any more" in _wait(client)["error"]
+    found = _wait(client)
+    assert found["state"] == "failed"
+    more = int(found["error"].partition("; and ")[2].split()[0])
+    assert 90 <= more < 130
 
 
 def test_the_command_waits_for_the_other_model(
