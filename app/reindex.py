@@ -125,7 +125,7 @@ class Reindexing:
                 else:
                     pictures |= {} if content is None else {item.id: content}
             elif item.kind == "image":
-                raise ConflictError(f"item {item.id!r} came with its embedding alone and cannot be embedded again")
+                bad[item.id] = "it came with its embedding alone"
 
         async def of_pictures(shown: Sequence[Item], deadline: float) -> Any:
             openers = [self._service.opener(pictures[item.id], index) for index, item in enumerate(shown)]

@@ -221,7 +221,7 @@ def test_it_can_be_given_up_and_says_what_is_wrong(start: Start, engines: dict[s
     client.post("/collections/c/reindex", json={"model": "third"})
     found = _wait(client)
     assert found["state"] == "failed"
-    assert "'far' came with its embedding alone" in found["error"]
+    assert "'far': it came with its embedding alone" in found["error"]
     client.delete("/collections/c/items/far")
     client.post("/collections/c/reindex", json={"model": "third"})
     assert _wait(client)["state"] == "done"
