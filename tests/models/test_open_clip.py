@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import random
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from support import OPEN_CLIP, open_clip_folder
 
 from models.checkpoint import load_model
 from models.errors import CheckpointError
-from models.open_clip import OpenCLIPModel
+from models.open_clip import OpenCLIPModel, _with_fast_merges
 from models.preprocess import Preprocess
 from models.torchvision import load_torchvision
 
@@ -51,6 +52,20 @@ def test_same_weights_give_the_same_embeddings(tmp_path: Path, picture: Callable
         assert torch.allclose(ours.encode_text(ours.tokenizer(texts)), expected, atol=1e-6)
     assert ours.logit_scale_value == pytest.approx(float(theirs.logit_scale.detach().exp()))
     assert ours.embed_dim == 32
+
+
+def test_words_of_any_length_have_open_clips_tokens_and_are_not_remembered() -> None:
+    from open_clip.tokenizer import SimpleTokenizer
+
+    theirs, ours = SimpleTokenizer(), _with_fast_merges(SimpleTokenizer())
+    draw = random.Random(0)
+    letters = "abcdefghij éüßñ中文字😀<>'0123 .,!?-ab"
+    texts = ["".join(draw.choices(letters, k=draw.randint(1, 200))) for _ in range(300)]
+    texts += ["", "it's THE <end_of_text> of <start_of_text>blue", "ab" * 300, "a" * 500]
+    remembered = len(ours.cache)
+    assert [ours.encode(text) for text in texts] == [theirs.encode(text) for text in texts]
+    assert torch.equal(ours(texts), theirs(texts))
+    assert len(ours.cache) == remembered
 
 
 @pytest.mark.parametrize(
