@@ -168,12 +168,18 @@ class Shelf:
                 log.info("model %r leaves the memory for %r", gone, name)
 
 
-def _again(name: str, load: Callable[[], ModelEngine]) -> ModelEngine:
+def _again(name: str, load: Callable[[], ModelEngine], fingerprint: str) -> ModelEngine:
     try:
-        return load()
+        engine = load()
     except CheckpointError as error:
         log.exception("model %r cannot be loaded again", name)
         raise ModelError(f"model {name!r} cannot be loaded again; the server's log says why") from error
+    if engine.fingerprint != fingerprint:  # its vectors would stand under the other's name
+        raise ModelError(
+            f"model {name!r} was {fingerprint} when the server started and is {engine.fingerprint} on the disk now; "
+            "start the server again, or put the old one back"
+        )
+    return engine
 
 
 class ShelvedEngine:
@@ -184,7 +190,7 @@ class ShelvedEngine:
 
     def __init__(self, name: str, load: Callable[[], ModelEngine], shelf: Shelf) -> None:
         engine = shelf.get(name, load)
-        self._get = partial(shelf.get, name, partial(_again, name, load))
+        self._get = partial(shelf.get, name, partial(_again, name, load, engine.fingerprint))
         self.name = name
         self.fingerprint, self.embed_dim, self.image_size = engine.fingerprint, engine.embed_dim, engine.image_size
         self.takes_text, self.details, self.scale = engine.takes_text, engine.details, engine.scale

@@ -60,6 +60,21 @@ def test_models_beyond_the_budget_leave_and_come_back_with_the_same_rows(tmp_pat
         tiny["b"].embed_texts(["x"])
 
 
+def test_a_model_that_was_changed_on_the_disk_is_not_served_as_the_one_it_was(tmp_path: Any) -> None:
+    for seed, name in enumerate(("a", "b")):
+        save_checkpoint(tiny_clip(seed), tmp_path / name)
+    engines = load_engines(Settings(checkpoints=tmp_path, threads=1, model_memory=1))
+    before = engines["a"].embed_texts(["x"])
+    engines["b"].embed_texts(["x"])  # for which the other leaves
+    (tmp_path / "a").rename(tmp_path / "kept")
+    save_checkpoint(tiny_clip(7), tmp_path / "a")
+    with pytest.raises(ModelError, match=f"'a' was {engines['a'].fingerprint} when the server started and is "):
+        engines["a"].embed_texts(["x"])
+    shutil.rmtree(tmp_path / "a")
+    (tmp_path / "kept").rename(tmp_path / "a")
+    assert np.array_equal(engines["a"].embed_texts(["x"]), before)
+
+
 def test_a_model_that_many_ask_for_is_loaded_once_and_those_there_do_not_wait_for_it() -> None:
     shelf, loads, may_go = Shelf(10**9), [], threading.Event()
 
