@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Generic, NamedTuple, TypeVar
 
-from app.fairness import FairQueue, Flow, flow_of
+from app.fairness import CALLERS_PART, FairQueue, Flow, flow_of
 from app.metrics import BatchMeter
 from models.errors import BusyError, DeadlineError, ModelError, SemblanceError
 
@@ -21,7 +21,6 @@ log = logging.getLogger(__name__)
 
 In = TypeVar("In")
 Out = TypeVar("Out")
-_CALLERS_PART = 0.75  # of all places, for one caller at most, so that another finds one
 _MEMORY = 0.2  # share that the last batch has in what is known of the pace
 
 
@@ -73,7 +72,7 @@ class Batcher(Generic[In, Out]):
     it is worth a lane if others have much to do, or `max_wait` seconds after its first item came; while a batch runs,
     the next one fills. Who is in it is a matter of fairness (app/fairness.py), not of arrival alone. `forward` gets
     1..max_batch items and returns one result or exception for each. If it raises, the batch is halved until the culprit
-    is alone, so that nobody else fails with it.
+    is alone, so that nobody else fails with it; a ModelError is of all of them.
     """
 
     def __init__(
@@ -116,7 +115,8 @@ class Batcher(Generic[In, Out]):
     def admit(self, count: int, deadline: float) -> Iterator[Places[In, Out]]:
         """Hold places for `count` items, from before they are decoded until they are answered, until `deadline`.
 
-        One call may overshoot the bound by its own size, which the request limits bound in turn.
+        One call may overshoot the bound by its own size, which the request limits bound in turn; places past its part
+        are not taken from others.
 
         Raises:
             BusyError: all places are taken, or the caller has most of them, or those before would take until after
@@ -145,8 +145,11 @@ class Batcher(Generic[In, Out]):
         held = self._held.total()
         seconds = self._pace * self._before(flow, count)
         over = self._loop.time() + seconds - deadline
-        of_caller = sum(places for other, places in self._held.items() if other.caller == flow.caller)
-        full = held >= self._queue_size or of_caller >= _CALLERS_PART * self._queue_size
+        callers: Counter[str] = Counter()
+        for other, places in self._held.items():
+            callers[other.caller] += places
+        of_caller, part = callers[flow.caller], CALLERS_PART * self._queue_size
+        full = of_caller >= part or sum(min(places, part) for places in callers.values()) >= self._queue_size
         # Whoever is alone is let in, so that a slow start is forgotten.
         if full or (held and over > 0):
             waiting = f"{held} inputs are waiting already, {of_caller} of them yours, for about {seconds:.0f} s"
@@ -251,8 +254,10 @@ class Batcher(Generic[In, Out]):
         try:
             results = list(self._forward(items))
             if len(results) != len(items):
-                raise ModelError(f"{len(items)} inputs gave {len(results)} results")
+                raise RuntimeError(f"{len(items)} inputs gave {len(results)} results")
             return results
+        except ModelError as error:
+            return [error] * len(items)
         except Exception as error:
             if len(items) > 1:
                 half = len(items) // 2

@@ -21,6 +21,7 @@ from torch import Tensor
 from app import tracing
 from app.backends import Array, Encode, Tower, choose_device, default_tower, example, lanes_of, towers_of, unit
 from app.batching import Batcher, In, Lanes, Out, late
+from app.fairness import flow_of
 from app.metrics import Metrics
 from app.settings import Backend, Settings
 from models.errors import BusyError, DeadlineError, InputError, ModelError
@@ -182,6 +183,7 @@ class ServedEngine(ABC):
         self._loop = asyncio.get_running_loop()
         self._metrics = metrics
         self._cache: OrderedDict[str, asyncio.Future[TextRow]] = OrderedDict()
+        self._slow: set[str] = set()  # texts that bulk work is having embedded, for which no short request waits
         self._cache_size = settings.text_cache
         self._label_sets: OrderedDict[tuple[tuple[str, ...], tuple[str, ...]], Array] = OrderedDict()
 
@@ -209,9 +211,12 @@ class ServedEngine(ABC):
     async def embed_texts(self, texts: Sequence[str], deadline: float) -> tuple[Array, int]:
         """B strings -> (B, D) and the number of tokens they have. Raises as embed_images does.
 
-        A text that another request is having embedded is waited for.
+        A text that another request is having embedded is waited for, if that is not bulk work and this is short.
         """
-        missing = {text: self._loop.create_future() for text in texts if text not in self._cache}
+        slow = frozenset() if flow_of(len(texts)).bulk else self._slow
+        missing = {text: self._loop.create_future() for text in texts if text not in self._cache or text in slow}
+        bulk = set(missing) if flow_of(len(missing)).bulk else set()
+        self._slow = self._slow - missing.keys() | bulk
         self._metrics.cached(self.engine.name, "text", len(texts) - len(missing), len(missing))
         self._cache.update(missing)
         known = {text: self._cache[text] for text in texts}
@@ -230,6 +235,8 @@ class ServedEngine(ABC):
                     if self._cache.get(text) is answer:
                         del self._cache[text]
                 raise
+            finally:
+                self._slow -= bulk
         if others := [answer for answer in known.values() if not answer.done()]:
             await asyncio.wait(others, timeout=max(0.0, deadline - self._loop.time()))
             if not all(answer.done() for answer in others):

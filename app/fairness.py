@@ -13,6 +13,7 @@ T = TypeVar("T")
 # Who sent the request that is being answered: its key or its address (app/middleware.py).
 CALLER: ContextVar[str] = ContextVar("caller", default="")
 _LONG = 8  # inputs of one request; longer ones are bulk work
+CALLERS_PART = 0.75  # of all places, for one caller at most, so that another finds one
 _SHORT_WEIGHT = 8.0  # turns that short requests get for one of bulk work
 
 
