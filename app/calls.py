@@ -56,18 +56,26 @@ async def events(
 
 
 async def call(client: httpx.AsyncClient, method: str, url: str, *, patience: int = PATIENCE, **options: Any) -> Any:
-    """One request and its JSON; waits and tries again while the server is busy, `patience` times at most, and where the
-    connection ended without an answer to what may be asked twice: a server behind a proxy has gone, another is there.
+    """One request and its JSON. Waits and raises as `content_of` does."""
+    content = await content_of(client, method, url, patience=patience, **options)
+    return json.loads(content) if content else None
+
+
+async def content_of(
+    client: httpx.AsyncClient, method: str, url: str, *, patience: int = PATIENCE, **options: Any
+) -> bytes:
+    """One request and what answers it; waits and tries again while the server is busy, `patience` times at most, and
+    where the connection ended without an answer to what may be asked twice: a server behind a proxy has gone, another
+    is there.
 
     Raises AnswerError with what the server said, or that it could not be reached.
     """
     answer = await _answer(client, method, url, patience, **options)
     try:
         async with aclosing(answer):
-            content = await answer.aread()
+            return await answer.aread()
     except httpx.TransportError as error:
         raise _unreachable(client, error) from error
-    return json.loads(content) if content else None
 
 
 def packed(

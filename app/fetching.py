@@ -12,9 +12,11 @@ from collections.abc import Iterable, Sequence
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 from typing import Any
 from urllib.parse import urljoin, urlsplit
+from weakref import WeakValueDictionary
 
 import httpcore
 
+from app.fairness import CALLER, CALLERS_PART
 from models.errors import DeadlineError, ForbiddenError, InputError, SemblanceError, TooLargeError
 
 _REDIRECTS = 3
@@ -32,15 +34,17 @@ _SPECIAL = tuple(
 
 
 class Fetcher:
-    """Reads pictures from URLs. Made inside the event loop that will use it.
+    """Reads pictures from URLs, so many at once. Made inside the event loop that will use it.
 
-    hosts: `example.com`, `*.example.com` for what is below it, `*` for any. limit: bytes. seconds: for one, in all.
+    hosts: `example.com`, `*.example.com` for what is below it, `*` for any. limit: bytes. seconds: for one, from when
+    it has a place.
     """
 
     def __init__(self, hosts: Sequence[str], limit: int, seconds: float) -> None:
         self._hosts = [host.lower() for host in hosts]
         self._limit, self._seconds = limit, seconds
         self._places = asyncio.Semaphore(_AT_ONCE)
+        self._shares: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()  # of callers that are waiting
         self._pool = httpcore.AsyncConnectionPool(network_backend=_Pinned(), max_connections=_AT_ONCE)
 
     async def fetch(self, url: str) -> bytes:
@@ -51,7 +55,8 @@ class Fetcher:
             or nothing is there. TooLargeError: over the limit. DeadlineError: not there in time.
         """
         try:
-            async with asyncio.timeout(self._seconds), self._places:
+            share = self._shares.setdefault(CALLER.get(), asyncio.Semaphore(int(CALLERS_PART * _AT_ONCE)))
+            async with share, self._places, asyncio.timeout(self._seconds):
                 for _ in range(_REDIRECTS + 1):
                     self._check(url)
                     content, onward = await self._get(url)

@@ -240,7 +240,7 @@ class PostgresCollection(Collection):
         known = [number for (number,) in self._rows("SELECT number FROM {1} ORDER BY number")]
         chosen = known[:: max(1, -(-len(known) // limit))]
         found = self._rows("SELECT vector, {} FROM {} WHERE number = ANY(%s) ORDER BY number", chosen)
-        return [item_of(rest) for _, *rest in found], numbers_of([vector for vector, *_ in found])
+        return [item_of(rest) for _, *rest in found], numbers_of([vector for vector, *_ in found], self.dimensions)
 
     def _remove(self, numbers: Sequence[int]) -> None:
         """From the index, what the table does not have any more."""
@@ -268,7 +268,7 @@ class PostgresCollection(Collection):
 
     def _stored(self, ids: Sequence[str]) -> list[Vectors | None]:
         found = dict(self._rows("SELECT id, vector FROM {1} WHERE id = ANY(%s)", list(ids)))
-        return [None if (vector := found.get(id)) is None else numbers_of([vector])[0] for id in ids]
+        return [None if (vector := found.get(id)) is None else numbers_of([vector], self.dimensions)[0] for id in ids]
 
     def _items(self, numbers: Sequence[int]) -> dict[int, Item]:
         found = self._rows("SELECT number, {} FROM {} WHERE number = ANY(%s)", list(numbers))

@@ -128,7 +128,7 @@ class TableIndex:
         wanted = sql.SQL("SELECT number, vector FROM {} WHERE number = ANY(%s)").format(self._table)
         found = dict(self._rows(wanted, ids.tolist()))
         known = [each for each in ids.tolist() if each in found]
-        return np.array(known, np.int64), numbers_of([found[each] for each in known])
+        return np.array(known, np.int64), numbers_of([found[each] for each in known], self.dimensions)
 
     def close(self) -> None:
         """Stop building; what is not finished is begun again by the next server that adds something."""
@@ -197,6 +197,6 @@ class TableIndex:
                 self._builder = self._building = None
 
 
-def numbers_of(vectors: Sequence[Vector]) -> Vectors:
+def numbers_of(vectors: Sequence[Vector], dimensions: int) -> Vectors:
     """Vectors that were read from a table, as rows (N, D)."""
-    return np.array([vector.to_numpy() for vector in vectors], np.float32).reshape(len(vectors), -1)
+    return np.array([vector.to_numpy() for vector in vectors], np.float32).reshape(len(vectors), dimensions)

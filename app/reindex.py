@@ -109,6 +109,7 @@ class Reindexing:
             return await asyncio.shield(made)
         except asyncio.CancelledError:
             await asyncio.wait([made])
+            made.exception()  # nobody else asks, which would be logged
             raise
 
     async def _made(self, items: Sequence[Item], bad: dict[str, str]) -> list[NewItem]:

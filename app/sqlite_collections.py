@@ -111,16 +111,21 @@ class SQLiteCollections(Collections):
             )
             return Made(connection.last_insert_rowid(), name, model, fingerprint, dimensions, index)
 
+        opened: list[SQLiteCollection] = []
+
         def after(made: Made | None) -> None:
             if made is not None:
                 empty = make_index(index, dimensions, snapshot=self._snapshot(made.key))
-                opened = SQLiteCollection(self._database, self._pictures, made, empty)
+                opened.append(SQLiteCollection(self._database, self._pictures, made, empty))
                 with self._mutex:
-                    self._open[name] = opened
+                    self._open[name] = opened[0]
 
-        self._database.write(change, after)
-        with self._mutex:
-            return self._open[name]
+        while True:
+            if self._database.write(change, after) is not None:
+                return opened[0]
+            with self._mutex:
+                if name in self._open:  # else it was deleted since
+                    return self._open[name]
 
     def coverage(self, name: str) -> tuple[int, int, float | None]:
         collection = self.get(name)

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file
 
-from app.calls import call, packed, send_all
+from app.calls import AnswerError, call, content_of, packed, send_all
 from app.ingest import Report, item_id, items_of, store_sound
 from app.inputs import vector_of, written
 from models.errors import ConflictError, DataError
@@ -185,8 +185,12 @@ async def _check_same(client: httpx.AsyncClient, before: dict[str, Any]) -> None
 async def _picture(client: httpx.AsyncClient, url: str | None) -> bytes | None:
     if url is None:
         return None
-    answer = await client.get(url)
-    return answer.content if answer.is_success else None  # deleted since
+    try:
+        return await content_of(client, "GET", url)
+    except AnswerError as error:
+        if error.status == 404:  # deleted since
+            return None
+        raise
 
 
 def _items(
@@ -214,7 +218,7 @@ def _body(row: Row) -> bytes:
     body: dict[str, Any] = {"id": row.id, "metadata": row.metadata}
     body["embedding"] = written(row.embedding)
     if row.kind == "text":
-        body["text"] = row.caption or row.id
+        body["text"] = row.caption
     elif row.image is not None:
         body["image"] = base64.b64encode(row.image).decode()
     if row.caption and row.kind != "text":
@@ -308,6 +312,8 @@ def _row(stored: _Stored) -> Row:
         if key not in _NOT_METADATA and 0 < len(key) <= 64:
             metadata[key] = value if isinstance(value, (str, int, float, bool)) else str(value)
     caption = content.get("caption") or content.get("text")
+    if kind == "text" and not caption:
+        raise ValueError("it is of a text, and a text is stored with its words: a column `caption` or `text` has them")
     image = content["image"] if "image" in content else _file(content.get("image_path"))
     return Row(item_id(name), kind, vector, caption, metadata, image)
 

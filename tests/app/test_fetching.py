@@ -72,8 +72,10 @@ def origin(lookups: dict[str, list[str]], monkeypatch: pytest.MonkeyPatch) -> It
         def log_message(self, *given: Any) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
+    class Server(ThreadingHTTPServer):
+        daemon_threads, request_queue_size = True, 64
+
+    server = Server(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     connect = httpcore.AnyIOBackend.connect_tcp
 
@@ -148,6 +150,24 @@ def test_row_13_over_the_limit(start: Start, origin: Origin, encoded: Encoded) -
 
     origin["/endless"] = endless
     problem(embed(client, "http://pictures.example/endless"), 413, "more than 20,000 bytes")
+
+
+def test_the_time_of_each_counts_from_its_place_on(start: Start, origin: Origin, encoded: Encoded) -> None:
+    client = start(fetch_hosts=("pictures.example",), fetch_seconds=1.5)
+    picture = gives(encoded(seed=1))
+
+    def slow(handler: BaseHTTPRequestHandler) -> None:
+        time.sleep(0.4)
+        picture(handler)
+
+    origin["/slow"] = slow
+    assert embed(client, *["http://pictures.example/slow"] * 60).status_code == 200
+
+
+def test_all_pictures_of_a_request_have_its_time_together(start: Start, origin: Origin, encoded: Encoded) -> None:
+    client = start(fetch_hosts=("pictures.example",), fetch_seconds=5, deadline=0.3)
+    origin["/slow"] = lambda handler: time.sleep(1)
+    problem(embed(client, "http://pictures.example/slow"), 504, "read from its URLs")
 
 
 def test_row_13_slow(client: TestClient, origin: Origin) -> None:

@@ -125,6 +125,14 @@ def test_principal_components_are_those_of_the_svd() -> None:
     assert np.isfinite(principal_plane(np.ones((1, 1), "f4"))).all()
 
 
+@pytest.mark.of_every_store
+def test_an_empty_collection_has_an_empty_map(start: Callable[..., TestClient]) -> None:
+    client = start()
+    client.put("/collections/e")
+    assert client.get("/collections/e/map").status_code == 200
+    assert client.post("/collections/e/map", json={"method": "pca"}).status_code < 500
+
+
 def test_a_map_of_a_collection(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
     fill(client, **{f"i{number}": f"text {number}" * (number + 1) for number in range(9)})
     found = client.get("/collections/default/map", params={"color": "n"}).json()

@@ -6,6 +6,7 @@ import shutil
 import sqlite3
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,22 @@ def test_a_picture_stays_for_who_adds_it_in_the_commit_that_deletes_its_last_ite
             assert made.picture(then) == b"the same"
             made.delete(then)
         assert not [path for path in (store / "pictures").rglob("*") if path.is_file()]
+
+
+def test_a_collection_that_others_delete_while_it_is_made_is_made(store: Path) -> None:
+    with SQLiteCollections(store) as collections, ThreadPoolExecutor(4) as pool:
+
+        def make() -> None:
+            for _ in range(150):
+                assert collections.create("c", model="m", fingerprint="f", dimensions=8).name == "c"
+
+        def delete() -> None:
+            for _ in range(150):
+                with suppress(NotFoundError):
+                    collections.delete("c")
+
+        for each in [pool.submit(work) for work in (make, delete, make, delete)]:
+            each.result(60)
 
 
 def test_a_second_process_is_told_who_holds_the_folder(store: Path) -> None:

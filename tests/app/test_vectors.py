@@ -136,6 +136,51 @@ def test_a_dump_is_all_there_is_of_a_collection(run: Run, encoded: Encoded, tmp_
     assert sorted(path.name for path in tmp_path.glob("*.parquet*")) == ["a.parquet", "small.parquet"]
 
 
+def test_a_dump_waits_for_a_busy_server_and_leaves_no_picture_out(tmp_path: Path) -> None:
+    asked = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        if request.url.path.endswith("/image"):
+            asked.append(request)
+            if len(asked) == 1:
+                return httpx.Response(429, headers={"Retry-After": "0"}, json={"detail": "later"})
+            return httpx.Response(404 if "gone" in request.url.path else status, content=b"picture")
+        if request.url.path.endswith("/items"):
+            items = [
+                {"id": id, "kind": "image", "caption": None, "metadata": {}, "embedding": _base64([1.0] * 24)}
+                | {"url": f"/collections/c/items/{id}/image"}
+                for id in ("a", "gone")
+            ]
+            return httpx.Response(200, json={"items": items, "next": None})
+        own = {"name": "c", "model": "m", "fingerprint": "f", "dimensions": 24}
+        return httpx.Response(200, json=own)
+
+    async def dump() -> None:
+        async with httpx.AsyncClient(transport=httpx.MockTransport(answer), base_url="http://server") as client:
+            async for _ in dump_vectors(client, "c", tmp_path / "out.parquet", pictures=True):
+                pass
+
+    status = 200
+    asyncio.run(dump())
+    rows = pyarrow.parquet.read_table(tmp_path / "out.parquet").to_pylist()
+    assert [row["image"] for row in rows] == [b"picture", None]
+    status = 500
+    with pytest.raises(AnswerError, match="500"):
+        asyncio.run(dump())
+
+
+def test_an_embedding_of_a_text_needs_the_text(run: Run, tmp_path: Path) -> None:
+    rows = [
+        {"id": f"i{number}", "kind": "text", "embedding": list(vector), "caption": caption}
+        for number, (vector, caption) in enumerate(
+            zip(unit_rows(2, size=24).tolist(), ("a red star", None), strict=True)
+        )
+    ]
+    said = run("index", _table(tmp_path / "rows.parquet", rows))
+    assert "1 added, 0 there already, 1 not read" in said
+    assert "rows.parquet:2: it is of a text" in said
+
+
 class _Other(ModelEngine):
     """Another model than `clip`, of as many dimensions."""
 
