@@ -122,7 +122,7 @@ def problem(error: Exception, request_id: str) -> Response:
     if isinstance(error, TooLargeError):
         headers["Connection"] = "close"  # the rest of the body may be still to come
     detail, more = str(error), {}
-    if isinstance(error, InputError) and error.index is not None:
+    if isinstance(error, SemblanceError) and error.index is not None:
         detail, more = f"input {error.index}: {detail}", {"input": error.index}
     return _render(STATUS[known], kind, detail, request_id, headers=headers, **more)
 

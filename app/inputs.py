@@ -7,7 +7,8 @@ import re
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar, cast
+from urllib.parse import unquote_to_bytes
 
 import numpy as np
 import pybase64
@@ -30,11 +31,12 @@ from pydantic import (
 )
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
-from starlette.datastructures import UploadFile
 
+from app.batching import late
+from app.forms import Form, read_form
 from app.images import Limits
 from app.settings import Settings
-from models.errors import ForbiddenError, InputError, MalformedError, MediaTypeError, TooLargeError
+from models.errors import ForbiddenError, InputError, MalformedError, MediaTypeError, SemblanceError, TooLargeError
 
 if TYPE_CHECKING:
     from app.service import Service
@@ -102,20 +104,23 @@ class Body(BaseModel):
     list_fields: ClassVar[frozenset[str]] = frozenset()
 
     @classmethod
-    def from_form(cls, files: list[tuple[str, bytes]], fields: dict[str, list[str]]) -> dict[str, Any]:
+    def from_form(cls, form: Form) -> dict[str, Any]:
         """A form's parts -> the values of this body. A file goes to the field of its name (OpenAI's clients write
-        `image[]` too) if that is one of `named_files`; the others are the inputs that `file_field` takes."""
-        values: dict[str, Any] = {
-            name: parts if name in cls.list_fields else parts[-1] for name, parts in fields.items()
-        }
-        inputs = []
-        for name, file in files:
-            if name.removesuffix("[]") in cls.named_files:
-                values[name.removesuffix("[]")] = file
+        `image[]` too) if that is one of `named_files`; the others are inputs that `file_field` takes, beside its texts.
+        Raises InputError for a part that has no place."""
+        values: dict[str, Any] = {}
+        for name, part in form:
+            field, value = name, cast("Any", part)
+            if isinstance(part, bytes) and (field := name.removesuffix("[]")) not in cls.named_files:
+                if not cls.file_field:
+                    raise InputError(f"no file {name[:64]!r} is taken here, but {sorted(cls.named_files) or 'none'}")
+                field, value = cls.file_field, {"image": part}
+            if field in cls.list_fields or field == cls.file_field:
+                values.setdefault(field, []).append(value)
+            elif field in values:
+                raise InputError(f"{field[:64]!r} is given more than once, and one is taken")
             else:
-                inputs.append({"image": file})
-        if inputs and cls.file_field:
-            values[cls.file_field] = inputs
+                values[field] = value
         return values
 
 
@@ -269,7 +274,10 @@ async def fetch_pictures(body: BaseModel, service: Service) -> None:
 
     tasks = [asyncio.ensure_future(fetch(*each)) for each in found]
     try:
-        await asyncio.gather(*tasks)
+        async with asyncio.timeout(settings.deadline):
+            await asyncio.gather(*tasks)
+    except TimeoutError:
+        raise late("read from its URLs") from None
     finally:
         for task in tasks:
             task.cancel()
@@ -302,22 +310,25 @@ def _from_json(model: type[B], body: bytes) -> B:
 
 
 async def _from_form(model: type[B], request: Request) -> B:
-    settings: Settings = request.app.state.service.settings
-    files: list[tuple[str, bytes]] = []
-    fields: dict[str, list[str]] = {}
-    # Parts past the inputs a call may have are refused while they are read, before they take memory.
-    limits = {"max_files": settings.max_inputs, "max_fields": settings.max_labels, "max_part_size": 1_000_000}
-    async with request.form(**limits) as form:
-        for name, part in form.multi_items():
-            if isinstance(part, UploadFile):
-                files.append((name, await part.read()))
-            else:
-                fields.setdefault(name, []).append(part)
+    form = await read_form(request, request.app.state.service.settings)
     try:
-        return model.model_validate(model.from_form(files, fields), strict=False)
+        return model.model_validate(model.from_form(form), strict=False)
     except ValidationError as error:
         problems = error.errors(include_url=False, include_input=False, include_context=False)
     raise RequestValidationError(problems)
+
+
+def known_query(request: Request) -> None:
+    """A dependency that refuses a query with what no parameter is: a misspelt one would be passed over without a word.
+    Raises InputError, or MalformedError for one that is no UTF-8."""
+    try:
+        unquote_to_bytes(request.scope["query_string"]).decode()
+    except UnicodeDecodeError:
+        raise MalformedError("the query is not UTF-8 when it is percent-decoded") from None
+    known = [each.alias for each in request.scope["route"].dependant.query_params]
+    for name in request.query_params:
+        if name not in known:
+            raise InputError(f"there is no parameter {name[:64]!r} here; known: {', '.join(known) or 'none'}")
 
 
 @contextmanager
@@ -325,8 +336,24 @@ def at_index(index: int | None) -> Iterator[None]:
     """Errors of an input carry its place among those of the call."""
     try:
         yield
-    except InputError as error:
+    except SemblanceError as error:
         error.index = index
+        raise
+
+
+@contextmanager
+def of_fields(*fields: tuple[str, int | None]) -> Iterator[None]:
+    """Errors of inputs that are looked at together say of which field each is, and carry its place there. fields: their
+    names, and how many inputs each has; None: it is one, not a list."""
+    try:
+        yield
+    except SemblanceError as error:
+        for name, count in fields:
+            if error.index is not None and error.index < (count or 1):
+                error.index = None if count is None else error.index
+                error.args = (f"of `{name}`: {error}",)
+                break
+            error.index = None if error.index is None else error.index - (count or 1)
         raise
 
 
@@ -356,6 +383,8 @@ def image_bytes(value: str | bytes | Path, settings: Settings) -> bytes:
         case "http" | "https":
             raise ForbiddenError(
                 "this server fetches no URLs (its setting `fetch_hosts`); send the picture itself, as base64 or a file"
+                if not settings.fetch_hosts
+                else "a picture's URL is http(s)://host/path"
             )
     raise InputError("an image is base64, a data: URI or a file; other schemes are not read")
 

@@ -156,6 +156,8 @@ class Service:
             if not able:
                 raise NotFoundError("no model that takes text is loaded" if text else "no model is loaded")
             return self._served[able[0]]
+        if name in self._generators:
+            raise InputError(f"model {name!r} draws pictures alone; models that embed: {', '.join(able) or 'none'}")
         if name not in self.engines:
             raise NotFoundError(f"no model {name!r}; loaded: {', '.join(self.engines) or 'none'}")
         if name not in able:
@@ -250,13 +252,13 @@ class Service:
         if (run := self._unfoldings.pop(await self.collection(name), None)) is not None:
             await run.stop()
 
-    async def embed(self, engine: ServedEngine, inputs: Sequence[Input]) -> Embedded:
+    async def embed(self, engine: ServedEngine, inputs: Sequence[Input], deadline: float | None = None) -> Embedded:
         """Texts and pictures, in the order they came; an input lets go of its picture as soon as that is decoded.
-        Raises what ServedEngine does; errors name the input."""
+        deadline: the settings' from now on, if none is given. Raises what ServedEngine does; errors name the input."""
         texts = [index for index, each in enumerate(inputs) if each.text is not None]
         pictures = [index for index, each in enumerate(inputs) if each.text is None]
         openers = [partial(_taken, self._harmless, inputs[index], index) for index in pictures]
-        deadline = self.deadline()
+        deadline = self.deadline() if deadline is None else deadline
         vectors = np.empty((len(inputs), engine.engine.embed_dim), np.float32)
         tokens = 0
         if pictures:

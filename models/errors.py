@@ -25,7 +25,9 @@ from __future__ import annotations
 
 
 class SemblanceError(Exception):
-    """Base of every error raised on purpose."""
+    """Base of every error raised on purpose; `index` is the position of the input that it is about, if it is one's."""
+
+    index: int | None = None
 
 
 class InputError(SemblanceError):

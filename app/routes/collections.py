@@ -18,6 +18,7 @@ from app import images
 from app.batching import late
 from app.collection import Collection, Item, NewItem, SearchHit, Target
 from app.engine import ServedEngine
+from app.forms import Form
 from app.index import Vectors
 from app.inputs import (
     EXAMPLE_IMAGE,
@@ -32,6 +33,7 @@ from app.inputs import (
     body_of,
     check_text,
     image_limits,
+    known_query,
     request_body,
     written,
 )
@@ -39,7 +41,7 @@ from app.keys import needs
 from app.service import Served, decoded, describe_item, json_response
 from models.errors import InputError, NotFoundError, TooLargeError
 
-router = APIRouter(tags=["collections"])
+router = APIRouter(tags=["collections"], dependencies=[Depends(known_query)])
 MAX_METADATA = 16_384  # bytes of an item's metadata as JSON
 
 
@@ -99,14 +101,18 @@ class ItemsRequest(Body):
     items: list[ItemBody] = Field(min_length=1)
 
     @classmethod
-    def from_form(cls, files: list[tuple[str, bytes]], fields: dict[str, list[str]]) -> dict[str, Any]:
+    def from_form(cls, form: Form) -> dict[str, Any]:
         """Files with the ids, captions and metadata at the same places."""
-        items: list[dict[str, Any]] = [{"image": file} for _, file in files]
+        items: list[dict[str, Any]] = [{"image": part} for _, part in form if isinstance(part, bytes)]
+        fields: dict[str, list[str]] = {}
+        for name, part in form:
+            if isinstance(part, str):
+                fields.setdefault(name, []).append(part)
         for name, values in fields.items():
             if name not in ("id", "caption", "metadata"):
                 raise InputError(f"unknown field {name[:64]!r}; a form has file, id, caption and metadata")
-            if len(values) != len(files):
-                raise InputError(f"{len(values)} {name} fields for {len(files)} files: give one each, or none")
+            if len(values) != len(items):
+                raise InputError(f"{len(values)} {name} fields for {len(items)} files: give one each, or none")
             for item, value in zip(items, values, strict=True):
                 if value:
                     item[name] = _parsed(value) if name == "metadata" else value

@@ -6,17 +6,17 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from fastapi import APIRouter, Query
+from fastapi import APIRouter, Depends, Query
 from pydantic import BaseModel
 from starlette.responses import Response
 
 from app.collection import Item
-from app.inputs import Name, written
+from app.inputs import Name, known_query, written
 from app.keys import needs
 from app.plane import Points, principal_plane
 from app.service import Served, json_response
 
-router = APIRouter(tags=["collections"])
+router = APIRouter(tags=["collections"], dependencies=[Depends(known_query)])
 MAX_POINTS = 100_000
 MapMethod = Literal["pca", "umap"]
 

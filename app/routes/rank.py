@@ -9,7 +9,7 @@ from fastapi import APIRouter, Depends
 from pydantic import BaseModel, Field
 from starlette.responses import Response
 
-from app.inputs import EXAMPLE_IMAGE, Body, Input, Inputs, body_of, check_inputs, request_body
+from app.inputs import EXAMPLE_IMAGE, Body, Input, Inputs, body_of, check_inputs, of_fields, request_body
 from app.service import Served, json_response
 
 router = APIRouter(tags=["search"])
@@ -49,10 +49,14 @@ _BODY = request_body(RankRequest, _EXAMPLE, files=False)
 async def rank(service: Served, body: Annotated[RankRequest, Depends(body_of(RankRequest))]) -> Response:
     """Documents (texts or pictures), nearest to the query first."""
     both = [body.query, *body.documents]
-    check_inputs(body.documents, service.settings, "documents")
-    check_inputs([body.query], service.settings)
+    query, documents = ("query", None), ("documents", len(body.documents))
+    with of_fields(documents):
+        check_inputs(body.documents, service.settings, "documents")
+    with of_fields(query):
+        check_inputs([body.query], service.settings)
     served = service.engine(body.model, text=any(each.text is not None for each in both))
-    vectors, _ = await service.embed(served, both)
+    with of_fields(query, documents):
+        vectors, _ = await service.embed(served, both)
     scores = vectors[1:] @ vectors[0]
     results = []
     for place in np.argsort(-scores, kind="stable")[: body.top_n]:

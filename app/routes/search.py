@@ -30,12 +30,13 @@ from app.inputs import (
     as_list,
     body_of,
     check_inputs,
+    known_query,
     request_body,
 )
 from app.service import Served, Service, describe_item, json_response
 from models.errors import InputError, NotFoundError
 
-router = APIRouter(tags=["search"])
+router = APIRouter(tags=["search"], dependencies=[Depends(known_query)])
 Bound = Number | Text
 
 

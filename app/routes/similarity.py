@@ -8,7 +8,7 @@ from fastapi import APIRouter, Depends
 from pydantic import BaseModel
 from starlette.responses import Response
 
-from app.inputs import EXAMPLE_IMAGE, Body, Inputs, body_of, check_inputs, request_body
+from app.inputs import EXAMPLE_IMAGE, Body, Inputs, body_of, check_inputs, of_fields, request_body
 from app.service import Served, json_response
 
 router = APIRouter(tags=["embeddings"])
@@ -39,8 +39,11 @@ async def similarity(
 ) -> Response:
     """The cosine of every input of `a` with every input of `b`."""
     both = [*body.a, *body.b]
-    check_inputs(both, service.settings)
+    fields = ("a", len(body.a)), ("b", len(body.b))
+    with of_fields(*fields):
+        check_inputs(both, service.settings)
     served = service.engine(body.model, text=any(each.text is not None for each in both))
-    vectors, _ = await service.embed(served, both)
+    with of_fields(*fields):
+        vectors, _ = await service.embed(served, both)
     scores = vectors[: len(body.a)] @ vectors[len(body.a) :].T
     return json_response({"model": served.engine.name, "scores": list(scores)})

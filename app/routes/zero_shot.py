@@ -10,7 +10,7 @@ from fastapi import APIRouter, Depends
 from pydantic import BaseModel, Field
 from starlette.responses import Response
 
-from app.inputs import EXAMPLE_IMAGE, Body, Inputs, Text, body_of, check_inputs, check_text, request_body
+from app.inputs import EXAMPLE_IMAGE, Body, Inputs, Text, body_of, check_inputs, request_body
 from app.service import Served, json_response
 from models.errors import InputError, TooLargeError
 from models.retrieval import TEMPLATES, label_probabilities
@@ -65,8 +65,9 @@ async def zero_shot(service: Served, body: Annotated[ZeroShotRequest, Depends(bo
     """Probabilities that sum to 1 over the labels, unless `multi_label`. Templates are averaged."""
     _check(service, body)
     served = service.engine(body.model, text=True)
-    images, _ = await service.embed(served, body.input)
-    labels = await served.embed_labels(body.labels, body.templates, service.deadline())
+    deadline = service.deadline()
+    images, _ = await service.embed(served, body.input, deadline)
+    labels = await served.embed_labels(body.labels, body.templates, deadline)
     cosines = images @ labels.T
     probabilities = label_probabilities(
         served.engine.scale, torch.from_numpy(cosines), multi_label=body.multi_label
@@ -92,8 +93,14 @@ def _check(service: Served, body: ZeroShotRequest) -> None:
         raise TooLargeError(f"{len(body.labels)} labels are more than the {settings.max_labels} of one call")
     if len(body.labels) * len(body.templates) > settings.max_prompts:
         raise TooLargeError(f"labels times templates are more than the {settings.max_prompts} prompts of one call")
-    for text in (*body.labels, *body.templates):
-        check_text(text, settings)
-    for template in body.templates:
-        if "{}" not in template:
-            raise InputError(f"template {template!r} has no {{}} where the label belongs")
+    for index, label in enumerate(body.labels):
+        if len(label) > settings.max_text:
+            raise TooLargeError(f"label {index} has {len(label):,} characters, at most {settings.max_text:,} are read")
+    longest = max(map(len, body.labels))
+    for index, template in enumerate(body.templates):
+        places = template.count("{}")
+        if not places:
+            raise InputError(f"template {index}, {template[:80]!r}, has no {{}} where the label belongs")
+        if (length := len(template) + places * (longest - 2)) > settings.max_text:
+            with_label = f"template {index} has {length:,} characters with the longest label"
+            raise TooLargeError(f"{with_label}, at most {settings.max_text:,} are read")

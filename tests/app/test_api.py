@@ -7,6 +7,7 @@ import base64
 import io
 import json
 import threading
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,7 @@ from starlette.testclient import TestClient
 from support import problem, tiny_clip, tiny_dalle
 
 from app.collection import Collection
-from app.engine import Engine
+from app.engine import Engine, ModelEngine
 from app.routes.collections import list_duplicates
 from app.service import Service
 from models.checkpoint import save_checkpoint
@@ -129,6 +130,50 @@ def test_zero_shot_is_the_models_own(client: TestClient, encoded: Encoded) -> No
 def test_zero_shot_refuses_in_words(client: TestClient, encoded: Encoded, change: dict[str, Any], says: str) -> None:
     body = {"input": {"image": _b64(encoded())}, "labels": ["a"]} | change
     problem(client.post("/zero-shot", json=body), 422, says)
+
+
+def test_zero_shot_bounds_its_prompts_as_any_text(client: TestClient, encoded: Encoded) -> None:
+    body = {"input": {"image": _b64(encoded())}, "labels": ["a", "b" * 101], "templates": ["{}", "{}" * 20]}
+    problem(client.post("/zero-shot", json=body), 413, "template 1 has 2,020 characters with the longest label")
+    problem(client.post("/zero-shot", json=body | {"labels": ["a", "b" * 2001]}), 413, "label 1 has 2,001 characters")
+    assert client.post("/zero-shot", json=body | {"labels": ["a", "b" * 100]}).status_code == 200
+
+
+def test_errors_of_several_fields_say_which_and_where(client: TestClient, encoded: Encoded) -> None:
+    good, wrong, long = {"image": _b64(encoded())}, {"image": "AAAA"}, "x" * 2001
+    for url, body, says, place in (
+        ("/rank", {"query": "a", "documents": [wrong]}, "of `documents`", 0),
+        ("/rank", {"query": "a", "documents": ["b", long]}, "of `documents`", 1),
+        ("/rank", {"query": wrong, "documents": ["a"]}, "^of `query`", None),
+        ("/rank", {"query": long, "documents": ["a"]}, "^of `query`", None),
+        ("/similarity", {"a": [good, "a"], "b": [wrong]}, "of `b`", 0),
+        ("/similarity", {"a": [good, wrong], "b": ["a"]}, "of `a`", 1),
+        ("/embed", {"input": ["a", {"image": "http://example.com/a.jpg"}]}, "fetch_hosts", 1),
+    ):
+        answer = client.post(url, json=body)
+        assert problem(answer, answer.status_code, says).get("input") == place, answer.text
+        assert 400 <= answer.status_code < 500
+
+
+def test_one_time_counts_for_all_that_a_request_asks(
+    start: Start, engines: dict[str, Engine], encoded: Encoded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = start(deadline=0.9)
+    for tower in ("encode_images", "encode_texts"):
+        whole = getattr(ModelEngine, tower)
+        monkeypatch.setattr(ModelEngine, tower, lambda *given, whole=whole: time.sleep(0.6) or whole(*given))
+    body = {"input": {"image": _b64(encoded())}, "labels": ["a"], "templates": ["{}"]}
+    problem(client.post("/zero-shot", json=body), 504)
+
+
+def test_queries_with_what_is_no_parameter_are_refused(client: TestClient) -> None:
+    client.put("/collections/c")
+    problem(client.get("/search?q=a&limit=3&collection=c"), 422, "no parameter 'limit' here; known: q, k,")
+    problem(client.post("/search?k=3", json={"query": "a"}), 422, "no parameter 'k' here; known: none")
+    problem(client.get("/collections/c/items?ids=a"), 422, "no parameter 'ids'")
+    for wrong in ("%FF", "%ED%A0%80"):
+        problem(client.get(f"/search?q={wrong}&collection=c"), 400, "not UTF-8")
+    assert client.get("/search?q=%C3%A9&collection=c").status_code == 200
 
 
 def test_similarity_and_rank_are_cosines(client: TestClient, encoded: Encoded) -> None:

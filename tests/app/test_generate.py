@@ -357,3 +357,7 @@ def test_openais_client_and_the_command_line(
     first = (tmp_path / "out" / "3.png").read_bytes()
     assert main(["generate", "a red star", "--seed", "3", *place, *arguments]) == 0  # without a server: the same
     assert (tmp_path / "out" / "3.png").read_bytes() == first
+
+
+def test_a_model_that_draws_is_known_to_embed_nothing(painter: TestClient) -> None:
+    problem(painter.post("/embed", json={"input": "a", "model": "dalle"}), 422, "'dalle' draws pictures alone")

@@ -197,6 +197,38 @@ def test_row_23_too_many_inputs_and_broken_forms(client: TestClient, encoded: En
     problem(client.post("/zero-shot", json={"input": _image(encoded()), "labels": ["a"] * 1001}), 413, "1001 labels")
 
 
+def test_row_23_a_form_that_breaks_off_or_has_parts_for_nothing(client: TestClient, encoded: Encoded) -> None:
+    client.put("/collections/c")
+
+    def send(url: str, *parts: tuple[str, bytes], cut: int = 0, kind: str = "boundary=b") -> Any:
+        body = b"".join(
+            b'--b\r\nContent-Disposition: form-data; name="' + name.encode() + b'"\r\n\r\n' + content + b"\r\n"
+            for name, content in parts
+        )
+        body = (body + b"--b--\r\n")[: -cut or None]
+        return client.post(url, content=body, headers={"Content-Type": f"multipart/form-data; {kind}"})
+
+    file = ('file"; filename="a.png', encoded())
+    for cut in (4, 5, 9, 100):
+        problem(send("/collections/c/items", file, file, cut=cut), 400, "breaks off")
+        problem(send("/embed", file, file, cut=cut), 400, "breaks off")
+    assert client.get("/collections/c").json()["count"] == 0
+    for cut in (0, 2):  # without the line's end
+        assert len(send("/collections/c/items", file, file, cut=cut).json()["ids"]) == 2
+    problem(send("/embed", ("input", b"a"), kind="boundary=b; charset=undefined"), 400, "charset")
+    found = send("/embed", ("input", b"a"), file, ("input", b"b")).json()["data"]
+    texts = client.post("/embed", json={"input": ["a", "b"]}).json()["data"]
+    assert [found[0]["embedding"], found[2]["embedding"]] == [text["embedding"] for text in texts]
+    mixed = send("/search", ("query", b"a"), file, ("collection", b"c")).json()["hits"]
+    assert mixed[0]["score"] < 0.999  # of both
+    problem(send("/zero-shot", file, ("labels", b"a"), ("top_k", b"1"), ("top_k", b"2")), 422, "'top_k' is given more")
+    problem(send("/collections/c/items", file, ("text", b"a")), 422, "unknown field 'text'")
+    problem(send("/embed", *[file] * 65), 413, "Too many files")
+    many = [("labels", b"a")] * 1000
+    assert send("/zero-shot", file, *many, ("templates", b"{}")).status_code == 200
+    problem(send("/zero-shot", file, *many, ("labels", b"a")), 413, "1001 labels")
+
+
 def test_row_25_keys(start: Start) -> None:
     client = start(api_keys=("secret-1", "secret-2"))
     problem(client.get("/models"), 401, "Authorization: Bearer")
