@@ -135,8 +135,8 @@ def load_open_clip(reference: str) -> OpenCLIPModel:
 
 
 def _with_fast_merges(tokenizer: Any) -> Any:
-    """The same tokenizer, whose merges take a time that grows with a word's length: open_clip's take its square (0.4 s for
-    2,000 letters), and remember every word that ever came."""
+    """The same tokenizer, whose merges take a time that grows with a word's length: open_clip's take its square, 0.4 s
+    for 2,000 letters, and remember every word that ever came."""
     from open_clip.tokenizer import SimpleTokenizer
 
     if type(tokenizer) is SimpleTokenizer:
