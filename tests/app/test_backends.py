@@ -210,7 +210,55 @@ def test_a_damaged_export_is_refused_by_name_and_passed_over_by_auto(
         _engine(checkpoints, tmp_path, "openvino-int8")
     assert _engine(checkpoints, tmp_path, "auto").details["backends"]["image"].startswith("torch")
     assert "passed over" in caplog.text
-    (exports.folder / "report.json").write_text("{")
+
+
+ROW = {"agreement": 1.0, "cosine": 1.0, "alone": 0.001, "of_eight": 0.001}
+
+
+@pytest.mark.parametrize(
+    ("report", "says"),
+    [
+        ("{", "cannot be read"),
+        ([], "no report"),
+        ([1], "no report"),
+        ({"format": 2}, "of format 2"),
+        ({"format": 1, "files": {}}, "report.towers: Field required"),
+        ({"format": 1, "files": [], "towers": {}}, "report.files"),
+        ({"format": 1, "files": {}, "towers": {"image": {"onnx-fp32": ROW | {"more": 1}}}}, "onnx-fp32.more"),
+        ({"format": 1, "files": {}, "towers": {"image": {"onnx-fp32": ROW | {"agreement": "all"}}}}, "agreement"),
+    ],
+)
+def test_a_report_that_is_none_is_refused_by_name_and_passed_over_by_auto(
+    report: Any, says: str, checkpoints: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    exports = exports_of(load_model(checkpoints / "clip"), Settings(store=tmp_path))
+    exports.folder.mkdir(parents=True)
+    (exports.folder / "report.json").write_text(report if isinstance(report, str) else json.dumps(report))
+    with pytest.raises(CheckpointError, match=rf"report\.json .*{says}.*delete the folder and run `semblance export`"):
+        _engine(checkpoints, tmp_path, "onnx-fp32")
+    assert _engine(checkpoints, tmp_path, "auto").details["backends"]["image"].startswith("torch")
+    assert f"exports are passed over: {exports.folder}: report.json" in caplog.text
+
+
+def test_exports_that_can_be_neither_written_nor_read_do_not_keep_auto_from_serving(
+    exported: Path,
+    checkpoints: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refused(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    exports = _with_report(exported, tmp_path, lambda content: None)
+    monkeypatch.setattr("app.exports.timed", lambda encode, batch: (0.001, 0.0))
+    monkeypatch.setattr("app.exports._write_json", refused)
+    assert _engine(checkpoints, tmp_path, "auto").details["backends"].keys() == {"image", "text"}
+    assert "measured again at the next start: [Errno 13] Permission denied" in caplog.text
+    assert not list(exports.folder.glob("measured-*"))
+    monkeypatch.setattr("app.exports.file_hash", refused)
+    with pytest.raises(CheckpointError, match=r"image\.onnx cannot be read \(.*Permission denied"):
+        _engine(checkpoints, tmp_path, "onnx-fp32")
     assert _engine(checkpoints, tmp_path, "auto").details["backends"]["image"].startswith("torch")
 
 
