@@ -159,8 +159,13 @@ def _fastest(
     if own[0] in found and found[own[0]].agreement < LEAST_AGREEMENT:
         own = "torch-fp32", torch_tower("torch-fp32", model, tower, device)
     agreeing = [each for each, parity in found.items() if each in FILES and parity.agreement >= LEAST_AGREEMENT]
+    if refused := [each for each, parity in found.items() if parity.agreement < LEAST_AGREEMENT]:
+        shares = ", ".join(f"{each} {100 * found[each].agreement:.1f} %" for each in refused)
+        log.info("%s, %s: same nearest as float32 for less than 99 %%, and passed over: %s", name, tower, shares)
     able = [each for each in agreeing if serves_here(each, device)]
     if not able:
+        if found:
+            log.info("%s, %s: %s, for no export can take its place", name, tower, own[0])
         return own
     seconds = _measured(exports, model, tower, own, able, threads)
     taken = ", ".join(f"{each} {1000 * seconds[each]:.2f}" for each in sorted(seconds, key=seconds.__getitem__))

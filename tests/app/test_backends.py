@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -184,6 +185,9 @@ def test_auto_takes_the_fastest_that_agrees_and_measures_once(
         engine = _engine(checkpoints, tmp_path, "auto")
     assert engine.details["backends"] == {"image": "onnx-fp32", "text": "onnx-fp32"}
     assert "image: onnx-fp32, same nearest as float32 for 99.5 % (ms: onnx-fp32 1.00, torch-" in caplog.text
+    assert re.search(
+        r"image: same nearest as float32 for less than 99 %, and passed over: .*openvino-int8 98\.0 %", caplog.text
+    )
     assert len(measured) == 4  # two towers by torch and by one other: what does not agree is not even opened
     _engine(checkpoints, tmp_path, "auto")
     assert len(measured) == 4
@@ -193,6 +197,23 @@ def test_auto_takes_the_fastest_that_agrees_and_measures_once(
         file.unlink()
     backends = _engine(checkpoints, tmp_path, "auto").details["backends"]
     assert set(backends.values()) == {"torch-fp32"}  # bfloat16 was found not to agree
+
+
+def test_auto_says_why_it_takes_no_export(
+    exported: Path, checkpoints: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def none_agrees(content: dict[str, Any]) -> None:
+        for tower in content["towers"].values():
+            for row in tower.values():
+                row["agreement"] = 0.97
+
+    _with_report(exported, tmp_path, none_agrees)
+    with caplog.at_level(logging.INFO):
+        engine = _engine(checkpoints, tmp_path, "auto")
+    assert set(engine.details["backends"].values()) == {"torch-fp32"}
+    for tower in ("image", "text"):
+        assert re.search(rf"{tower}: same nearest .* passed over: .*onnx-fp32 97\.0 %, onnx-int8 97\.0 %", caplog.text)
+        assert f"clip, {tower}: torch-fp32, for no export can take its place" in caplog.text
 
 
 def test_a_damaged_export_is_refused_by_name_and_passed_over_by_auto(
