@@ -89,6 +89,26 @@ def test_every_backend_gives_the_rows_of_torch(
     assert other.scale == exact.scale
 
 
+def test_what_is_compiled_is_compiled_before_the_first_request(
+    checkpoints: Path, tmp_path: Path, picture: Callable[..., Image.Image], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled = []
+
+    def counted(graph: Any, _: Any) -> Any:
+        compiled.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counted))
+    engine = _engine(checkpoints, tmp_path, "torch-compiled")
+    assert compiled
+    compiled.clear()
+    for count in (1, 2, 5, 32):
+        engine.embed_images([picture(seed) for seed in range(count)])
+        engine.embed_texts([f"a {'red ' * (number % 4)}star" for number in range(count)])
+        engine.embed_texts(["two hearts"] * count)
+    assert not compiled
+
+
 @pytest.mark.skipif(not int8.supported(), reason="this processor has no VNNI")
 def test_weights_that_nothing_computes_with_leave_the_memory(checkpoints: Path, exported: Path) -> None:
     def held(engine: ModelEngine) -> int:
