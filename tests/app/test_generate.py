@@ -6,6 +6,7 @@ import asyncio
 import base64
 import io
 import json
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,6 +20,7 @@ from starlette.testclient import TestClient
 from support import problem, running, tiny_clip, tiny_dalle
 
 from app.__main__ import main
+from app.fairness import CALLER
 from app.generator import DecodeLoop, Drawing, LocalGenerator
 from app.inputs import EXAMPLE_IMAGE
 from app.loading import load_generators
@@ -292,6 +294,56 @@ def test_row_32_who_leaves_is_drawn_for_no_more_and_others_share_the_steps(model
             del model.read_ids
 
     asyncio.run(scene())
+
+
+def test_callers_take_turns_and_one_leaves_places_for_another(model: DALLETransformer) -> None:
+    async def scene() -> None:
+        go = threading.Event()
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(go.wait)  # nothing is drawn before
+            served = _served(model, pool, generate_lanes=4, generate_queue=16)
+            deadline = asyncio.get_running_loop().time() + 60
+            joined = []
+
+            def join(drawing: Drawing) -> None:
+                joined.append(drawing.caller)
+                DecodeLoop.join(served._steps, drawing)
+
+            served._steps.join = join  # type: ignore[method-assign]
+
+            async def draw(caller: str, seeds: range) -> None:
+                CALLER.set(caller)
+                async for _ in served.draw("a red star", seeds, PLAIN, deadline):
+                    pass
+
+            async def begun(caller: str, seeds: range) -> asyncio.Task[None]:
+                task = asyncio.create_task(draw(caller, seeds))
+                await asyncio.sleep(0)
+                return task
+
+            try:
+                hog = await begun("hog", range(12))
+                served._pace = 0.25
+                with pytest.raises(BusyError, match="12 of them yours, for about 48 s") as busy:  # of 16 tokens each
+                    await draw("hog", range(12, 13))
+                assert busy.value.retry_after == 24
+                others = [await begun("other", range(2)), await begun("third", range(3))]
+                with pytest.raises(BusyError, match="17 pictures are waiting already, 0 of them yours"):
+                    await draw("fourth", range(1))
+            finally:
+                go.set()
+            await asyncio.gather(hog, *others)
+            assert joined[:9] == ["hog"] * 4 + ["other", "third", "other", "third", "third"]
+            assert served.depth == 0
+            assert 0 < served._pace < 0.25
+            await served.close()
+
+    asyncio.run(scene())
+
+
+def test_a_call_of_more_than_the_queue_holds_is_drawn_if_nobody_waits(start: Start, model: DALLETransformer) -> None:
+    painter = start(generators={"dalle": model}, generate_queue=2)
+    assert len(painter.post("/generate", json={"prompt": "a red star", "n": 5}).json()["data"]) == 5
 
 
 def test_a_failing_model_fails_its_callers_and_serves_the_next(model: DALLETransformer) -> None:
