@@ -6,7 +6,7 @@ import base64
 import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, Literal
@@ -172,12 +172,25 @@ async def _answer(request: Request, service: Service, body: GenerateRequest, kin
         async for _ in steps:
             pass
     made = await _ranked(service, generator, body, drawings)
-    if "image/png" in request.headers.get("accept", ""):
+    accept = ",".join(request.headers.getlist("accept"))
+    if _quality(accept, "image/png") > _quality(accept, "application/json"):
         best = made[0]
         headers = {"X-Seed": str(best.seed)}
         return Response(await service.decode(_png, best, body.prompt), media_type="image/png", headers=headers)
     data = [await _entry(service, each, body) for each in made]
     return json_response({"created": int(time.time()), "model": generator.name, "data": data})
+
+
+def _quality(accept: str, media_type: str) -> float:
+    """How much a client wants a media type, 0 to 1, by the closest range of its Accept (RFC 9110, 12.5.1)."""
+    wanted = {}
+    for entry in accept.lower().split(","):
+        name, *parameters = (part.strip() for part in entry.split(";"))
+        weight = next((part[2:] for part in parameters if part.startswith("q=")), "1")
+        with suppress(ValueError):  # as if it were not there
+            wanted[name] = float(weight)
+    ranges = (media_type, f"{media_type.partition('/')[0]}/*", "*/*")
+    return next((wanted[each] for each in ranges if each in wanted), 0.0)
 
 
 async def _kept(

@@ -162,6 +162,23 @@ def test_the_best_picture_itself_where_a_png_is_accepted(painter: TestClient) ->
     assert answer.headers["x-seed"] == str(best["seed"])
 
 
+@pytest.mark.parametrize(
+    ("accept", "kind"),
+    [
+        ("image/png, application/json;q=0.5", "image/png"),
+        ("image/avif,IMAGE/*;q=0.9,*/*;q=0.8", "image/png"),
+        ("application/json, image/png;q=0.1", "application/json"),
+        ("image/png;q=0, */*", "application/json"),
+        ("image/png;q=much, text/html", "application/json"),
+        ("*/*", "application/json"),
+        ("", "application/json"),
+    ],
+)
+def test_a_png_is_given_to_whom_it_is_better_than_json(painter: TestClient, accept: str, kind: str) -> None:
+    answer = painter.post("/generate", json={"prompt": "a red star", "seed": 5}, headers={"Accept": accept})
+    assert answer.headers["content-type"] == kind
+
+
 def test_events_show_pictures_on_their_way_and_then_the_whole_ones(painter: TestClient) -> None:
     body = {"prompt": "a red star", "n": 2, "seed": 5}
     answer = painter.post("/generate", json=body | {"stream": True, "partial_images": 3})
