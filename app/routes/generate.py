@@ -166,12 +166,13 @@ async def _answer(request: Request, service: Service, body: GenerateRequest, kin
     steps = generator.draw(body.prompt, seeds, _sampling(body), deadline, known, body.style)
     drawings = await anext(steps)  # a full queue is refused here, before any answer has begun
     if body.stream:
-        events = _events(service, generator, body, drawings, steps, kind, request.scope["state"]["request_id"])
+        request_id = request.scope["state"]["request_id"]
+        events = _events(service, generator, body, drawings, steps, deadline, kind, request_id)
         return StreamingResponse(events, media_type="text/event-stream")
     async with aclosing(steps):
         async for _ in steps:
             pass
-    made = await _ranked(service, generator, body, drawings)
+    made = await _ranked(service, generator, body, drawings, deadline)
     accept = ",".join(request.headers.getlist("accept"))
     if _quality(accept, "image/png") > _quality(accept, "application/json"):
         best = made[0]
@@ -226,7 +227,7 @@ def _sampling(body: GenerateRequest) -> Sampling:
 
 
 async def _ranked(
-    service: Service, generator: ServedGenerator, body: GenerateRequest, drawings: Sequence[Drawing]
+    service: Service, generator: ServedGenerator, body: GenerateRequest, drawings: Sequence[Drawing], deadline: float
 ) -> list[_Made]:
     """The pictures, best first by the cosine of picture and prompt, as DALL-E chose among its samples with CLIP."""
     pictures = [to_picture(pixels) for pixels in await generator.pictures(drawings)]
@@ -235,7 +236,6 @@ async def _ranked(
     if judge is None or not body.rerank or not body.prompt:
         return made
     served = service.engine(judge.name, text=True)
-    deadline = service.deadline()
     shown = await served.embed_images([partial(_whole, each.picture) for each in made], deadline)
     (prompt,), _ = await served.embed_texts([body.prompt], deadline)
     for each, score in zip(made, (shown @ np.asarray(prompt)).tolist(), strict=True):
@@ -249,6 +249,7 @@ async def _events(
     body: GenerateRequest,
     drawings: Sequence[Drawing],
     steps: AsyncGenerator[Any],
+    deadline: float,
     kind: str,
     request_id: str,
 ) -> AsyncIterator[bytes]:
@@ -278,7 +279,7 @@ async def _events(
         tokens = int((generator.model.tokens_of([body.prompt]) != 0).sum())
         usage = {"input_tokens": tokens, "output_tokens": body.n * length, "total_tokens": tokens + body.n * length}
         usage |= {"input_tokens_details": {"text_tokens": tokens, "image_tokens": 0}}
-        for index, made in enumerate(await _ranked(service, generator, body, drawings)):
+        for index, made in enumerate(await _ranked(service, generator, body, drawings, deadline)):
             entry = await _entry(service, made, body, b64=True)
             yield _event(f"{kind}.completed", common | {"index": index, "usage": usage} | entry)
     except Exception as error:

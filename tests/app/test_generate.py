@@ -9,6 +9,7 @@ import json
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from starlette.testclient import TestClient
 from support import problem, running, tiny_clip, tiny_dalle
 
 from app.__main__ import main
+from app.engine import LocalEngine
 from app.fairness import CALLER
 from app.generator import DecodeLoop, Drawing, LocalGenerator
 from app.inputs import EXAMPLE_IMAGE
@@ -261,6 +263,26 @@ def test_models_tell_what_they_make(painter: TestClient) -> None:
 def test_a_deadline_ends_the_wait_and_the_work(start: Start, model: DALLETransformer) -> None:
     painter = start(generators={"dalle": model}, generate_deadline=1e-6)
     problem(painter.post("/generate", json={"prompt": "a red star"}), 504, "drawn")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_is_drawn_is_ranked_within_the_same_deadline(
+    painter: TestClient, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    deadlines = []
+
+    def noting(method: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(*arguments: Any) -> Any:
+            deadlines.append(signature(method).bind(*arguments).arguments["deadline"])
+            return method(*arguments)
+
+        return noted
+
+    for owner, name in ((LocalGenerator, "draw"), (LocalEngine, "embed_images"), (LocalEngine, "embed_texts")):
+        monkeypatch.setattr(owner, name, noting(getattr(owner, name)))
+    assert painter.post("/generate", json={"prompt": "a red star", "n": 2, "stream": stream}).status_code == 200
+    assert len(deadlines) == 3
+    assert len(set(deadlines)) == 1
 
 
 def _served(model: DALLETransformer, pool: ThreadPoolExecutor, **options: Any) -> LocalGenerator:
