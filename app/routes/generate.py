@@ -5,8 +5,8 @@ from __future__ import annotations
 import base64
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import aclosing, suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from contextlib import aclosing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, Literal
@@ -36,7 +36,7 @@ from app.inputs import (
 from app.service import Served, Service, json_response
 from app.settings import Settings
 from models.dalle import DALLETransformer
-from models.errors import InputError
+from models.errors import InputError, SemblanceError
 from models.generation import Sampling, kept_tokens, masked_tokens, to_picture
 
 router = APIRouter(tags=["generation"])
@@ -210,16 +210,28 @@ def _opened(
 ) -> tuple[Tensor, Tensor | None]:
     """Decoded, in a worker thread: pixels of the model's size, and which tokens the mask lets be drawn anew."""
     limits = image_limits(settings)
-    picture = images.decode(image_bytes(image, settings), limits)
+    with _said_of("image"):
+        picture = images.decode(image_bytes(image, settings), limits)
     if mask is None:
         return model.preprocess(picture), None
-    cover = images.decode_mask(image_bytes(mask, settings), limits)
+    with _said_of("mask"):
+        cover = images.decode_mask(image_bytes(mask, settings), limits)
     if cover.size != picture.size:
         raise InputError(f"mask: it has {cover.size} pixels and the image {picture.size}; they must be the same")
     try:
         return model.preprocess(picture), masked_tokens(model, cover)
     except ValueError as error:
         raise InputError(f"mask: {error}") from error
+
+
+@contextmanager
+def _said_of(name: str) -> Iterator[None]:
+    """Errors of one of the request's pictures say which."""
+    try:
+        yield
+    except SemblanceError as error:
+        error.args = (f"{name}: {error}",)
+        raise
 
 
 def _sampling(body: GenerateRequest) -> Sampling:

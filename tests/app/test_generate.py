@@ -215,8 +215,10 @@ def test_events_show_pictures_on_their_way_and_then_the_whole_ones(painter: Test
         ({"change": 0.5}, 422, "need an image"),
         ({"image": EXAMPLE_IMAGE, "change": 0}, 422, "change"),
         ({"image": EXAMPLE_IMAGE, "mask": EXAMPLE_IMAGE}, 422, "transparent nowhere"),
-        ({"image": "http://example.com/a.png"}, 403, "fetches no URLs"),
-        ({"image": "AAAA"}, 415, "not a picture"),
+        ({"image": "http://example.com/a.png"}, 403, "^image: .*fetches no URLs"),
+        ({"image": "AAAA"}, 415, "^image: not a picture"),
+        ({"image": EXAMPLE_IMAGE, "mask": "AAAA"}, 415, "^mask: not a picture"),
+        ({"image": EXAMPLE_IMAGE, "mask": EXAMPLE_IMAGE[:60]}, 422, "^mask: "),
     ],
 )
 def test_wrong_values_are_refused_by_name(painter: TestClient, changes: dict[str, Any], status: int, says: str) -> None:
