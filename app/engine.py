@@ -132,10 +132,17 @@ class ModelEngine:
         return self._in_batches(self.encode_texts, self.prepare_texts(texts) if texts else [])
 
     def warm_up(self) -> None:
-        """Compute something with each tower: what a first forward costs once is paid before the first request."""
-        for tower in self._towers:
-            for count in (1, 2):
-                self._forward(tower, example(self.model, tower).repeat_interleave(count, 0))
+        """Embed something with each tower: what a first forward costs once is paid before the first request.
+
+        Batches are made as those of requests are: `torch-compiled` would compile again for what is no view, as it does
+        for one row, for several and, of convolutions, for many.
+        """
+        for tower, (backend, _) in self._towers.items():
+            for count in (1, 2, self._batch_size) if backend == "torch-compiled" else (1, 2):
+                if tower == "image":
+                    self.encode_images([example(self.model, tower)[0]] * count)
+                else:
+                    self.encode_texts((self.prepare_texts(["a photo of two things", "a"]) * count)[:count])
 
     def _in_batches(self, encode: Callable[[Sequence[Tensor]], Array], rows: list[Tensor]) -> Array:
         starts = range(0, len(rows), self._batch_size)

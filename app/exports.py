@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from pydantic import BaseModel, ValidationError
 
 from app.backends import (
     FILES,
@@ -54,6 +55,13 @@ class Parity(NamedTuple):
     of_eight: float
 
 
+class _Report(BaseModel):
+    """What is read of a report; backends may be such as only a later version knows."""
+
+    files: dict[str, str]
+    towers: dict[str, dict[Any, Parity]]
+
+
 class Exports:
     """A model's exports. folder: theirs. Nothing is read before it is asked for, and nothing has to be there."""
 
@@ -62,19 +70,25 @@ class Exports:
 
     @property
     def report(self) -> dict[str, Any]:
-        """What was found, empty before the first export. Raises CheckpointError if it cannot be read."""
+        """What was found, without rows before the first export. Raises CheckpointError if it cannot be read."""
         file = self.folder / "report.json"
         try:
-            content = json.loads(file.read_text()) if file.is_file() else {}
+            content = json.loads(file.read_text()) if file.is_file() else {"format": FORMAT, "files": {}, "towers": {}}
         except (OSError, ValueError) as error:
             raise self._wrong(f"report.json cannot be read ({error})") from error
-        if content and content.get("format") != FORMAT:
+        if isinstance(content, dict) and content.get("format") != FORMAT:
             raise self._wrong(f"report.json is of format {content.get('format')!r}, not {FORMAT}")
+        try:
+            _Report.model_validate(content)
+        except ValidationError as error:
+            wrong = error.errors(include_url=False)[0]
+            place = ".".join(map(str, ("report", *wrong["loc"])))
+            raise self._wrong(f"report.json is no report ({place}: {wrong['msg']})") from error
         return content
 
     def found(self, tower: Tower) -> dict[Backend, Parity]:
-        """Every backend that was compared, with what it was found to do."""
-        return {name: Parity(**row) for name, row in self.report.get("towers", {}).get(tower, {}).items()}
+        """Every backend that was compared, with what it was found to do. Raises as `report` does."""
+        return _Report.model_validate(self.report).towers.get(tower, {})
 
     def open(self, backend: Backend, model: Any, tower: Tower, threads: int) -> Encode:
         """A tower from its file. Raises CheckpointError if it is not there, or not what was written."""
@@ -90,18 +104,22 @@ class Exports:
             )
         file = Path(FILES[backend].format(tower=tower))
         for name in [file.name, file.with_suffix(".bin").name] if file.suffix == ".xml" else [file.name]:
-            if not self.holds(name):
+            try:
+                whole = self.holds(name)
+            except OSError as error:
+                raise self._wrong(f"{name} cannot be read ({error})") from error
+            if not whole:
                 raise self._wrong(f"{name} is not what was written")
         return exported_tower(backend, self.folder, model, tower, threads)
 
     def holds(self, name: str) -> bool:
         """Whether a file is there as it was written."""
-        digest = self.report.get("files", {}).get(name)
+        digest = self.report["files"].get(name)
         return digest is not None and (self.folder / name).is_file() and file_hash(self.folder / name) == digest
 
     def add(self, entries: Mapping[str, Any], files: Sequence[Path], tower: Tower, found: Mapping[Any, Parity]) -> None:
         """Record files that were written, and what was found of a tower, beside what was there before."""
-        report: dict[str, Any] = {"format": FORMAT, "files": {}, "towers": {}, **self.report, **entries}
+        report: dict[str, Any] = {**self.report, **entries}
         report["files"] |= {file.name: file_hash(file) for file in files}
         rows = {backend: parity._asdict() for backend, parity in found.items()}
         report["towers"][tower] = report["towers"].get(tower, {}) | rows
@@ -141,8 +159,13 @@ def _fastest(
     if own[0] in found and found[own[0]].agreement < LEAST_AGREEMENT:
         own = "torch-fp32", torch_tower("torch-fp32", model, tower, device)
     agreeing = [each for each, parity in found.items() if each in FILES and parity.agreement >= LEAST_AGREEMENT]
+    if refused := [each for each, parity in found.items() if parity.agreement < LEAST_AGREEMENT]:
+        shares = ", ".join(f"{each} {100 * found[each].agreement:.1f} %" for each in refused)
+        log.info("%s, %s: same nearest as float32 for less than 99 %%, and passed over: %s", name, tower, shares)
     able = [each for each in agreeing if serves_here(each, device)]
     if not able:
+        if found:
+            log.info("%s, %s: %s, for no export can take its place", name, tower, own[0])
         return own
     seconds = _measured(exports, model, tower, own, able, threads)
     taken = ", ".join(f"{each} {1000 * seconds[each]:.2f}" for each in sorted(seconds, key=seconds.__getitem__))
@@ -184,7 +207,10 @@ def _measured(
             seconds[backend] = sum(timed(exports.open(backend, model, tower, threads), batch))
         except CheckpointError as error:  # damaged, or its runtime is not installed here
             log.warning("%s is passed over: %s", backend, error)
-    _write_json(file, {key: seconds})
+    try:
+        _write_json(file, {key: seconds})
+    except OSError as error:
+        log.warning("what was measured is not kept, and is measured again at the next start: %s", error)
     return seconds
 
 

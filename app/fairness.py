@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from itertools import count
 from typing import Generic, NamedTuple, TypeVar
@@ -34,6 +34,13 @@ def flow_of(inputs: int) -> Flow:
     return Flow(CALLER.get(), inputs > _LONG)
 
 
+def has_room(held: Mapping[str, int], caller: str, places: int) -> bool:
+    """Whether a caller gets more of so many places, by those that each has: its part is not used up, nor are all taken.
+    What a call has past its caller's part is not taken from others."""
+    part = CALLERS_PART * places
+    return held.get(caller, 0) < part and sum(min(each, part) for each in held.values()) < places
+
+
 class FairQueue(Generic[T]):
     """Start-time fair queueing (Goyal, Vin and Cheng, SIGCOMM 1996): an item's turn comes 1 / weight after its flow's
     last, or now if the flow was idle. So a backlog waits behind its own, and nobody waits for all of it."""
@@ -50,6 +57,11 @@ class FairQueue(Generic[T]):
     def __iter__(self) -> Iterator[T]:
         """What is waiting, in no order."""
         return (item for _, _, item in self._heap)
+
+    @property
+    def first(self) -> T:
+        """What `pop` would give."""
+        return self._heap[0][2]
 
     def push(self, flow: Flow, item: T) -> None:
         """Put an item at the end of its flow."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from abc import ABC, abstractmethod
-from collections import deque
+from collections import Counter
 from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import Executor
 from contextlib import suppress
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from app import tracing
 from app.batching import late, shutting_down
+from app.fairness import CALLER, FairQueue, flow_of, has_room
 from app.metrics import Metrics
 from app.settings import Settings
 from models.dalle import DALLETransformer
@@ -31,11 +32,13 @@ from models.tokenizers import ImageTokenizer
 
 log = logging.getLogger(__name__)
 
+_MEMORY = 0.05  # share that the last step has in what is known of the pace
+
 
 @dataclass(eq=False)
 class Drawing:
     """One picture on its way. ids: int64 (length,), the tokens so far; done: how many they are. known: those that are
-    given, -1 where one is drawn; without it, all are drawn. style: one of the model's, or none."""
+    given, -1 where one is drawn; without it, all are drawn. style: one of the model's, or none. caller: whose it is."""
 
     prompt: str
     seed: int
@@ -43,6 +46,7 @@ class Drawing:
     ids: Tensor
     known: Tensor | None = None
     style: str | None = None
+    caller: str = field(default_factory=CALLER.get)
     done: int = 0
     cancelled: bool = False
     error: Exception | None = None
@@ -220,7 +224,10 @@ class ServedGenerator(ABC):
 
 
 class LocalGenerator(ServedGenerator):
-    """A generator of this process: a bounded queue before a decode loop, whose steps run on the worker's one thread."""
+    """A generator of this process: a bounded queue before a decode loop, whose steps run on the worker's one thread.
+
+    Who is in the queue, and who leaves it next, is a matter of fairness (app/fairness.py), not of arrival alone.
+    """
 
     def __init__(
         self,
@@ -236,7 +243,9 @@ class LocalGenerator(ServedGenerator):
         self._steps = DecodeLoop(model, settings.generate_lanes)
         self._queue_size = settings.generate_queue
         self._worker = worker
-        self._waiting: deque[Drawing] = deque()
+        self._admitted: list[Drawing] = []
+        self._waiting: FairQueue[Drawing] = FairQueue()  # those of them that have no lane yet
+        self._pace = 0.0  # seconds a token of one picture, of late
         self._moved = asyncio.Condition()
         self._wake = asyncio.Event()
         self._loop = asyncio.get_running_loop()
@@ -245,7 +254,7 @@ class LocalGenerator(ServedGenerator):
     @property
     def depth(self) -> int:
         """As ServedGenerator's, and so the others."""
-        return sum(not drawing.cancelled for drawing in (*self._waiting, *self._steps.drawings))
+        return sum(not drawing.whole for drawing in self._admitted)
 
     async def draw(
         self,
@@ -258,12 +267,12 @@ class LocalGenerator(ServedGenerator):
     ) -> AsyncGenerator[list[Drawing]]:
         if self._task.done():
             raise shutting_down()
-        admitted = self.depth
-        if admitted + len(seeds) > self._queue_size:
-            raise BusyError(f"{admitted} pictures are waiting already; try again shortly", retry_after=5)
+        self._check_room()
         drawings = self.begun(prompt, seeds, sampling, known, style)
         span = tracing.begin("draw", model=self.name, pictures=len(seeds))
-        self._waiting += drawings
+        self._admitted += drawings
+        for drawing in drawings:
+            self._waiting.push(flow_of(len(seeds)), drawing)
         self._wake.set()
         try:
             before = _progress(drawings)
@@ -281,6 +290,17 @@ class LocalGenerator(ServedGenerator):
             span.end()
             for drawing in drawings:
                 drawing.cancelled = not drawing.whole
+                self._admitted.remove(drawing)
+
+    def _check_room(self) -> None:
+        """Raise BusyError where all places are taken, or the caller has most of them. One call may overshoot the bound
+        by its own size, which the request's n bounds in turn."""
+        held = Counter(drawing.caller for drawing in self._admitted if not drawing.whole)
+        if has_room(held, CALLER.get(), self._queue_size):
+            return
+        seconds = self._pace * sum(len(drawing.ids) - drawing.done for drawing in self._admitted)
+        waiting = f"{held.total()} pictures are waiting already, {held[CALLER.get()]} of them yours"
+        raise BusyError(f"{waiting}, for about {seconds:.0f} s; try again later", retry_after=seconds / 2)
 
     async def decoded(self, ids: Tensor) -> Tensor:
         there = ids.to(self.model.image_embedding.weight.device)
@@ -295,41 +315,56 @@ class LocalGenerator(ServedGenerator):
         self._task.cancel()
         with suppress(asyncio.CancelledError):
             await self._task
-        for drawing in (*self._waiting, *self._steps.drawings):
-            drawing.error = shutting_down()
+        for drawing in self._admitted:
+            if not drawing.whole:
+                drawing.error = shutting_down()
         async with self._moved:
             self._moved.notify_all()
 
     async def _run(self) -> None:
         while True:
             await self._wake.wait()
+            joining, started = self._next(), self._loop.time()
             try:
-                await self._loop.run_in_executor(self._worker, self._work)
+                drawn = await self._loop.run_in_executor(self._worker, self._work, joining)
+                if drawn:
+                    pace = (self._loop.time() - started) / drawn
+                    self._pace += (pace - self._pace) * (_MEMORY if self._pace else 1)
             except Exception as error:
                 log.exception("a step of the decode loop failed")
                 failure = ModelError("the model failed while this picture was drawn")
                 failure.__cause__ = error
-                for drawing in self._steps.drawings:
+                for drawing in (*joining, *self._steps.drawings):
                     drawing.error = failure
             async with self._moved:
                 self._moved.notify_all()
             if not self._waiting and not self._steps.drawings:
                 self._wake.clear()
 
-    def _work(self) -> None:
-        """One step, in the worker thread: whoever waits joins first, in order, as far as there are lanes."""
-        while self._waiting and (self._waiting[0].cancelled or self._waiting[0].lanes <= self._steps.free):
-            drawing = self._waiting.popleft()
-            if drawing.cancelled:
-                continue
+    def _next(self) -> list[Drawing]:
+        """Those whose turn it is, as far as there are lanes."""
+        joining: list[Drawing] = []
+        free = self._steps.free
+        while self._waiting and (self._waiting.first.cancelled or self._waiting.first.lanes <= free):
+            drawing = self._waiting.pop()
+            if not drawing.cancelled:
+                joining.append(drawing)
+                free -= drawing.lanes
+        return joining
+
+    def _work(self, joining: Sequence[Drawing]) -> int:
+        """One step, in the worker thread, that others join. -> the pictures that it drew a token of."""
+        for drawing in joining:
             try:
                 self._steps.join(drawing)
             except Exception as error:
                 log.exception("a prompt could not be read")
                 drawing.error = ModelError("the model failed for this prompt")
                 drawing.error.__cause__ = error
+        drawn = len(self._steps.drawings)
         with self._step_seconds.time():
             self._steps.step()
+        return drawn
 
 
 def _moved_on(drawings: Sequence[Drawing], before: Any) -> bool:

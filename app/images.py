@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from io import BytesIO
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFile
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
@@ -15,6 +15,8 @@ from models.errors import ImageError, MediaTypeError, TooLargeError
 from models.preprocess import orientation, upright
 
 _END = b"\xff\xd9"  # of a JPEG
+# What Pillow multiplies the levels of a PNG's pixels by, by how they lie in the file.
+_SCALES = {"L;2": 85.0, "L;4": 17.0, "RGB;16B": 1 / 256}
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "BMP")
 
 
@@ -64,8 +66,9 @@ def _decoded(
         try:
             if target is not None:
                 image.draft(None, (2 * target, 2 * target))
+            _scale_transparency(image)
             image.load()
-            return upright(convert(image), image)
+            return upright(convert(_in_eight_bits(image)), image)
         except Exception as error:  # decoders raise nearly anything for hostile bytes
             raise ImageError(f"the picture cannot be decoded ({image.format}): it is damaged or incomplete") from error
 
@@ -110,7 +113,7 @@ def media_type(data: bytes) -> str | None:
     return "image/bmp" if data.startswith(b"BM") else None
 
 
-def _open(data: bytes) -> Image.Image:
+def _open(data: bytes) -> ImageFile.ImageFile:
     claimed = media_type(data)
     if claimed is None:
         raise MediaTypeError(f"not a picture that is read; send one of {', '.join(FORMATS)}")
@@ -141,11 +144,30 @@ def _check_pixels(size: tuple[int, int], limits: Limits) -> None:
         )
 
 
+def _scale_transparency(image: ImageFile.ImageFile) -> None:
+    """Scale a PNG's transparent colour, which Pillow leaves as it is, as the pixels that it compares with it; those of
+    16-bit RGB are the upper 8 bits. Before the pixels are loaded."""
+    colour = image.info.get("transparency")
+    scale = _SCALES.get(str(image.tile[0][3])) if image.format == "PNG" else None
+    if scale and isinstance(colour, tuple):
+        image.info["transparency"] = tuple(int(scale * level) for level in colour)
+    elif scale and colour is not None:
+        image.info["transparency"] = int(scale * colour)
+
+
+def _in_eight_bits(image: Image.Image) -> Image.Image:
+    """16 bits of grey, which Pillow would clip to 255 -> 8, with alpha where a level is transparent; others stay."""
+    if not image.mode.startswith("I"):
+        return image
+    levels = np.asarray(image).astype(np.int64).clip(0, 65535)
+    scaled = Image.fromarray((levels // 257).astype(np.uint8))
+    if (level := image.info.get("transparency")) is not None:
+        scaled.putalpha(Image.fromarray(np.where(levels == level, 0, 255).astype(np.uint8)))
+    return scaled
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
     """Any mode -> RGB. Hidden colours under alpha never show: they are blended onto white."""
-    if image.mode.startswith("I"):  # Pillow's own conversion clips 16 bits to 255
-        scaled = np.asarray(image).astype(np.int64).clip(0, 65535) // 257
-        return Image.fromarray(scaled.astype(np.uint8)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         layered = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", layered.size, "white"), layered).convert("RGB")

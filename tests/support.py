@@ -79,15 +79,20 @@ def open_clip_folder(place: Path, preprocess: dict[str, object] | None = None, s
     return place
 
 
+def png_of(**chunks: bytes) -> bytes:
+    """A PNG of these chunks and its end."""
+    parts = {name.encode(): body for name, body in (*chunks.items(), ("IEND", b""))}
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        for kind, body in parts.items()
+    )
+
+
 def png_header(width: int, height: int, rows: bytes = b"") -> bytes:
     """A PNG that says it is so large, with few bytes behind it."""
-
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
     header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
     body = zlib.compress(rows or bytes(min(2_000_000, height * (width + 1))))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
+    return png_of(IHDR=header, IDAT=body)
 
 
 def problem(answer: Any, status: int, says: str = "") -> dict[str, Any]:

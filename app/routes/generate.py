@@ -5,8 +5,8 @@ from __future__ import annotations
 import base64
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from contextlib import aclosing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, Literal
@@ -36,7 +36,7 @@ from app.inputs import (
 from app.service import Served, Service, json_response
 from app.settings import Settings
 from models.dalle import DALLETransformer
-from models.errors import InputError
+from models.errors import InputError, SemblanceError
 from models.generation import Sampling, kept_tokens, masked_tokens, to_picture
 
 router = APIRouter(tags=["generation"])
@@ -166,18 +166,32 @@ async def _answer(request: Request, service: Service, body: GenerateRequest, kin
     steps = generator.draw(body.prompt, seeds, _sampling(body), deadline, known, body.style)
     drawings = await anext(steps)  # a full queue is refused here, before any answer has begun
     if body.stream:
-        events = _events(service, generator, body, drawings, steps, kind, request.scope["state"]["request_id"])
+        request_id = request.scope["state"]["request_id"]
+        events = _events(service, generator, body, drawings, steps, deadline, kind, request_id)
         return StreamingResponse(events, media_type="text/event-stream")
     async with aclosing(steps):
         async for _ in steps:
             pass
-    made = await _ranked(service, generator, body, drawings)
-    if "image/png" in request.headers.get("accept", ""):
+    made = await _ranked(service, generator, body, drawings, deadline)
+    accept = ",".join(request.headers.getlist("accept"))
+    if _quality(accept, "image/png") > _quality(accept, "application/json"):
         best = made[0]
         headers = {"X-Seed": str(best.seed)}
         return Response(await service.decode(_png, best, body.prompt), media_type="image/png", headers=headers)
     data = [await _entry(service, each, body) for each in made]
     return json_response({"created": int(time.time()), "model": generator.name, "data": data})
+
+
+def _quality(accept: str, media_type: str) -> float:
+    """How much a client wants a media type, 0 to 1, by the closest range of its Accept (RFC 9110, 12.5.1)."""
+    wanted = {}
+    for entry in accept.lower().split(","):
+        name, *parameters = (part.strip() for part in entry.split(";"))
+        weight = next((part[2:] for part in parameters if part.startswith("q=")), "1")
+        with suppress(ValueError):  # as if it were not there
+            wanted[name] = float(weight)
+    ranges = (media_type, f"{media_type.partition('/')[0]}/*", "*/*")
+    return next((wanted[each] for each in ranges if each in wanted), 0.0)
 
 
 async def _kept(
@@ -196,10 +210,12 @@ def _opened(
 ) -> tuple[Tensor, Tensor | None]:
     """Decoded, in a worker thread: pixels of the model's size, and which tokens the mask lets be drawn anew."""
     limits = image_limits(settings)
-    picture = images.decode(image_bytes(image, settings), limits)
+    with _said_of("image"):
+        picture = images.decode(image_bytes(image, settings), limits)
     if mask is None:
         return model.preprocess(picture), None
-    cover = images.decode_mask(image_bytes(mask, settings), limits)
+    with _said_of("mask"):
+        cover = images.decode_mask(image_bytes(mask, settings), limits)
     if cover.size != picture.size:
         raise InputError(f"mask: it has {cover.size} pixels and the image {picture.size}; they must be the same")
     try:
@@ -208,12 +224,22 @@ def _opened(
         raise InputError(f"mask: {error}") from error
 
 
+@contextmanager
+def _said_of(name: str) -> Iterator[None]:
+    """Errors of one of the request's pictures say which."""
+    try:
+        yield
+    except SemblanceError as error:
+        error.args = (f"{name}: {error}",)
+        raise
+
+
 def _sampling(body: GenerateRequest) -> Sampling:
     return Sampling(body.temperature, body.top_k, body.top_p, body.guidance_scale)
 
 
 async def _ranked(
-    service: Service, generator: ServedGenerator, body: GenerateRequest, drawings: Sequence[Drawing]
+    service: Service, generator: ServedGenerator, body: GenerateRequest, drawings: Sequence[Drawing], deadline: float
 ) -> list[_Made]:
     """The pictures, best first by the cosine of picture and prompt, as DALL-E chose among its samples with CLIP."""
     pictures = [to_picture(pixels) for pixels in await generator.pictures(drawings)]
@@ -222,7 +248,6 @@ async def _ranked(
     if judge is None or not body.rerank or not body.prompt:
         return made
     served = service.engine(judge.name, text=True)
-    deadline = service.deadline()
     shown = await served.embed_images([partial(_whole, each.picture) for each in made], deadline)
     (prompt,), _ = await served.embed_texts([body.prompt], deadline)
     for each, score in zip(made, (shown @ np.asarray(prompt)).tolist(), strict=True):
@@ -236,6 +261,7 @@ async def _events(
     body: GenerateRequest,
     drawings: Sequence[Drawing],
     steps: AsyncGenerator[Any],
+    deadline: float,
     kind: str,
     request_id: str,
 ) -> AsyncIterator[bytes]:
@@ -265,7 +291,7 @@ async def _events(
         tokens = int((generator.model.tokens_of([body.prompt]) != 0).sum())
         usage = {"input_tokens": tokens, "output_tokens": body.n * length, "total_tokens": tokens + body.n * length}
         usage |= {"input_tokens_details": {"text_tokens": tokens, "image_tokens": 0}}
-        for index, made in enumerate(await _ranked(service, generator, body, drawings)):
+        for index, made in enumerate(await _ranked(service, generator, body, drawings, deadline)):
             entry = await _entry(service, made, body, b64=True)
             yield _event(f"{kind}.completed", common | {"index": index, "usage": usage} | entry)
     except Exception as error:

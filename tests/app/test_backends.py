@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -86,6 +87,26 @@ def test_every_backend_gives_the_rows_of_torch(
             if backend in EXACT:
                 assert np.allclose(rows, expected, atol=2e-6)
     assert other.scale == exact.scale
+
+
+def test_what_is_compiled_is_compiled_before_the_first_request(
+    checkpoints: Path, tmp_path: Path, picture: Callable[..., Image.Image], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled = []
+
+    def counted(graph: Any, _: Any) -> Any:
+        compiled.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counted))
+    engine = _engine(checkpoints, tmp_path, "torch-compiled")
+    assert compiled
+    compiled.clear()
+    for count in (1, 2, 5, 32):
+        engine.embed_images([picture(seed) for seed in range(count)])
+        engine.embed_texts([f"a {'red ' * (number % 4)}star" for number in range(count)])
+        engine.embed_texts(["two hearts"] * count)
+    assert not compiled
 
 
 @pytest.mark.skipif(not int8.supported(), reason="this processor has no VNNI")
@@ -184,6 +205,9 @@ def test_auto_takes_the_fastest_that_agrees_and_measures_once(
         engine = _engine(checkpoints, tmp_path, "auto")
     assert engine.details["backends"] == {"image": "onnx-fp32", "text": "onnx-fp32"}
     assert "image: onnx-fp32, same nearest as float32 for 99.5 % (ms: onnx-fp32 1.00, torch-" in caplog.text
+    assert re.search(
+        r"image: same nearest as float32 for less than 99 %, and passed over: .*openvino-int8 98\.0 %", caplog.text
+    )
     assert len(measured) == 4  # two towers by torch and by one other: what does not agree is not even opened
     _engine(checkpoints, tmp_path, "auto")
     assert len(measured) == 4
@@ -193,6 +217,23 @@ def test_auto_takes_the_fastest_that_agrees_and_measures_once(
         file.unlink()
     backends = _engine(checkpoints, tmp_path, "auto").details["backends"]
     assert set(backends.values()) == {"torch-fp32"}  # bfloat16 was found not to agree
+
+
+def test_auto_says_why_it_takes_no_export(
+    exported: Path, checkpoints: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def none_agrees(content: dict[str, Any]) -> None:
+        for tower in content["towers"].values():
+            for row in tower.values():
+                row["agreement"] = 0.97
+
+    _with_report(exported, tmp_path, none_agrees)
+    with caplog.at_level(logging.INFO):
+        engine = _engine(checkpoints, tmp_path, "auto")
+    assert set(engine.details["backends"].values()) == {"torch-fp32"}
+    for tower in ("image", "text"):
+        assert re.search(rf"{tower}: same nearest .* passed over: .*onnx-fp32 97\.0 %, onnx-int8 97\.0 %", caplog.text)
+        assert f"clip, {tower}: torch-fp32, for no export can take its place" in caplog.text
 
 
 def test_a_damaged_export_is_refused_by_name_and_passed_over_by_auto(
@@ -210,7 +251,55 @@ def test_a_damaged_export_is_refused_by_name_and_passed_over_by_auto(
         _engine(checkpoints, tmp_path, "openvino-int8")
     assert _engine(checkpoints, tmp_path, "auto").details["backends"]["image"].startswith("torch")
     assert "passed over" in caplog.text
-    (exports.folder / "report.json").write_text("{")
+
+
+ROW = {"agreement": 1.0, "cosine": 1.0, "alone": 0.001, "of_eight": 0.001}
+
+
+@pytest.mark.parametrize(
+    ("report", "says"),
+    [
+        ("{", "cannot be read"),
+        ([], "no report"),
+        ([1], "no report"),
+        ({"format": 2}, "of format 2"),
+        ({"format": 1, "files": {}}, "report.towers: Field required"),
+        ({"format": 1, "files": [], "towers": {}}, "report.files"),
+        ({"format": 1, "files": {}, "towers": {"image": {"onnx-fp32": ROW | {"more": 1}}}}, "onnx-fp32.more"),
+        ({"format": 1, "files": {}, "towers": {"image": {"onnx-fp32": ROW | {"agreement": "all"}}}}, "agreement"),
+    ],
+)
+def test_a_report_that_is_none_is_refused_by_name_and_passed_over_by_auto(
+    report: Any, says: str, checkpoints: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    exports = exports_of(load_model(checkpoints / "clip"), Settings(store=tmp_path))
+    exports.folder.mkdir(parents=True)
+    (exports.folder / "report.json").write_text(report if isinstance(report, str) else json.dumps(report))
+    with pytest.raises(CheckpointError, match=rf"report\.json .*{says}.*delete the folder and run `semblance export`"):
+        _engine(checkpoints, tmp_path, "onnx-fp32")
+    assert _engine(checkpoints, tmp_path, "auto").details["backends"]["image"].startswith("torch")
+    assert f"exports are passed over: {exports.folder}: report.json" in caplog.text
+
+
+def test_exports_that_can_be_neither_written_nor_read_do_not_keep_auto_from_serving(
+    exported: Path,
+    checkpoints: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refused(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    exports = _with_report(exported, tmp_path, lambda content: None)
+    monkeypatch.setattr("app.exports.timed", lambda encode, batch: (0.001, 0.0))
+    monkeypatch.setattr("app.exports._write_json", refused)
+    assert _engine(checkpoints, tmp_path, "auto").details["backends"].keys() == {"image", "text"}
+    assert "measured again at the next start: [Errno 13] Permission denied" in caplog.text
+    assert not list(exports.folder.glob("measured-*"))
+    monkeypatch.setattr("app.exports.file_hash", refused)
+    with pytest.raises(CheckpointError, match=r"image\.onnx cannot be read \(.*Permission denied"):
+        _engine(checkpoints, tmp_path, "onnx-fp32")
     assert _engine(checkpoints, tmp_path, "auto").details["backends"]["image"].startswith("torch")
 
 

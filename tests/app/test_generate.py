@@ -6,8 +6,10 @@ import asyncio
 import base64
 import io
 import json
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,8 @@ from starlette.testclient import TestClient
 from support import problem, running, tiny_clip, tiny_dalle
 
 from app.__main__ import main
+from app.engine import LocalEngine
+from app.fairness import CALLER
 from app.generator import DecodeLoop, Drawing, LocalGenerator
 from app.inputs import EXAMPLE_IMAGE
 from app.loading import load_generators
@@ -160,6 +164,23 @@ def test_the_best_picture_itself_where_a_png_is_accepted(painter: TestClient) ->
     assert answer.headers["x-seed"] == str(best["seed"])
 
 
+@pytest.mark.parametrize(
+    ("accept", "kind"),
+    [
+        ("image/png, application/json;q=0.5", "image/png"),
+        ("image/avif,IMAGE/*;q=0.9,*/*;q=0.8", "image/png"),
+        ("application/json, image/png;q=0.1", "application/json"),
+        ("image/png;q=0, */*", "application/json"),
+        ("image/png;q=much, text/html", "application/json"),
+        ("*/*", "application/json"),
+        ("", "application/json"),
+    ],
+)
+def test_a_png_is_given_to_whom_it_is_better_than_json(painter: TestClient, accept: str, kind: str) -> None:
+    answer = painter.post("/generate", json={"prompt": "a red star", "seed": 5}, headers={"Accept": accept})
+    assert answer.headers["content-type"] == kind
+
+
 def test_events_show_pictures_on_their_way_and_then_the_whole_ones(painter: TestClient) -> None:
     body = {"prompt": "a red star", "n": 2, "seed": 5}
     answer = painter.post("/generate", json=body | {"stream": True, "partial_images": 3})
@@ -194,8 +215,10 @@ def test_events_show_pictures_on_their_way_and_then_the_whole_ones(painter: Test
         ({"change": 0.5}, 422, "need an image"),
         ({"image": EXAMPLE_IMAGE, "change": 0}, 422, "change"),
         ({"image": EXAMPLE_IMAGE, "mask": EXAMPLE_IMAGE}, 422, "transparent nowhere"),
-        ({"image": "http://example.com/a.png"}, 403, "fetches no URLs"),
-        ({"image": "AAAA"}, 415, "not a picture"),
+        ({"image": "http://example.com/a.png"}, 403, "^image: .*fetches no URLs"),
+        ({"image": "AAAA"}, 415, "^image: not a picture"),
+        ({"image": EXAMPLE_IMAGE, "mask": "AAAA"}, 415, "^mask: not a picture"),
+        ({"image": EXAMPLE_IMAGE, "mask": EXAMPLE_IMAGE[:60]}, 422, "^mask: "),
     ],
 )
 def test_wrong_values_are_refused_by_name(painter: TestClient, changes: dict[str, Any], status: int, says: str) -> None:
@@ -242,6 +265,26 @@ def test_models_tell_what_they_make(painter: TestClient) -> None:
 def test_a_deadline_ends_the_wait_and_the_work(start: Start, model: DALLETransformer) -> None:
     painter = start(generators={"dalle": model}, generate_deadline=1e-6)
     problem(painter.post("/generate", json={"prompt": "a red star"}), 504, "drawn")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_is_drawn_is_ranked_within_the_same_deadline(
+    painter: TestClient, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    deadlines = []
+
+    def noting(method: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(*arguments: Any) -> Any:
+            deadlines.append(signature(method).bind(*arguments).arguments["deadline"])
+            return method(*arguments)
+
+        return noted
+
+    for owner, name in ((LocalGenerator, "draw"), (LocalEngine, "embed_images"), (LocalEngine, "embed_texts")):
+        monkeypatch.setattr(owner, name, noting(getattr(owner, name)))
+    assert painter.post("/generate", json={"prompt": "a red star", "n": 2, "stream": stream}).status_code == 200
+    assert len(deadlines) == 3
+    assert len(set(deadlines)) == 1
 
 
 def _served(model: DALLETransformer, pool: ThreadPoolExecutor, **options: Any) -> LocalGenerator:
@@ -292,6 +335,56 @@ def test_row_32_who_leaves_is_drawn_for_no_more_and_others_share_the_steps(model
             del model.read_ids
 
     asyncio.run(scene())
+
+
+def test_callers_take_turns_and_one_leaves_places_for_another(model: DALLETransformer) -> None:
+    async def scene() -> None:
+        go = threading.Event()
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(go.wait)  # nothing is drawn before
+            served = _served(model, pool, generate_lanes=4, generate_queue=16)
+            deadline = asyncio.get_running_loop().time() + 60
+            joined = []
+
+            def join(drawing: Drawing) -> None:
+                joined.append(drawing.caller)
+                DecodeLoop.join(served._steps, drawing)
+
+            served._steps.join = join  # type: ignore[method-assign]
+
+            async def draw(caller: str, seeds: range) -> None:
+                CALLER.set(caller)
+                async for _ in served.draw("a red star", seeds, PLAIN, deadline):
+                    pass
+
+            async def begun(caller: str, seeds: range) -> asyncio.Task[None]:
+                task = asyncio.create_task(draw(caller, seeds))
+                await asyncio.sleep(0)
+                return task
+
+            try:
+                hog = await begun("hog", range(12))
+                served._pace = 0.25
+                with pytest.raises(BusyError, match="12 of them yours, for about 48 s") as busy:  # of 16 tokens each
+                    await draw("hog", range(12, 13))
+                assert busy.value.retry_after == 24
+                others = [await begun("other", range(2)), await begun("third", range(3))]
+                with pytest.raises(BusyError, match="17 pictures are waiting already, 0 of them yours"):
+                    await draw("fourth", range(1))
+            finally:
+                go.set()
+            await asyncio.gather(hog, *others)
+            assert joined[:9] == ["hog"] * 4 + ["other", "third", "other", "third", "third"]
+            assert served.depth == 0
+            assert 0 < served._pace < 0.25
+            await served.close()
+
+    asyncio.run(scene())
+
+
+def test_a_call_of_more_than_the_queue_holds_is_drawn_if_nobody_waits(start: Start, model: DALLETransformer) -> None:
+    painter = start(generators={"dalle": model}, generate_queue=2)
+    assert len(painter.post("/generate", json={"prompt": "a red star", "n": 5}).json()["data"]) == 5
 
 
 def test_a_failing_model_fails_its_callers_and_serves_the_next(model: DALLETransformer) -> None:

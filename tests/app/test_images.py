@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import io
+import struct
 import tracemalloc
 import zipfile
+import zlib
 from collections.abc import Callable
 from contextlib import suppress
 
 import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
-from support import png_header
+from support import png_header, png_of
 
-from app.images import FORMATS, Limits, decode, media_type, reencode, thumbnail
+from app.images import FORMATS, Limits, decode, decode_mask, media_type, reencode, thumbnail
 from models.errors import ImageError, MediaTypeError, TooLargeError
 
 LIMITS = Limits()
@@ -128,6 +130,34 @@ def test_row_7_transparency_is_white_and_hides_its_colour(mode: str) -> None:
     assert np.asarray(decode(content, LIMITS)).min() == 255
     half = Image.new("RGBA", (8, 8), (0, 0, 0, 128))
     assert abs(int(np.asarray(decode(_bytes(half, "PNG"), LIMITS))[0, 0, 0]) - 127) <= 1
+
+
+@pytest.mark.parametrize(
+    ("bits", "kind", "levels"),
+    [
+        (1, 0, [1]),
+        (2, 0, [2]),
+        (4, 0, [7]),
+        (8, 0, [10]),
+        (16, 0, [0x1234]),
+        (8, 2, [10, 20, 30]),
+        (16, 2, [0x1234, 0x5678, 0x9ABC]),
+        (16, 2, [18, 18, 18]),
+    ],
+)
+def test_row_7_a_colour_that_a_png_has_as_transparent(bits: int, kind: int, levels: list[int]) -> None:
+    other = [level ^ 1 << max(0, bits - 8) for level in levels]  # differs in what is left of it in 8 bits
+    packed = [sum(level << bits * place for place, level in enumerate((row * 8)[::-1])) for row in (levels, other)]
+    body = b"".join(b"\0" + row.to_bytes(bits * len(levels)) for row in packed)
+    header, colour = struct.pack(">IIBBBBB", 8, 2, bits, kind, 0, 0, 0), struct.pack(f">{len(levels)}H", *levels)
+    content = png_of(IHDR=header, tRNS=colour, IDAT=zlib.compress(body))
+    pixels, opaque = (
+        np.asarray(decode(each, LIMITS)) for each in (content, png_of(IHDR=header, IDAT=zlib.compress(body)))
+    )
+    assert pixels[0].min() == 255
+    assert np.array_equal(pixels[1], opaque[1])
+    alpha = np.asarray(decode_mask(content, LIMITS))[..., 3]
+    assert (alpha == [[0] * 8, [255] * 8]).all()
 
 
 def test_row_8_hostile_metadata(encoded: Encoded) -> None:
