@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Generic, NamedTuple, TypeVar
 
-from app.fairness import CALLERS_PART, FairQueue, Flow, flow_of
+from app.fairness import FairQueue, Flow, flow_of, has_room
 from app.metrics import BatchMeter
 from models.errors import BusyError, DeadlineError, ModelError, SemblanceError
 
@@ -148,11 +148,11 @@ class Batcher(Generic[In, Out]):
         callers: Counter[str] = Counter()
         for other, places in self._held.items():
             callers[other.caller] += places
-        of_caller, part = callers[flow.caller], CALLERS_PART * self._queue_size
-        full = of_caller >= part or sum(min(places, part) for places in callers.values()) >= self._queue_size
+        full = not has_room(callers, flow.caller, self._queue_size)
         # Whoever is alone is let in, so that a slow start is forgotten.
         if full or (held and over > 0):
-            waiting = f"{held} inputs are waiting already, {of_caller} of them yours, for about {seconds:.0f} s"
+            yours = callers[flow.caller]
+            waiting = f"{held} inputs are waiting already, {yours} of them yours, for about {seconds:.0f} s"
             raise BusyError(
                 f"{waiting}; try again later", retry_after=max(1, math.ceil(over if over > 0 else seconds / 2))
             )
