@@ -133,6 +133,8 @@ def _migrate(options: argparse.Namespace) -> int:
 
             found = migrate(known[name], target, progress)
             print(f"{name}: the same in both, {found.items:,} items, SHA-256 {found.checksums[1]}")  # noqa: T201
+        for name in sorted({*target.names()} - known.keys()):
+            print(f"{name}: only where the others went, and left there; delete it if it was deleted here")  # noqa: T201
     return 0
 
 

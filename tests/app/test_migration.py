@@ -54,7 +54,17 @@ def test_a_folder_goes_into_postgresql_and_back_to_the_bit(
             made.add([new_item(8, caption="another")])
         # Again, and what differs is all that is done.
         assert main(["migrate-store", url, "--data", str(tmp_path / "data"), "--collection", "c"]) == 0
-        assert capsys.readouterr().out.splitlines()[0] == "c: 151 items, 1 copied, 1 deleted"
+        said = capsys.readouterr().out.splitlines()
+        assert said[0] == "c: 151 items, 1 copied, 1 deleted"
+        assert said[-1].startswith("c: the same in both")
+        collections.create("gone", model="m", fingerprint="f", dimensions=8)
+        assert main(["migrate-store", url, "--data", str(tmp_path / "data"), "--collection", "gone"]) == 0
+        collections.delete("gone")
+        capsys.readouterr()
+        assert main(["migrate-store", url, "--data", str(tmp_path / "data")]) == 0
+        assert capsys.readouterr().out.splitlines()[-1].startswith("gone: only where the others went, and left there")
+        with PostgresCollections(url) as copied:
+            copied.delete("gone")
     monkeypatch.setenv("SEMBLANCE_DATABASE", url)
     assert main(["migrate-store", str(tmp_path / "back")]) == 0
     with SQLiteCollections(tmp_path / "back") as back, SQLiteCollections(tmp_path / "data") as collections:
