@@ -23,7 +23,7 @@ _LINGER = 0.5  # seconds in which a client that is still sending can read why it
 
 def punctual(head_seconds: float, body_seconds: float) -> type[HttpToolsProtocol]:
     """uvicorn's protocol, which has no such limits, with some: a connection is closed whose request's head has not come
-    `head_seconds` after it was opened (or after the request's first byte, on one that was used before), or whose body has not come
+    `head_seconds` after it was opened (or after the next byte, on one that was used before), or whose body has not come
     on for `body_seconds`. A head of more than 64 KiB is answered 431."""
 
     class Punctual(HttpToolsProtocol):
@@ -48,6 +48,8 @@ def punctual(head_seconds: float, body_seconds: float) -> type[HttpToolsProtocol
             super().data_received(data)
             if self._unread > _HEAD:
                 self._refuse(*_TOO_LARGE)
+            elif self._timer is None and self.timeout_keep_alive_task is None and self._idle():
+                self._expect(head_seconds)  # those bytes began no request, and they ended uvicorn's own timer
 
         def on_message_begin(self) -> None:
             super().on_message_begin()

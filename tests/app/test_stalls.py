@@ -100,6 +100,19 @@ def test_a_connection_that_is_used_again_is_timed_again(server: Server) -> None:
         assert HEAD - 0.5 < time.monotonic() - began < HEAD + 3
 
 
+def test_bytes_that_begin_no_request_do_not_keep_a_connection(server: Server) -> None:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
+        connection.sendall(ASK)
+        while not connection.recv(4096).endswith(b"}"):
+            pass
+        began = time.monotonic()
+        connection.sendall(b"\r\n")
+        time.sleep(HEAD / 2)
+        connection.sendall(b"\r\n")  # which does not make it longer
+        assert connection.recv(100) == b""
+        assert HEAD - 0.5 < time.monotonic() - began < HEAD + 0.7
+
+
 HOST = b"GET /models HTTP/1.1\r\nHost: localhost\r\n"
 CHUNKED = b"POST /embed HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
 
