@@ -59,6 +59,8 @@ def punctual(head_seconds: float, body_seconds: float) -> type[HttpToolsProtocol
             self._unread = 0
             if len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers) > _HEAD:
                 self._refuse(*_TOO_LARGE)
+            elif any(name == b"transfer-encoding" and value.lower() != b"chunked" for name, value in self.headers):
+                self._refuse(501, "of transfer codings only `chunked` is read; send the body without another one")
             if self._refused:
                 raise httptools.HttpParserError("refused")  # or the rest of what came would be read
             super().on_headers_complete()

@@ -175,6 +175,12 @@ def test_large_heads_and_bodies_below_the_limits_are_read_one_after_another(serv
     assert answer.count(b"HTTP/1.1 200 OK") == 4
 
 
+def test_a_transfer_coding_that_is_not_read_is_refused(server: Server) -> None:
+    head = CHUNKED.replace(b"chunked", b"gzip, chunked")
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
+        assert b"HTTP/1.1 501 " in _sent(connection, head + b"2\r\n{}\r\n0\r\n\r\n", b"")
+
+
 def test_a_slow_body_that_comes_on_is_read_to_its_end(server: Server) -> None:
     text = b'{"input": "%s"}' % (b"a" * 1500)
     body = text + b" " * (100_000 - len(text))
