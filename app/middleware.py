@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from opentelemetry.trace import INVALID_SPAN, Span, SpanKind, StatusCode, format_trace_id
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from structlog.contextvars import bound_contextvars
 
@@ -80,6 +81,8 @@ class Envelope:
         ):
             try:
                 await self.app(scope, receive, labelled)
+            except ClientDisconnect:  # while its body was read; nobody is left to answer
+                pass
             except Exception as error:
                 if status:  # too late for another answer; the server closes the connection
                     raise

@@ -69,6 +69,7 @@ def test_row_31_stalled_connections_are_closed_and_hurt_nobody(server: Server) -
         assert len(closed[kind]) == EACH, (kind, len(closed[kind]))
         assert min(closed[kind]) > limit * 0.6
         assert max(closed[kind]) < limit + 4
+    assert "Traceback" not in server.log.read_text()
     (p50, p99), (p50_alone, p99_alone) = (1e3 * np.percentile(each, [50, 99]) for each in (took, alone))
     print(
         f"{4 * EACH} stalled connections; {len(took)} requests beside them: p50 {p50:.0f} and p99 {p99:.0f} ms, "
