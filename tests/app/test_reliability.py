@@ -337,10 +337,9 @@ def test_row_24_bodies_over_the_limit_announced_chunked_or_a_lie(server: Server)
 
 
 def test_row_42_a_second_process_on_the_folder(server: Server, checkpoints: Path) -> None:
-    second = subprocess.run(
-        [sys.executable, "-m", "app", "serve", "--checkpoints", str(checkpoints), "--data", str(server.data)],
-        capture_output=True, text=True, timeout=60, check=False,
-    )  # fmt: skip
+    place = ["--checkpoints", str(checkpoints), "--data", str(server.data), "--port", "0"]
+    command = [sys.executable, "-m", "app", "serve", *place]
+    second = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert second.returncode == 1
     assert f"in use by another process ({server.url})" in second.stderr
 
