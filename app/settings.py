@@ -34,7 +34,7 @@ def _split(value: Any) -> Any:
 class Settings(BaseSettings):
     """Defaults suit a laptop: loopback only, small limits, every processor core."""
 
-    model_config = SettingsConfigDict(env_prefix="SEMBLANCE_", extra="forbid", frozen=True)
+    model_config = SettingsConfigDict(env_prefix="SEMBLANCE_", extra="forbid", frozen=True, allow_inf_nan=False)
 
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on")

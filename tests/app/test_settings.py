@@ -39,7 +39,17 @@ def test_the_key_that_commands_bring_is_none_that_a_server_takes(monkeypatch: py
     assert asyncio.run(brought()) == "Bearer theirs"
 
 
-@pytest.mark.parametrize(("name", "value"), [("port", 70000), ("batch_size", 0), ("deadline", -1), ("unknown", 1)])
-def test_wrong_settings_are_refused_by_name(name: str, value: int) -> None:
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("port", 70000),
+        ("batch_size", 0),
+        ("deadline", -1),
+        ("drain_seconds", "inf"),
+        ("deadline", "nan"),
+        ("unknown", 1),
+    ],
+)
+def test_wrong_settings_are_refused_by_name(name: str, value: object) -> None:
     with pytest.raises(ValidationError, match=name):
         Settings(**{name: value})  # type: ignore[arg-type]
