@@ -156,6 +156,7 @@ def _serve(options: argparse.Namespace) -> int:
     import uvicorn
 
     from app import logs, tracing
+    from app.address import bound, listen
     from app.demo import fill_demo
     from app.keys import keys_to_serve
     from app.loading import load_engines, load_generators, settle
@@ -169,8 +170,10 @@ def _serve(options: argparse.Namespace) -> int:
     tracing.configure()
     log = logging.getLogger("semblance")
     started = time.monotonic()
-    address = f"http://{settings.host}:{settings.port}"
-    with open_collections(settings, note=address) as collections:
+    with (
+        bound(settings.host, settings.port) as (address, sockets),
+        open_collections(settings, note=address) as collections,
+    ):
         engines, generators = load_engines(settings), load_generators(settings)
         if not engines and not generators:
             raise SemblanceError(
@@ -180,14 +183,13 @@ def _serve(options: argparse.Namespace) -> int:
             added = asyncio.run(fill_demo(settings, engines, collections))
             if added is not None:
                 log.info("filled the collection %r with %d pictures", settings.default_collection, added)
+        listen(address, sockets)
         log.info("%s ready on %s after %.1f s", ", ".join((*engines, *generators)), address, time.monotonic() - started)
         # uvicorn raises the signal again when it has drained, and the default handler would make that a failure.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
         app = create_app(settings, engines, collections, generators, keys)
         config = uvicorn.Config(
             app,
-            host=settings.host,
-            port=settings.port,
             http=punctual(settings.head_seconds, settings.body_seconds),
             log_config=None,
             log_level="warning",
@@ -198,7 +200,7 @@ def _serve(options: argparse.Namespace) -> int:
             timeout_keep_alive=75,
         )
         settle()
-        DrainingServer(config, app.state.service.drain).run()
+        DrainingServer(config, app.state.service.drain).run(sockets)
     return 0
 
 

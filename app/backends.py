@@ -304,8 +304,16 @@ def _seconds(encode: Encode, batch: Tensor) -> float:
 
 
 def choose_device(name: str) -> torch.device:
-    """ "auto": CUDA if there is any, else the CPU."""
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    """ "auto": CUDA if there is any, else the CPU. Raises CheckpointError, saying what there is, for a device that
+    nothing can be computed on."""
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+        torch.zeros(1, device=device).item()  # "meta" has no numbers, and an index may be of no GPU
+    except (RuntimeError, AssertionError, ImportError) as error:  # torch without CUDA asserts that it has it
+        there = ("auto", "cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count())))
+        said = str(error).partition("\n")[0].partition(". ")[0]
+        raise CheckpointError(f"DEVICE={name} cannot be used ({said}); here are: {', '.join(there)}") from error
+    return device
 
 
 def serves_here(backend: Backend, device: torch.device) -> bool:

@@ -21,7 +21,7 @@ from app.pictures import file_of, place_of
 from models.errors import ConflictError, NotFoundError, StorageError
 
 FORMAT = 1
-_STORE, _MANIFEST = "store.db", "manifest.json"
+_STORE, _MANIFEST, _KEYS = "store.db", "manifest.json", "keys"
 _NAMES = re.compile(r"store\.db|pictures/[0-9a-f]{2}/[0-9a-f]{64}|keys/[A-Za-z0-9][A-Za-z0-9._-]*\.json")
 _TRIES = 10
 
@@ -63,8 +63,11 @@ def back_up(store: Path, out: Path) -> Saved:
                     break
             else:
                 raise StorageError("items are deleted faster than they can be copied; try again at a quieter time")
-            for file in sorted((store / "keys").glob("*.json")):
-                archive.add(f"keys/{file.name}", file)
+            keys = sorted((store / _KEYS).glob("*.json"))
+            for file in keys:
+                archive.add(f"{_KEYS}/{file.name}", file)
+            if not keys and (store / _KEYS).is_dir():  # the last was revoked, and the server asks for one still
+                archive.add_folder(_KEYS)
             archive.add(_STORE, copy)
         draft.rename(out)
     except OSError as error:
@@ -163,6 +166,10 @@ def _extract(tar: tarfile.TarFile, folder: Path, archive: Path) -> None:
         if member.name == _MANIFEST and content is not None:
             expected = _manifest(content.read(), archive)
             continue
+        if member.isdir() and member.name == _KEYS:
+            (folder / _KEYS).mkdir(mode=0o700, exist_ok=True)
+            hashes[_KEYS] = ""
+            continue
         if content is None or not _NAMES.fullmatch(member.name):
             raise StorageError(f"{archive} is no backup: it holds {member.name!r}")
         file = folder / member.name
@@ -209,6 +216,13 @@ class _Writing:
             hashing = _Hashing(content)
             self._tar.addfile(told, hashing)
         self.hashes[name] = hashing.hexdigest()
+
+    def add_folder(self, name: str) -> None:
+        """An empty one."""
+        told = tarfile.TarInfo(name)
+        told.type, told.mode = tarfile.DIRTYPE, 0o700
+        self._tar.addfile(told)
+        self.hashes[name] = ""
 
     def __enter__(self) -> _Writing:
         return self

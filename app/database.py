@@ -51,7 +51,7 @@ class Database:
         self._readers: queue.LifoQueue[apsw.Connection] = queue.LifoQueue()
         self._opened: list[apsw.Connection] = []
         if not may_be_new and not (file.is_file() and file.stat().st_size):
-            raise self._nothing()  # and no file is left behind
+            raise nothing(self.file)  # and no file is left behind
         try:
             self._connection = self._connect()
             self._prepare()
@@ -138,16 +138,10 @@ class Database:
     def _prepare(self) -> None:
         if check(self._connection, self.file) == 0:
             if not self._may_be_new:
-                raise self._nothing()
+                raise nothing(self.file)
             with self._connection:
                 self._connection.execute(_SCHEMA)
                 self._connection.pragma("user_version", FORMAT)
-
-    def _nothing(self) -> StorageError:
-        return StorageError(
-            f"{self.file} is missing or empty; restore it from a backup, or use another folder: pictures beside it "
-            "would be deleted as nobody's"
-        )
 
     def _write_all(self) -> None:
         while (job := self._jobs.get()) is not None:
@@ -208,6 +202,24 @@ class Database:
             except BaseException as error:
                 job.done.set_exception(error)
         self._take_reserve()
+
+
+def nothing(file: Path) -> StorageError:
+    """What to say of a database that is missing or empty where it must not be."""
+    return StorageError(
+        f"{file} is missing or empty; restore it from a backup, or use another folder: pictures beside it would be "
+        "deleted as nobody's"
+    )
+
+
+def looked_at(file: Path) -> apsw.Connection:
+    """A connection that reads, also beside a server, and leaves the database and its log as they are.
+
+    Where there is no log nobody writes, and SQLite, which is told so, makes none.
+    """
+    immutable = "" if file.with_name(f"{file.name}-wal").exists() else "&immutable=1"
+    place = f"{file.absolute().as_uri()}?mode=ro{immutable}"
+    return apsw.Connection(place, flags=apsw.SQLITE_OPEN_READONLY | apsw.SQLITE_OPEN_URI)
 
 
 def check(connection: apsw.Connection, file: Path, *, whole: bool = False) -> int:

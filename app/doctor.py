@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 import importlib.util
 import os
 import shutil
-import socket
 import sys
 from collections.abc import Iterator
 from contextlib import closing
@@ -19,6 +17,7 @@ from models.errors import SemblanceError, StorageError
 
 Verdict = Literal["ok", "note", "bad"]
 _LOW_DISK = 1 << 30
+_WRONG = "SELECT vector FROM vectors JOIN items USING (row) WHERE collection = ? AND length(vector) != ? LIMIT 1"
 _OPTIONAL = {
     "faiss": "without it every search compares with every item: pip install 'semblance[cpu]' (or [gpu])",
     "onnxruntime": "pip install 'semblance[onnx]', and `semblance export`, embed several times as fast on a CPU",
@@ -56,7 +55,7 @@ def _environment(settings: Settings) -> Iterator[Finding]:
             yield Finding("note", name, f"is not installed; {way}")
     try:
         device = choose_device(settings.device)
-    except (SemblanceError, RuntimeError, ValueError) as error:
+    except SemblanceError as error:
         yield Finding("bad", "device", str(error))
     else:
         named = f", {torch.cuda.get_device_name(device)}" if device.type == "cuda" else ""
@@ -108,54 +107,86 @@ def _data_folder(settings: Settings) -> Iterator[Finding]:
 
 
 def _collections(settings: Settings) -> Iterator[Finding]:
-    from app.database import check
-    from app.locking import lock_note
-    from app.stores import open_collections
+    from app.collections import STAGED
+    from app.database import check, looked_at, nothing, rows
+    from app.index import check_kind
+    from app.locking import held, lock_note
+    from app.sqlite_collection import vectors_of
+    from app.sqlite_collections import known
+    from app.stores import check_stores
 
-    store = settings.store
-    if settings.database is None:
-        if not (store / "store.db").exists():
+    if settings.database is not None:
+        yield from _database(settings, settings.database.get_secret_value())
+        return
+    store, file = settings.store, settings.store / "store.db"
+    findings = []
+    try:
+        check_stores(settings)
+        if not (file.is_file() and file.stat().st_size):
+            if any((store / "pictures").glob("*/*")):
+                raise nothing(file)
             yield Finding("ok", "data folder", f"{store} is made at the first start")
             return
-        try:
-            with closing(apsw.Connection(str(store / "store.db"), flags=apsw.SQLITE_OPEN_READWRITE)) as connection:
-                check(connection, store / "store.db")
-        except (StorageError, apsw.Error) as error:
-            yield Finding("bad", "data folder", str(error))
-            return
+        with closing(looked_at(file)) as connection:
+            check(connection, file)
+            for made in known(connection):
+                count = rows(connection, "SELECT COUNT(*) FROM items WHERE collection = ?", made.key)[0][0]
+                check_kind(made.kind)
+                wrong = rows(connection, _WRONG, made.key, 4 * made.dimensions)
+                vectors_of([blob for (blob,) in wrong], made.dimensions, file)  # which says what is wrong
+                if not made.name.startswith(STAGED):
+                    findings.append(_collection(made.name, count, made.model, made.kind))
+    except (SemblanceError, apsw.Error) as error:
+        yield Finding("bad", "data folder", str(error))
+        return
+    if not held(store):
+        yield from findings
+    elif note := lock_note(store):
+        yield Finding("ok", "data folder", f"{store} is whole, and served by {note}")
+    else:
+        yield Finding("bad", "data folder", f"{store} is in use by another process: stop it, or use another folder")
+
+
+def _database(settings: Settings, url: str) -> Iterator[Finding]:
+    from app.collections import STAGED
+    from app.postgres import look
+
     try:
-        with open_collections(settings) as collections:
-            for name in collections.names():
-                info = collections.get(name).info()
-                yield Finding("ok", f"collection {name}", f"{info.count:,} items of model {info.model!r}, {info.index}")
+        known = look(url)
+        if known is None:
+            yield Finding("ok", "database", "its schema is made at the first start")
+        for name, count, model, kind in known or []:
+            if not name.startswith(STAGED):
+                yield _collection(name, count, model, kind)
+        if settings.milvus is not None:
+            from app.milvus import collections_of
+
+            yield Finding("ok", "milvus", f"it answers, and has {len(collections_of(settings.milvus, ''))} collections")
     except SemblanceError as error:
-        if settings.database is not None:
-            yield Finding("bad", "database", str(error))
-        elif not (note := lock_note(store)):
-            yield Finding("bad", "data folder", str(error))
-        else:
-            yield Finding("ok", "data folder", f"{store} is whole, and served by {note}")
+        yield Finding("bad", "database", str(error))
+
+
+def _collection(name: str, count: int, model: str, kind: str) -> Finding:
+    return Finding("ok", f"collection {name}", f"{count:,} items of model {model!r}, {kind}")
 
 
 def _address(settings: Settings) -> Iterator[Finding]:
+    from app.address import bound, url_of
     from app.keys import Keyring
+    from app.locking import held, lock_note
 
     try:
         settings.check_exposure(keyed=Keyring(settings.store).required)
     except SemblanceError as error:
         yield Finding("bad", "address", str(error))
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((settings.host, settings.port))
-        except OSError as error:
-            taken = error.errno == errno.EADDRINUSE
-            why = (
-                "is taken: stop what listens there, or give another --port"
-                if taken
-                else f"cannot be had: {error.strerror}"
-            )
-            yield Finding("bad", "address", f"{settings.host}:{settings.port} {why}")
+    url = url_of(settings.host, settings.port)
+    found = Finding("ok", "address", f"{url.removeprefix('http://')} is free")
+    try:
+        with bound(settings.host, settings.port):
+            pass
+    except SemblanceError as error:
+        if held(settings.store) and lock_note(settings.store) == url:
+            found = Finding("ok", "address", f"{url} is where the data folder is served")
         else:
-            yield Finding("ok", "address", f"{settings.host}:{settings.port} is free")
+            found = Finding("bad", "address", str(error))
+    yield found

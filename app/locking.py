@@ -35,3 +35,15 @@ def lock_note(folder: Path) -> str:
         return (folder / "lock").read_text(encoding="utf-8").strip()
     except OSError:
         return ""
+
+
+def held(folder: Path) -> bool:
+    """Whether a process has the folder open; nothing is written to find out."""
+    try:
+        with (folder / "lock").open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False

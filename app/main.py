@@ -67,7 +67,7 @@ def create_app(
     app.add_middleware(Presence)
     app.add_middleware(BodyLimit, limit=settings.max_body)
     app.add_middleware(Gate, service=service)
-    app.add_middleware(Envelope, metrics=service.metrics)
+    app.add_middleware(Envelope, metrics=service.metrics, ending=lambda: service.state == "draining")
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app
 

@@ -7,15 +7,18 @@ import logging
 import re
 import time
 import uuid
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import TYPE_CHECKING
 
 from opentelemetry.trace import INVALID_SPAN, Span, SpanKind, StatusCode, format_trace_id
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from structlog.contextvars import bound_contextvars
 
 from app import page, tracing
+from app.batching import shutting_down
 from app.errors import problem, reason
 from app.fairness import CALLER
 from models.errors import BusyError, ForbiddenError, MalformedError, TooLargeError, UnauthorizedError
@@ -48,9 +51,11 @@ class Envelope:
     """Outermost: gives every answer an `X-Request-ID` and the headers below, every error that escapes an answer, and
     every request its place in the metrics and a line in the log."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, ending: Callable[[], bool] = lambda: False) -> None:
+        """ending: whether the server is, which cancels what it has no more time for."""
         self.app = app
         self.metrics = metrics
+        self.ending = ending
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -72,6 +77,10 @@ class Envelope:
                 headers.update(_HEADERS)
             await send(message)
 
+        async def answer(error: Exception) -> None:
+            scope["state"]["reason"] = reason(error)
+            await problem(error, request_id)(scope, receive, labelled)
+
         method = scope["method"] if scope["method"] in _METHODS else "other"
         with (
             self.metrics.in_flight.track_inprogress(),
@@ -80,11 +89,17 @@ class Envelope:
         ):
             try:
                 await self.app(scope, receive, labelled)
+            except ClientDisconnect:  # while its body was read; nobody is left to answer
+                pass
             except Exception as error:
                 if status:  # too late for another answer; the server closes the connection
                     raise
-                scope["state"]["reason"] = reason(error)
-                await problem(error, request_id)(scope, receive, labelled)
+                await answer(error)
+            except asyncio.CancelledError:
+                if not self.ending():
+                    raise
+                if not status:
+                    await answer(shutting_down())
             finally:
                 self._record(scope, method, status or _LEFT, time.perf_counter() - began, span)
 

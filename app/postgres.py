@@ -59,6 +59,10 @@ CREATE INDEX ON items (picture) WHERE picture IS NOT NULL;
 CREATE INDEX ON items USING gin (facets jsonb_path_ops);
 CREATE TABLE format (version integer NOT NULL, store uuid NOT NULL DEFAULT gen_random_uuid());
 """
+_LOOK = """
+SELECT name, (SELECT count(*) FROM semblance.items WHERE collection = key), model, kind
+FROM semblance.collections ORDER BY name
+"""
 
 
 class Postgres:
@@ -76,9 +80,7 @@ class Postgres:
             with psycopg.connect(url, autocommit=True) as connection:
                 self.store = _prepare(connection, self.name)
         except psycopg.Error as error:
-            raise StorageError(
-                f"{self.name} cannot be opened ({_said(error)}); check the address, and that the server has pgvector"
-            ) from error
+            raise _closed(self.name, error) from error
         self._url = url
         # It has a line for each try to come back to a database that is away; what fails at last is raised.
         logging.getLogger("psycopg.pool").setLevel(logging.ERROR)
@@ -149,14 +151,44 @@ def _prepare(connection: Connection[Any], name: str) -> UUID:
             connection.execute(_SCHEMA)
             connection.execute("INSERT INTO format (version) VALUES (%s)", (FORMAT,))
         rows = connection.execute("SELECT version, store FROM format ORDER BY version").fetchall()
-    version, store = rows[-1][0], rows[0][1]
+    _check(name, rows[-1][0])
+    if connection.execute("SHOW fsync").fetchone() == ("off",):
+        log.warning("%s does not sync (fsync = off): what is acknowledged is lost when its machine fails", name)
+    store: UUID = rows[0][1]
+    return store
+
+
+def look(url: str) -> list[tuple[str, int, str, str]] | None:
+    """Of each collection its name, items, model and kind of index; None where no schema was made yet. Nothing is made.
+
+    Raises StorageError as Postgres does.
+    """
+    name = _shown(url)
+    try:
+        with psycopg.connect(url) as connection:
+            connection.read_only = True
+            if connection.execute("SELECT 1 FROM pg_available_extensions WHERE name = 'vector'").fetchone() is None:
+                raise StorageError(f"{name} cannot be opened (it has no pgvector); install it on that server")
+            if connection.execute("SELECT to_regclass('semblance.format')").fetchone() == (None,):
+                return None
+            ((version,),) = connection.execute("SELECT max(version) FROM semblance.format").fetchall()
+            _check(name, version)
+            return connection.execute(_LOOK).fetchall()
+    except psycopg.Error as error:
+        raise _closed(name, error) from error
+
+
+def _check(name: str, version: int) -> None:
     if version > FORMAT:
         raise StorageError(
             f"{name} is of format {version}, this version reads up to {FORMAT}: upgrade, or use another database"
         )
-    if connection.execute("SHOW fsync").fetchone() == ("off",):
-        log.warning("%s does not sync (fsync = off): what is acknowledged is lost when its machine fails", name)
-    return store
+
+
+def _closed(name: str, error: Exception) -> StorageError:
+    return StorageError(
+        f"{name} cannot be opened ({_said(error)}); check the address, and that the server has pgvector"
+    )
 
 
 def _configure(connection: Connection[Any]) -> None:

@@ -21,6 +21,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app import logs, tracing
+from app.address import url_of
 from app.commandline import settings_of
 from app.demo import fill_demo
 from app.keys import Keyring, keys_to_serve
@@ -102,7 +103,7 @@ class Router:
         logs.configure(settings.log)
         tracing.configure()
         self._settings, self._encoders, self._generators = settings, encoders, generators
-        self._collections = open_collections(settings, note=f"http://{settings.host}:{settings.port}")
+        self._collections = open_collections(settings, note=url_of(settings.host, settings.port))
 
     async def __serve_build_asgi_app__(self) -> ASGIApp:
         """What Ray asks for once, when this is made."""
@@ -216,7 +217,7 @@ def run(options: argparse.Namespace) -> int:
         )
         node = ray.util.get_node_ip_address()
         serve.run(application(settings, plans, options.wait_ms / 1000, node), name=NAME)
-        log.info("%s ready on http://%s:%d", ", ".join(models), settings.host, settings.port)
+        log.info("%s ready on %s", ", ".join(models), url_of(settings.host, settings.port))
         threading.Event().wait()
     finally:
         serve.delete(NAME)

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AliasChoices, BeforeValidator, Field, SecretStr
+from pydantic import BeforeValidator, Field, SecretStr
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from models.errors import ForbiddenError
@@ -34,14 +34,13 @@ def _split(value: Any) -> Any:
 class Settings(BaseSettings):
     """Defaults suit a laptop: loopback only, small limits, every processor core."""
 
-    model_config = SettingsConfigDict(env_prefix="SEMBLANCE_", extra="forbid", validate_by_name=True, frozen=True)
+    model_config = SettingsConfigDict(env_prefix="SEMBLANCE_", extra="forbid", frozen=True, allow_inf_nan=False)
 
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on")
     insecure: bool = Field(False, description="serve a non-loopback address without an API key")
     api_keys: Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_split)] = Field(
         (),
-        validation_alias=AliasChoices("semblance_api_keys", "semblance_api_key"),
         description="keys of which a request must bring one, as Authorization: Bearer; separated by commas. They may "
         "do everything; `semblance keys` makes others",
     )

@@ -17,8 +17,13 @@ def open_collections(settings: Settings, note: str = "") -> Collections:
         from app.postgres_collections import PostgresCollections
 
         return PostgresCollections(settings.database.get_secret_value(), settings.picture_root, settings.milvus)
-    if settings.milvus is not None:
-        raise StorageError("a Milvus is no store by itself: give its PostgreSQL as SEMBLANCE_DATABASE")
+    check_stores(settings)
     from app.sqlite_collections import SQLiteCollections
 
     return SQLiteCollections(settings.store, note, settings.picture_root)
+
+
+def check_stores(settings: Settings) -> None:
+    """Raises StorageError for a Milvus without the truth beside it."""
+    if settings.milvus is not None and settings.database is None:
+        raise StorageError("a Milvus is no store by itself: give its PostgreSQL as SEMBLANCE_DATABASE")

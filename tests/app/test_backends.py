@@ -20,7 +20,7 @@ from PIL import Image
 from support import CORPUS, in_python, open_clip_folder
 
 from app import backends, int8
-from app.backends import exported_tower, filled_shape, in_bf16, torch_tower
+from app.backends import choose_device, exported_tower, filled_shape, in_bf16, torch_tower
 from app.engine import ModelEngine
 from app.exporter import export_model, read_calibration
 from app.exports import Exports, exports_of
@@ -322,6 +322,12 @@ def test_what_is_not_there_is_said_with_the_way_out(
         monkeypatch.setitem(sys.modules, package, None)
         with pytest.raises(CheckpointError, match=rf"{package} is not installed.*semblance\[{extra}\]"):
             _engine(checkpoints, exported, backend)
+
+
+@pytest.mark.parametrize("name", ["nonsense", "meta", "cuda:99", ""])
+def test_a_device_that_nothing_can_be_computed_on_is_refused_by_name(name: str) -> None:
+    with pytest.raises(CheckpointError, match=f"^DEVICE={name} cannot be used .*; here are: auto, cpu"):
+        choose_device(name)
 
 
 def test_a_second_export_keeps_the_files_of_the_first(checkpoints: Path, exported: Path, pictures: Path) -> None:

@@ -65,6 +65,18 @@ def test_there_and_back(filled: Path, tmp_path: Path) -> None:
     assert sorted(each.name for each in tmp_path.iterdir()) == ["again", "b.tar", "data"]  # nothing is left about
 
 
+def test_a_folder_whose_last_key_was_revoked_asks_for_one_still(filled: Path, tmp_path: Path) -> None:
+    Keyring(filled).revoke("site")
+    back_up(filled, tmp_path / "b.tar")
+    restore(tmp_path / "b.tar", tmp_path / "again")
+    assert Keyring(tmp_path / "again").required
+    assert (tmp_path / "again" / "keys").stat().st_mode & 0o777 == 0o700
+    shutil.rmtree(filled / "keys")
+    back_up(filled, tmp_path / "c.tar")
+    restore(tmp_path / "c.tar", tmp_path / "open")
+    assert not Keyring(tmp_path / "open").required
+
+
 def test_while_it_changes(filled: Path, tmp_path: Path, encoded: Encoded) -> None:
     """Each backup is one moment: of the pairs that a writer adds and deletes together, none is torn."""
     stop = threading.Event()

@@ -5,6 +5,10 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
+import socket
+import subprocess
+import sys
 import tarfile
 import zlib
 from collections.abc import Callable
@@ -16,6 +20,7 @@ from support import open_clip_folder, running
 
 from app.__main__ import main
 from app.ingest import count
+from app.locking import lock_note
 from app.sqlite_collections import SQLiteCollections
 from training.scene_shard import write_shard
 
@@ -223,6 +228,41 @@ def test_errors_are_sentences(run: Run, tmp_path: Path) -> None:
     assert "--insecure" in run("serve", "--host", "0.0.0.0", status=1)
     assert "setting port" in run("serve", "--port", "99999", status=1)
     assert "cannot be reached" in run("models", "--server", "http://127.0.0.1:9", status=1)
+
+
+def test_a_port_that_is_taken_ends_the_start_in_a_sentence(checkpoints: Path, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        place = ["--data", str(tmp_path / "data"), "--checkpoints", str(checkpoints)]
+        command = [sys.executable, "-m", "app", "serve", *place, "--port", str(taken.getsockname()[1])]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert re.fullmatch(r"semblance: 127\.0\.0\.1:\d+ is taken: stop what listens there, .*\n", done.stderr)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_a_free_port_is_told_to_whoever_looks(run: Run, checkpoints: Path, tmp_path: Path, host: str) -> None:
+    if ":" in host and not _has_ipv6():
+        pytest.skip("there is no IPv6 here")
+    place = ["--data", str(tmp_path / "data"), "--checkpoints", str(checkpoints), "--threads", "1"]
+    command = [sys.executable, "-m", "app", "serve", *place, "--host", host, "--port", "0"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stderr is not None
+            lines = iter(process.stderr.readline, "")
+            (address,) = next(told for line in lines if (told := re.findall(r"ready on (\S+)", line)))
+            assert re.fullmatch(r"http://(127\.0\.0\.1|\[::1\]):[1-9]\d+", address)
+            assert lock_note(tmp_path / "data") == address
+            assert json.loads(run("models", "--json"))["data"][0]["id"] == "clip"
+        finally:
+            process.kill()
+
+
+def _has_ipv6() -> bool:
+    try:
+        with socket.create_server(("::1", 0), family=socket.AF_INET6):
+            return True
+    except OSError:
+        return False
 
 
 def test_help_explains_every_command(capsys: pytest.CaptureFixture[str]) -> None:

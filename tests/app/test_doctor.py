@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import shutil
 import socket
+from contextlib import closing
 from pathlib import Path
 
+import apsw
+import numpy as np
+import psycopg
 import pytest
 from databases import PostgresServer
 from pydantic import SecretStr
 
 from app.__main__ import main
+from app.collection import NewItem
 from app.doctor import Finding, examine
 from app.keys import Keyring
 from app.postgres_collections import PostgresCollections
 from app.settings import Settings
 from app.sqlite_collections import SQLiteCollections
+from models.errors import StorageError
 
 
 def found(settings: Settings) -> dict[str, Finding]:
@@ -43,6 +49,47 @@ def test_a_server_that_runs_is_let_be(settings: Settings) -> None:
         assert found(settings)["data folder"].text.endswith("is whole, and served by http://127.0.0.1:8000")
 
 
+def test_a_server_that_runs_has_its_address(settings: Settings) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port = listening.getsockname()[1]
+        settings = settings.model_copy(update={"port": port})
+        with SQLiteCollections(settings.store, note=f"http://127.0.0.1:{port}"):
+            assert found(settings)["address"].verdict == "ok"
+        assert found(settings)["address"].verdict == "bad"  # a note that was left, and somebody else's port
+
+
+def test_nothing_is_changed(settings: Settings) -> None:
+    """Not what a start would sweep up, nor what it would make."""
+    with SQLiteCollections(settings.store) as collections:
+        collections.get("mine").add([NewItem("text", np.ones(4, np.float32) / 2, "a")])
+        shutil.copytree(settings.store, settings.store.with_name("killed"))  # with its log
+    for store in (settings.store, settings.store.with_name("killed")):
+        for name in ("pictures/ab/" + "ab" * 32, "index/99.json"):
+            (store / name).parent.mkdir(parents=True, exist_ok=True)
+            (store / name).write_bytes(b"x")
+        for name in ("lock", "store.reserve", "store.db-shm"):  # the last is no data, and made anew
+            (store / name).unlink(missing_ok=True)
+        before = _files(store)
+        assert found(settings.model_copy(update={"store": store}))["collection mine"].text.startswith("1 items")
+        assert _files(store) == before
+
+
+def _files(store: Path) -> dict[str, tuple[bytes, int]]:
+    files = [file for file in store.rglob("*") if file.is_file() and file.suffix != ".db-shm"]
+    return {str(file): (file.read_bytes(), file.stat().st_mtime_ns) for file in files}
+
+
+def test_pictures_without_their_database_are_bad_as_for_a_server(settings: Settings) -> None:
+    store = settings.store / "other"
+    (store / "pictures/ab").mkdir(parents=True)
+    settings = settings.model_copy(update={"store": store})
+    assert found(settings)["data folder"].verdict == "ok"
+    (store / "pictures/ab" / ("ab" * 32)).write_bytes(b"x")
+    with pytest.raises(StorageError) as refused:
+        SQLiteCollections(store)
+    assert found(settings)["data folder"] == Finding("bad", "data folder", str(refused.value))
+
+
 def test_a_damaged_checkpoint_is_named(settings: Settings, tmp_path: Path) -> None:
     copy = tmp_path / "checkpoints"
     shutil.copytree(settings.checkpoints, copy)
@@ -60,6 +107,14 @@ def test_a_damaged_database_is_named(settings: Settings) -> None:
     finding = found(settings)["data folder"]
     assert finding.verdict == "bad"
     assert "restore it from a backup" in finding.text
+
+
+def test_a_vector_of_another_length_is_named(settings: Settings) -> None:
+    with SQLiteCollections(settings.store) as collections:
+        collections.get("mine").add([NewItem("text", np.ones(4, np.float32) / 2, "a")])
+    with closing(apsw.Connection(str(settings.store / "store.db"))) as connection:
+        connection.execute("UPDATE vectors SET vector = x'00'")
+    assert "a vector is not 4 numbers long" in found(settings)["data folder"].text
 
 
 def test_a_damaged_key_is_named(settings: Settings) -> None:
@@ -81,7 +136,8 @@ def test_an_address_that_is_taken_or_open(settings: Settings) -> None:
 
 
 def test_a_device_that_is_not_there(settings: Settings) -> None:
-    assert found(settings.model_copy(update={"device": "nonsense"}))["device"].verdict == "bad"
+    for name in ("nonsense", "cuda:99"):
+        assert found(settings.model_copy(update={"device": name}))["device"].verdict == "bad"
 
 
 def test_the_command(settings: Settings, capsys: pytest.CaptureFixture[str]) -> None:
@@ -94,6 +150,10 @@ def test_the_command(settings: Settings, capsys: pytest.CaptureFixture[str]) -> 
 
 def test_a_database_is_looked_at_in_the_folder_s_place(settings: Settings, postgres: PostgresServer) -> None:
     url = postgres.database()
+    empty = found(settings.model_copy(update={"database": SecretStr(url)}))["database"]
+    assert (empty.verdict, empty.text) == ("ok", "its schema is made at the first start")
+    with psycopg.connect(url) as connection:
+        assert connection.execute("SELECT to_regnamespace('semblance')").fetchone() == (None,)
     with PostgresCollections(url) as collections:
         collections.create("photos", model="clip", fingerprint="f", dimensions=8)
     findings = found(settings.model_copy(update={"database": SecretStr(url)}))

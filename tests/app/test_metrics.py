@@ -131,6 +131,33 @@ def test_a_client_that_leaves_is_counted_as_499(client: TestClient, caplog: pyte
     assert caplog.records[-1].status == 499  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("kind", ["application/json", "multipart/form-data; boundary=b"])
+@pytest.mark.parametrize("path", ["/embed", "/collections/default/items"])
+def test_a_client_that_leaves_while_it_sends_is_no_bug(
+    client: TestClient, caplog: pytest.LogCaptureFixture, path: str, kind: str
+) -> None:
+    caplog.set_level(logging.INFO)
+    client.put("/collections/default", json={})
+    begun = b'{"input": "a' if "json" in kind else b'--b\r\nContent-Disposition: form-data; name="file"\r\n\r\na'
+    messages = [{"type": "http.request", "body": begun, "more_body": True}, {"type": "http.disconnect"}]
+    headers = [(b"host", b"localhost"), (b"content-type", kind.encode()), (b"content-length", b"5000")]
+    scope = {"type": "http", "method": "POST", "path": path, "query_string": b"", "headers": headers}
+
+    async def receive() -> dict[str, object]:
+        return messages.pop(0)
+
+    async def send(message: object) -> None:
+        raise AssertionError(message)
+
+    asyncio.run(client.app(scope, receive, send))  # type: ignore[arg-type]
+    line = caplog.records[-1]
+    assert (line.status, line.route, hasattr(line, "reason")) == (499, path.replace("default", "{name}"), False)  # type: ignore[attr-defined]
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+    found = figures(client)
+    assert of(found, "http_request_duration_seconds_count", method="POST", route=line.route, status="499") == 1  # type: ignore[attr-defined]
+    assert not any(name == "semblance_rejections_total" for name, _ in found)
+
+
 def test_the_log_tells_what_was_done_and_not_what_was_asked(
     checkpoints: Path, tmp_path: Path, encoded: Callable[..., bytes]
 ) -> None:

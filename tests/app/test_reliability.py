@@ -369,10 +369,9 @@ def test_row_24_bodies_over_the_limit_announced_chunked_or_a_lie(server: Server)
 
 
 def test_row_42_a_second_process_on_the_folder(server: Server, checkpoints: Path) -> None:
-    second = subprocess.run(
-        [sys.executable, "-m", "app", "serve", "--checkpoints", str(checkpoints), "--data", str(server.data)],
-        capture_output=True, text=True, timeout=60, check=False,
-    )  # fmt: skip
+    place = ["--checkpoints", str(checkpoints), "--data", str(server.data), "--port", "0"]
+    command = [sys.executable, "-m", "app", "serve", *place]
+    second = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert second.returncode == 1
     assert f"in use by another process ({server.url})" in second.stderr
 
@@ -411,7 +410,8 @@ def test_row_33_sigterm_under_load(checkpoints: Path, tmp_path: Path) -> None:
 
 
 def test_row_33_what_cannot_be_finished_is_told_so(tmp_path: Path) -> None:
-    """A stream ends with an error event, a picture that is waited for with a 503, and a stalled client keeps nobody."""
+    """A stream ends with an error event, a picture or a body that is waited for with a 503, and a stalled client keeps
+    nobody."""
     demo = Path(__file__).parents[2] / "checkpoints" / "demo"
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "dalle").symlink_to(demo / "dalle")
@@ -435,6 +435,10 @@ def test_row_33_what_cannot_be_finished_is_told_so(tmp_path: Path) -> None:
         answer = wait()
         assert server.process.wait(10) == 0
         assert time.monotonic() - began < 6
+        assert "Traceback" not in server.log.read_text()
+        unfinished = b"".join(iter(lambda: stalled.recv(4096), b""))
+    assert unfinished.startswith(b"HTTP/1.1 503 ")
+    assert b"the server is shutting down" in unfinished
     assert "shutting down" in lines[lines.index("event: error") + 1]
     problem(answer, 503, "shutting down")
     assert int(answer.headers["Retry-After"]) > 0

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
 
+from app.connection import connect
 from app.settings import Settings
 
 
@@ -26,7 +28,28 @@ def test_environment_and_keywords(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Settings(store=Path("x")).store == Path("x")
 
 
-@pytest.mark.parametrize(("name", "value"), [("port", 70000), ("batch_size", 0), ("deadline", -1), ("unknown", 1)])
-def test_wrong_settings_are_refused_by_name(name: str, value: int) -> None:
+def test_the_key_that_commands_bring_is_none_that_a_server_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SEMBLANCE_API_KEY", "theirs")
+    assert Settings().api_keys == ()
+
+    async def brought() -> str:
+        async with connect(Settings(), "http://127.0.0.1:1") as client:
+            return client.headers["Authorization"]
+
+    assert asyncio.run(brought()) == "Bearer theirs"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("port", 70000),
+        ("batch_size", 0),
+        ("deadline", -1),
+        ("drain_seconds", "inf"),
+        ("deadline", "nan"),
+        ("unknown", 1),
+    ],
+)
+def test_wrong_settings_are_refused_by_name(name: str, value: object) -> None:
     with pytest.raises(ValidationError, match=name):
         Settings(**{name: value})  # type: ignore[arg-type]
