@@ -427,8 +427,8 @@ def _export(options: argparse.Namespace) -> int:
     torch.set_num_threads(settings.thread_count)
     model = load_model(known[options.name])
     calibration = read_calibration(options.pictures or str(settings.checkpoints / SHARD), options.samples)
-    exports = exports_of(model, settings)
-    found = export_model(options.name, model, exports, options.to, calibration, settings.thread_count)
+    exports = exports_of(options.name, model, settings)
+    found = export_model(model, exports, options.to, calibration, settings.thread_count)
     table = Table("tower", "backend", "same nearest", "lowest cosine", "ms alone", "ms of eight")
     for tower, rows in found.items():
         for backend, parity in rows.items():

@@ -77,7 +77,7 @@ def read_calibration(source: str, count: int) -> Calibration:
     return Calibration(source, pictures, texts)
 
 
-def export_model(name: str, model: Any, exports: Exports, to: Runtime, calibration: Calibration, threads: int) -> Found:
+def export_model(model: Any, exports: Exports, to: Runtime, calibration: Calibration, threads: int) -> Found:
     """Write both towers of a model that is on the CPU; compare a runtime's backends with torch, record it and give it.
 
     A text tower without texts to compare it on is left out, and so is, of torch, one without transformer blocks. A file
@@ -85,7 +85,7 @@ def export_model(name: str, model: Any, exports: Exports, to: Runtime, calibrati
     """
     exports.folder.mkdir(parents=True, exist_ok=True)
     counts = {"pictures": len(calibration.pictures), "texts": len(calibration.texts)}
-    entries = {"model": name, "calibration": {"source": calibration.source, **counts}}
+    entries = {"model": exports.name, "calibration": {"source": calibration.source, **counts}}
     pictures: Array | None = None
     result: Found = {}
     for tower, batch in _inputs(model, calibration).items():

@@ -51,10 +51,10 @@ def exported(checkpoints: Path, pictures: Path, tmp_path_factory: pytest.TempPat
     """A store with the model `clip` exported for every runtime."""
     settings = Settings(store=tmp_path_factory.mktemp("store"))
     model = load_model(checkpoints / "clip")
-    exports = exports_of(model, settings)
+    exports = exports_of("clip", model, settings)
     calibration = read_calibration(str(pictures), 12)
     for runtime in ("torch", "onnx", "openvino"):
-        export_model("clip", model, exports, runtime, calibration, 1)
+        export_model(model, exports, runtime, calibration, 1)
     return settings.store
 
 
@@ -162,7 +162,7 @@ def test_a_long_batch_is_computed_by_one_thread_a_part(checkpoints: Path, monkey
 
 
 def test_an_export_says_what_it_was_found_to_do(exported: Path, checkpoints: Path) -> None:
-    exports = exports_of(load_model(checkpoints / "clip"), Settings(store=exported))
+    exports = exports_of("clip", load_model(checkpoints / "clip"), Settings(store=exported))
     for tower in ("image", "text"):
         found = exports.found(tower)
         assert {*EXACT, *NARROW, "torch-fp32"} <= set(found)
@@ -181,7 +181,7 @@ def _with_report(exported: Path, place: Path, change: Callable[[dict[str, Any]],
     content = json.loads(report.read_text())
     change(content)
     report.write_text(json.dumps(content))
-    return Exports(report.parent)
+    return Exports("clip", report.parent)
 
 
 def test_auto_takes_the_fastest_that_agrees_and_measures_once(
@@ -272,10 +272,12 @@ ROW = {"agreement": 1.0, "cosine": 1.0, "alone": 0.001, "of_eight": 0.001}
 def test_a_report_that_is_none_is_refused_by_name_and_passed_over_by_auto(
     report: Any, says: str, checkpoints: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    exports = exports_of(load_model(checkpoints / "clip"), Settings(store=tmp_path))
+    exports = exports_of("clip", load_model(checkpoints / "clip"), Settings(store=tmp_path))
     exports.folder.mkdir(parents=True)
     (exports.folder / "report.json").write_text(report if isinstance(report, str) else json.dumps(report))
-    with pytest.raises(CheckpointError, match=rf"report\.json .*{says}.*delete the folder and run `semblance export`"):
+    with pytest.raises(
+        CheckpointError, match=rf"report\.json .*{says}.*delete the folder and run `semblance export clip`"
+    ):
         _engine(checkpoints, tmp_path, "onnx-fp32")
     assert _engine(checkpoints, tmp_path, "auto").details["backends"]["image"].startswith("torch")
     assert f"exports are passed over: {exports.folder}: report.json" in caplog.text
@@ -306,7 +308,7 @@ def test_exports_that_can_be_neither_written_nor_read_do_not_keep_auto_from_serv
 def test_what_is_not_there_is_said_with_the_way_out(
     checkpoints: Path, exported: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(CheckpointError, match=r"no image tower for onnx-int8.*semblance export NAME --to onnx"):
+    with pytest.raises(CheckpointError, match=r"no image tower for onnx-int8.*semblance export clip --to onnx"):
         _engine(checkpoints, tmp_path, "onnx-int8")
     with pytest.raises(DataError, match="fewer than two pictures"):
         read_calibration(str(pictures), 1)
@@ -326,9 +328,9 @@ def test_what_is_not_there_is_said_with_the_way_out(
 
 def test_a_second_export_keeps_the_files_of_the_first(checkpoints: Path, exported: Path, pictures: Path) -> None:
     model = load_model(checkpoints / "clip")
-    exports = exports_of(model, Settings(store=exported))
+    exports = exports_of("clip", model, Settings(store=exported))
     before = {file.name: file.stat().st_mtime_ns for file in exports.folder.glob("*.onnx")}
-    export_model("clip", model, exports, "openvino", read_calibration(str(pictures), 4), 1)
+    export_model(model, exports, "openvino", read_calibration(str(pictures), 4), 1)
     assert before == {file.name: file.stat().st_mtime_ns for file in exports.folder.glob("*.onnx")}
     assert not [file for file in exports.folder.iterdir() if file.is_dir() or file.suffix == ".tmp"]
 
@@ -336,7 +338,7 @@ def test_a_second_export_keeps_the_files_of_the_first(checkpoints: Path, exporte
 def test_an_open_clip_model_and_one_without_text_are_exported_too(tmp_path: Path, pictures: Path) -> None:
     calibration = read_calibration(str(pictures), 6)
     model = load_model(open_clip_folder(tmp_path / "vit"))
-    found = export_model("vit", model, Exports(tmp_path / "exports"), "onnx", calibration, 1)
+    found = export_model(model, Exports("vit", tmp_path / "exports"), "onnx", calibration, 1)
     assert found["image"]["onnx-fp32"].cosine > 0.99999
     assert found["text"]["onnx-fp32"].cosine > 0.99999
     tokens = model.tokenizer(["a red star", "a blue circle beside a green square"])
@@ -346,7 +348,7 @@ def test_an_open_clip_model_and_one_without_text_are_exported_too(tmp_path: Path
     encode = exported_tower("onnx-fp32", tmp_path / "exports", model, "text", 1)
     assert np.allclose(encode(tokens), expected, atol=1e-5)
     model.tokenizer = None
-    assert set(export_model("vit", model, Exports(tmp_path / "blind"), "onnx", calibration, 1)) == {"image"}
+    assert set(export_model(model, Exports("vit", tmp_path / "blind"), "onnx", calibration, 1)) == {"image"}
 
 
 def test_torch_alone_serves_without_exports(checkpoints: Path, tmp_path: Path) -> None:
