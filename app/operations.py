@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -184,6 +185,7 @@ def _export(options: argparse.Namespace) -> int:
     from app.loading import find_models
     from models.checkpoint import load_model
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what is half written goes, as after Ctrl-C
     settings = settings_of(options)
     known = find_models(settings)
     if options.name not in known:

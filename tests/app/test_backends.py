@@ -6,6 +6,7 @@ import json
 import logging
 import re
 import shutil
+import signal
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -20,12 +21,14 @@ from PIL import Image
 from support import CORPUS, in_python, open_clip_folder
 
 from app import backends, int8
+from app.__main__ import main
 from app.backends import exported_tower, filled_shape, in_bf16, torch_tower
 from app.engine import ModelEngine
 from app.exporter import export_model, read_calibration
 from app.exports import Exports, exports_of
 from app.int8 import block_parameters
 from app.loading import load_engine
+from app.locking import lock
 from app.settings import Settings
 from models.checkpoint import load_model
 from models.errors import CheckpointError, DataError
@@ -333,6 +336,33 @@ def test_a_second_export_keeps_the_files_of_the_first(checkpoints: Path, exporte
     export_model(model, exports, "openvino", read_calibration(str(pictures), 4), 1)
     assert before == {file.name: file.stat().st_mtime_ns for file in exports.folder.glob("*.onnx")}
     assert not [file for file in exports.folder.iterdir() if file.is_dir() or file.suffix == ".tmp"]
+
+
+def test_what_killed_exports_left_goes_with_the_next(
+    checkpoints: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exports = exports_of("clip", load_model(checkpoints / "clip"), Settings(store=tmp_path))
+    for name in ("tmpkilled", "tmpfirst", "tmpalive"):  # the first was killed before it had a lock
+        (exports.folder / name).mkdir(parents=True)
+        (exports.folder / name / "image.onnx").write_bytes(b"half")
+    lock(exports.folder / "tmpkilled", "process 1").close()
+    seen = []
+
+    def ended(model: Any, tower: str, batch: Any, file: Path) -> None:
+        file.write_bytes(b"half")
+        seen.extend(each.name for each in exports.folder.glob("tmp*"))
+        signal.getsignal(signal.SIGTERM)(signal.SIGTERM, None)  # type: ignore[operator,misc]
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr("app.exporter._write_ranges", ended)
+    place = ["--checkpoints", str(checkpoints), "--data", str(tmp_path), "--pictures", str(pictures), "--threads", "1"]
+    try:
+        with lock(exports.folder / "tmpalive", "process 2"):
+            assert main(["export", "clip", "--to", "torch", "--samples", "2", *place]) == 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert len(seen) == 2
+    assert [each.name for each in exports.folder.iterdir() if each.is_dir()] == ["tmpalive"]
 
 
 def test_an_open_clip_model_and_one_without_text_are_exported_too(tmp_path: Path, pictures: Path) -> None:
