@@ -12,7 +12,9 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -22,7 +24,7 @@ from support import CORPUS, in_python, open_clip_folder
 
 from app import backends, int8
 from app.__main__ import main
-from app.backends import exported_tower, filled_shape, in_bf16, torch_tower
+from app.backends import exported_tower, filled_shape, in_bf16, openvino_tower, torch_tower
 from app.engine import ModelEngine
 from app.exporter import export_model, read_calibration
 from app.exports import Exports, exports_of
@@ -363,6 +365,16 @@ def test_what_killed_exports_left_goes_with_the_next(
         signal.signal(signal.SIGTERM, before)
     assert len(seen) == 2
     assert [each.name for each in exports.folder.iterdir() if each.is_dir()] == ["tmpalive"]
+
+
+def test_a_process_has_one_core_of_openvino(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    library: Any = ModuleType("openvino")
+    library.Core = lambda: made.append(MagicMock()) or made[-1]
+    monkeypatch.setitem(sys.modules, "openvino", library)
+    for file in ("image.onnx", "text.onnx"):
+        openvino_tower(Path(file), 1, "f32")
+    assert len(made) == 1
 
 
 def test_an_open_clip_model_and_one_without_text_are_exported_too(tmp_path: Path, pictures: Path) -> None:
