@@ -97,16 +97,6 @@ def build_parser() -> argparse.ArgumentParser:
 
     models = add_command(commands, "models", _models, "List the models, what they take and what they measured")
     models.add_argument("--json", action="store_true", help="print the answer as JSON")
-
-    export = add_command(commands, "export", _export, "Make a model ready for another backend, compared with torch")
-    export.add_argument("name", help="a model, as `semblance models` lists it")
-    export.add_argument("--to", required=True, choices=("torch", "onnx", "openvino"), help="the runtime; torch: int8")
-    export.add_argument(
-        "--pictures", help="a folder, table or .tar(.gz) to compare and calibrate on (default: the demo's scenes)"
-    )
-    export.add_argument("--samples", type=int, default=256, help="pictures of it that are taken (default: 256)")
-    export.add_argument("--model", action="append", metavar="NAME=REFERENCE", help=MODEL)
-    add_settings(export, "store", "checkpoints", "threads")
     for command in (*of_collections, embed, generate, models):
         command.add_argument("--server", metavar="URL", help="a running server (default: the one that holds --data)")
         command.add_argument("--model", action="append", metavar="NAME=REFERENCE", help=MODEL)
@@ -409,36 +399,6 @@ def _models(options: argparse.Namespace) -> int:
         return 0
 
     return _with_client(options, work)
-
-
-def _export(options: argparse.Namespace) -> int:
-    import torch
-    from rich.console import Console
-    from rich.table import Table
-
-    from app.demo import SHARD
-    from app.exporter import export_model, read_calibration
-    from app.exports import exports_of
-    from app.loading import find_models
-    from models.checkpoint import load_model
-
-    settings = settings_of(options)
-    known = find_models(settings)
-    if options.name not in known:
-        raise SemblanceError(f"no model {options.name!r}; there are: {', '.join(known) or 'none'}")
-    torch.set_num_threads(settings.thread_count)
-    model = load_model(known[options.name])
-    calibration = read_calibration(options.pictures or str(settings.checkpoints / SHARD), options.samples)
-    exports = exports_of(model, settings)
-    found = export_model(options.name, model, exports, options.to, calibration, settings.thread_count)
-    table = Table("tower", "backend", "same nearest", "lowest cosine", "ms alone", "ms of eight")
-    for tower, rows in found.items():
-        for backend, parity in rows.items():
-            shown = (f"{parity.agreement:.1%}", f"{parity.cosine:.5f}", *(f"{1000 * s:.2f}" for s in parity[2:]))
-            table.add_row(tower, backend, *shown)
-    Console().print(table)
-    print(f"{exports.folder}: `semblance serve` takes the fastest that finds the same nearest for 99 % or more")  # noqa: T201
-    return 0
 
 
 def _input(value: str, image: bool) -> dict[str, str]:

@@ -256,9 +256,16 @@ def openvino_tower(file: Path, threads: int, precision: Literal["f32", "bf16"]) 
     except ImportError as error:
         raise missing("openvino", "openvino") from error
     hints = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": threads}
-    request = openvino.Core().compile_model(file, "CPU", hints).create_infer_request()
+    request = _core(openvino).compile_model(file, "CPU", hints).create_infer_request()
     # A copy: what the request gives is overwritten by its next answer.
     return lambda batch: np.array(request.infer([batch.numpy()], share_inputs=True, share_outputs=True)[0])
+
+
+@functools.cache
+def _core(openvino: Any) -> Any:
+    """The process's own. Each has a stack for signals, and where the first of two goes first, the thread is left with
+    one that is no more: the next signal, such as that of Ctrl-C, ends the process by SIGSEGV."""
+    return openvino.Core()
 
 
 def int8_tower(file: Path, model: Any, tower: Tower) -> Encode:

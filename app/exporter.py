@@ -7,14 +7,17 @@ torch need the extra `onnx` or `openvino`.
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
+import shutil
 import warnings
 from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
 from copy import deepcopy
 from itertools import islice
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import mkdtemp
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -41,8 +44,9 @@ from app.backends import (
 )
 from app.exports import Exports, Parity
 from app.images import Limits, decode
+from app.locking import lock
 from app.settings import Backend
-from models.errors import DataError, InputError
+from models.errors import DataError, InputError, StorageError
 from models.readers import BadRows, file_bytes, read
 
 Runtime = Literal["torch", "onnx", "openvino"]
@@ -77,7 +81,7 @@ def read_calibration(source: str, count: int) -> Calibration:
     return Calibration(source, pictures, texts)
 
 
-def export_model(name: str, model: Any, exports: Exports, to: Runtime, calibration: Calibration, threads: int) -> Found:
+def export_model(model: Any, exports: Exports, to: Runtime, calibration: Calibration, threads: int) -> Found:
     """Write both towers of a model that is on the CPU; compare a runtime's backends with torch, record it and give it.
 
     A text tower without texts to compare it on is left out, and so is, of torch, one without transformer blocks. A file
@@ -85,7 +89,7 @@ def export_model(name: str, model: Any, exports: Exports, to: Runtime, calibrati
     """
     exports.folder.mkdir(parents=True, exist_ok=True)
     counts = {"pictures": len(calibration.pictures), "texts": len(calibration.texts)}
-    entries = {"model": name, "calibration": {"source": calibration.source, **counts}}
+    entries = {"model": exports.name, "calibration": {"source": calibration.source, **counts}}
     pictures: Array | None = None
     result: Found = {}
     for tower, batch in _inputs(model, calibration).items():
@@ -147,18 +151,35 @@ def _agreement(queries: Array, gallery: Array, reference: Array, truth: Array, *
 def _written(exports: Exports, model: Any, tower: Tower, to: Runtime, batch: Tensor) -> list[Path]:
     """The files of a tower, written whole or not at all."""
     exact = exports.folder / f"{tower}.onnx"
-    with TemporaryDirectory(dir=exports.folder) as staging:
+    with _staging(exports.folder) as staging:
         files: list[Path] = []
         if to != "torch" and not exports.holds(exact.name):
-            files.append(_write_onnx(model, tower, batch, Path(staging) / exact.name))
+            files.append(_write_onnx(model, tower, batch, staging / exact.name))
         source = files[0] if files else exact
         if to == "torch":
-            files += _write_ranges(model, tower, batch, Path(staging) / f"{tower}-int8.safetensors")
+            files += _write_ranges(model, tower, batch, staging / f"{tower}-int8.safetensors")
         elif to == "onnx":
-            files.append(_quantize_onnx(source, Path(staging) / f"{tower}-int8.onnx"))
+            files.append(_quantize_onnx(source, staging / f"{tower}-int8.onnx"))
         else:
-            files += _quantize_openvino(source, Path(staging) / f"{tower}-int8.xml", batch)
+            files += _quantize_openvino(source, staging / f"{tower}-int8.xml", batch)
         return [file.replace(exports.folder / file.name) for file in files]
+
+
+@contextmanager
+def _staging(folder: Path) -> Iterator[Path]:
+    """A temporary folder in another, which is rid of those that killed exports have left: nobody holds their locks."""
+    with (folder / "lock").open("a") as guard:
+        fcntl.flock(guard, fcntl.LOCK_EX)  # or another export would take the new folder for one of them
+        for left in folder.glob("tmp*"):
+            with suppress(StorageError), closing(lock(left, "")):
+                shutil.rmtree(left)
+        staging = Path(mkdtemp(dir=folder))
+        held = lock(staging, f"process {os.getpid()}")
+    with held:
+        try:
+            yield staging
+        finally:
+            shutil.rmtree(staging)
 
 
 def _write_ranges(model: nn.Module, tower: Tower, batch: Tensor, file: Path) -> list[Path]:

@@ -63,10 +63,11 @@ class _Report(BaseModel):
 
 
 class Exports:
-    """A model's exports. folder: theirs. Nothing is read before it is asked for, and nothing has to be there."""
+    """A model's exports. name: the model's. folder: theirs. Nothing is read before it is asked for, and nothing has to
+    be there."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, name: str, folder: Path) -> None:
+        self.name, self.folder = name, folder
 
     @property
     def report(self) -> dict[str, Any]:
@@ -95,11 +96,11 @@ class Exports:
         if backend not in self.found(tower):
             if not serves_here(backend, torch.device("cpu")):
                 raise CheckpointError(
-                    f"{backend} is of no use on this processor, so {self.folder} holds no {tower} tower for it: choose "
-                    "another backend"
+                    f"{backend} is of no use on this processor, so {self.folder} holds no {tower} tower of model "
+                    f"{self.name!r} for it: choose another backend"
                 )
             raise CheckpointError(
-                f"{self.folder} holds no {tower} tower for {backend}: run `semblance export NAME --to "
+                f"{self.folder} holds no {tower} tower for {backend}: run `semblance export {self.name} --to "
                 f"{backend.partition('-')[0]}` first"
             )
         file = Path(FILES[backend].format(tower=tower))
@@ -126,12 +127,12 @@ class Exports:
         _write_json(self.folder / "report.json", report)
 
     def _wrong(self, what: str) -> CheckpointError:
-        return CheckpointError(f"{self.folder}: {what}; delete the folder and run `semblance export` again")
+        return CheckpointError(f"{self.folder}: {what}; delete the folder and run `semblance export {self.name}` again")
 
 
-def exports_of(model: Any, settings: Settings) -> Exports:
+def exports_of(name: str, model: Any, settings: Settings) -> Exports:
     """Where a model's exports lie, by its fingerprint, so that other weights never find them."""
-    return Exports(settings.store / "exports" / model.fingerprint)
+    return Exports(name, settings.store / "exports" / model.fingerprint)
 
 
 def choose(
@@ -139,18 +140,16 @@ def choose(
 ) -> tuple[Backend, Encode]:
     """The tower that the settings ask for; of "auto" the fastest on this machine of torch's and of the exports that
     agree with float32. Raises CheckpointError as Exports.open does, unless it is auto: then torch serves."""
-    exports, backend = exports_of(model, settings), settings.backend
+    exports, backend = exports_of(name, model, settings), settings.backend
     if backend == "auto":
-        return _fastest(name, model, tower, exports, device, threads)
+        return _fastest(model, tower, exports, device, threads)
     if backend in FILES:
         return backend, exports.open(backend, model, tower, threads)
     return backend, torch_tower(backend, model, tower, device)
 
 
-def _fastest(
-    name: str, model: Any, tower: Tower, exports: Exports, device: torch.device, threads: int
-) -> tuple[Backend, Encode]:
-    own = default_tower(model, tower, device)
+def _fastest(model: Any, tower: Tower, exports: Exports, device: torch.device, threads: int) -> tuple[Backend, Encode]:
+    name, own = exports.name, default_tower(model, tower, device)
     try:
         found = exports.found(tower) if device.type == "cpu" else {}
     except CheckpointError as error:

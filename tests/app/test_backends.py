@@ -6,12 +6,15 @@ import json
 import logging
 import re
 import shutil
+import signal
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -20,12 +23,14 @@ from PIL import Image
 from support import CORPUS, in_python, open_clip_folder
 
 from app import backends, int8
-from app.backends import choose_device, exported_tower, filled_shape, in_bf16, torch_tower
+from app.__main__ import main
+from app.backends import choose_device, exported_tower, filled_shape, in_bf16, openvino_tower, torch_tower
 from app.engine import ModelEngine
 from app.exporter import export_model, read_calibration
 from app.exports import Exports, exports_of
 from app.int8 import block_parameters
 from app.loading import load_engine
+from app.locking import lock
 from app.settings import Settings
 from models.checkpoint import load_model
 from models.errors import CheckpointError, DataError
@@ -51,10 +56,10 @@ def exported(checkpoints: Path, pictures: Path, tmp_path_factory: pytest.TempPat
     """A store with the model `clip` exported for every runtime."""
     settings = Settings(store=tmp_path_factory.mktemp("store"))
     model = load_model(checkpoints / "clip")
-    exports = exports_of(model, settings)
+    exports = exports_of("clip", model, settings)
     calibration = read_calibration(str(pictures), 12)
     for runtime in ("torch", "onnx", "openvino"):
-        export_model("clip", model, exports, runtime, calibration, 1)
+        export_model(model, exports, runtime, calibration, 1)
     return settings.store
 
 
@@ -162,7 +167,7 @@ def test_a_long_batch_is_computed_by_one_thread_a_part(checkpoints: Path, monkey
 
 
 def test_an_export_says_what_it_was_found_to_do(exported: Path, checkpoints: Path) -> None:
-    exports = exports_of(load_model(checkpoints / "clip"), Settings(store=exported))
+    exports = exports_of("clip", load_model(checkpoints / "clip"), Settings(store=exported))
     for tower in ("image", "text"):
         found = exports.found(tower)
         assert {*EXACT, *NARROW, "torch-fp32"} <= set(found)
@@ -181,7 +186,7 @@ def _with_report(exported: Path, place: Path, change: Callable[[dict[str, Any]],
     content = json.loads(report.read_text())
     change(content)
     report.write_text(json.dumps(content))
-    return Exports(report.parent)
+    return Exports("clip", report.parent)
 
 
 def test_auto_takes_the_fastest_that_agrees_and_measures_once(
@@ -272,10 +277,12 @@ ROW = {"agreement": 1.0, "cosine": 1.0, "alone": 0.001, "of_eight": 0.001}
 def test_a_report_that_is_none_is_refused_by_name_and_passed_over_by_auto(
     report: Any, says: str, checkpoints: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    exports = exports_of(load_model(checkpoints / "clip"), Settings(store=tmp_path))
+    exports = exports_of("clip", load_model(checkpoints / "clip"), Settings(store=tmp_path))
     exports.folder.mkdir(parents=True)
     (exports.folder / "report.json").write_text(report if isinstance(report, str) else json.dumps(report))
-    with pytest.raises(CheckpointError, match=rf"report\.json .*{says}.*delete the folder and run `semblance export`"):
+    with pytest.raises(
+        CheckpointError, match=rf"report\.json .*{says}.*delete the folder and run `semblance export clip`"
+    ):
         _engine(checkpoints, tmp_path, "onnx-fp32")
     assert _engine(checkpoints, tmp_path, "auto").details["backends"]["image"].startswith("torch")
     assert f"exports are passed over: {exports.folder}: report.json" in caplog.text
@@ -306,7 +313,7 @@ def test_exports_that_can_be_neither_written_nor_read_do_not_keep_auto_from_serv
 def test_what_is_not_there_is_said_with_the_way_out(
     checkpoints: Path, exported: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(CheckpointError, match=r"no image tower for onnx-int8.*semblance export NAME --to onnx"):
+    with pytest.raises(CheckpointError, match=r"no image tower for onnx-int8.*semblance export clip --to onnx"):
         _engine(checkpoints, tmp_path, "onnx-int8")
     with pytest.raises(DataError, match="fewer than two pictures"):
         read_calibration(str(pictures), 1)
@@ -332,17 +339,54 @@ def test_a_device_that_nothing_can_be_computed_on_is_refused_by_name(name: str) 
 
 def test_a_second_export_keeps_the_files_of_the_first(checkpoints: Path, exported: Path, pictures: Path) -> None:
     model = load_model(checkpoints / "clip")
-    exports = exports_of(model, Settings(store=exported))
+    exports = exports_of("clip", model, Settings(store=exported))
     before = {file.name: file.stat().st_mtime_ns for file in exports.folder.glob("*.onnx")}
-    export_model("clip", model, exports, "openvino", read_calibration(str(pictures), 4), 1)
+    export_model(model, exports, "openvino", read_calibration(str(pictures), 4), 1)
     assert before == {file.name: file.stat().st_mtime_ns for file in exports.folder.glob("*.onnx")}
     assert not [file for file in exports.folder.iterdir() if file.is_dir() or file.suffix == ".tmp"]
+
+
+def test_what_killed_exports_left_goes_with_the_next(
+    checkpoints: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exports = exports_of("clip", load_model(checkpoints / "clip"), Settings(store=tmp_path))
+    for name in ("tmpkilled", "tmpfirst", "tmpalive"):  # the first was killed before it had a lock
+        (exports.folder / name).mkdir(parents=True)
+        (exports.folder / name / "image.onnx").write_bytes(b"half")
+    lock(exports.folder / "tmpkilled", "process 1").close()
+    seen = []
+
+    def ended(model: Any, tower: str, batch: Any, file: Path) -> None:
+        file.write_bytes(b"half")
+        seen.extend(each.name for each in exports.folder.glob("tmp*"))
+        signal.getsignal(signal.SIGTERM)(signal.SIGTERM, None)  # type: ignore[operator,misc]
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr("app.exporter._write_ranges", ended)
+    place = ["--checkpoints", str(checkpoints), "--data", str(tmp_path), "--pictures", str(pictures), "--threads", "1"]
+    try:
+        with lock(exports.folder / "tmpalive", "process 2"):
+            assert main(["export", "clip", "--to", "torch", "--samples", "2", *place]) == 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert len(seen) == 2
+    assert [each.name for each in exports.folder.iterdir() if each.is_dir()] == ["tmpalive"]
+
+
+def test_a_process_has_one_core_of_openvino(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    library: Any = ModuleType("openvino")
+    library.Core = lambda: made.append(MagicMock()) or made[-1]
+    monkeypatch.setitem(sys.modules, "openvino", library)
+    for file in ("image.onnx", "text.onnx"):
+        openvino_tower(Path(file), 1, "f32")
+    assert len(made) == 1
 
 
 def test_an_open_clip_model_and_one_without_text_are_exported_too(tmp_path: Path, pictures: Path) -> None:
     calibration = read_calibration(str(pictures), 6)
     model = load_model(open_clip_folder(tmp_path / "vit"))
-    found = export_model("vit", model, Exports(tmp_path / "exports"), "onnx", calibration, 1)
+    found = export_model(model, Exports("vit", tmp_path / "exports"), "onnx", calibration, 1)
     assert found["image"]["onnx-fp32"].cosine > 0.99999
     assert found["text"]["onnx-fp32"].cosine > 0.99999
     tokens = model.tokenizer(["a red star", "a blue circle beside a green square"])
@@ -352,7 +396,7 @@ def test_an_open_clip_model_and_one_without_text_are_exported_too(tmp_path: Path
     encode = exported_tower("onnx-fp32", tmp_path / "exports", model, "text", 1)
     assert np.allclose(encode(tokens), expected, atol=1e-5)
     model.tokenizer = None
-    assert set(export_model("vit", model, Exports(tmp_path / "blind"), "onnx", calibration, 1)) == {"image"}
+    assert set(export_model(model, Exports("vit", tmp_path / "blind"), "onnx", calibration, 1)) == {"image"}
 
 
 def test_torch_alone_serves_without_exports(checkpoints: Path, tmp_path: Path) -> None:

@@ -16,12 +16,14 @@ from pathlib import Path
 
 import httpx
 import pytest
-from support import open_clip_folder, running
+from support import open_clip_folder, running, tiny_dalle
+from tiny import encoder
 
 from app.__main__ import main
 from app.ingest import count
 from app.locking import lock_note
 from app.sqlite_collections import SQLiteCollections
+from models.checkpoint import save_checkpoint
 from training.scene_shard import write_shard
 
 Encoded = Callable[..., bytes]
@@ -292,3 +294,30 @@ def test_a_demo_is_filled_once_and_commands_find_the_running_server(
     with running(folder, tmp_path / "data", "--demo") as server:
         assert httpx.get(f"{server.url}/collections/default").json()["count"] == 104
         assert httpx.get(f"{server.url}/collections/pets").json()["count"] == 40
+
+
+def test_an_export_of_nothing_says_why(
+    tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, model in {"dalle": tiny_dalle(), "simclr": encoder()}.items():
+        save_checkpoint(model, tmp_path / "checkpoints" / name)
+    for file in ("broken.jpg", "page.png"):
+        (photos / "cats" / file).unlink()
+    place = ["--data", str(tmp_path / "data"), "--checkpoints", str(tmp_path / "checkpoints"), "--threads", "1"]
+
+    def said(*arguments: str) -> str:
+        assert main(["export", *arguments, "--to", "torch", "--pictures", str(photos), *place]) == 1
+        captured = capsys.readouterr()
+        assert "takes the fastest" not in captured.out
+        return captured.err
+
+    assert "model 'dalle' (dalle) embeds neither pictures nor texts" in said("dalle")
+    assert not (tmp_path / "data").exists()
+    assert "no model 'clip'; there are: dalle, simclr" in said("clip")
+    for supported, why in ((True, "it has no transformer blocks"), (False, "this processor has no VNNI")):
+        monkeypatch.setattr("app.int8.supported", lambda answer=supported: answer)
+        assert f"nothing of model 'simclr' can be in int8 by torch: {why}" in said("simclr", "--samples", "2")
+    for samples in ("1", "-1", "few"):
+        with pytest.raises(SystemExit, match="2"):
+            main(["export", "simclr", "--to", "torch", "--samples", samples, *place])
+        assert f"argument --samples: {samples} is not 2 or more" in capsys.readouterr().err
