@@ -310,10 +310,10 @@ def _reindex(options: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import Progress
 
-    from app.calls import call
+    from app.calls import call, collection_url
 
     async def work(client: Any) -> int:
-        url = f"/collections/{options.collection}/reindex"
+        url = f"{collection_url(options.collection)}/reindex"
         found = await call(client, "POST", url, json={"model": options.embedder})
         with Progress(console=Console(stderr=True)) as progress:
             task = progress.add_task(options.collection, total=found["total"])

@@ -61,8 +61,22 @@ class Part:
 
     @property
     def digest(self) -> str:
-        """What differs where a part has other records."""
-        return hashlib.sha256("\0".join(record.where for record in self.records).encode()).hexdigest()
+        """What differs where a part has other records, or one has another picture, text or metadata."""
+        said = [[each.where, each.captions, each.label, each.meta, _version(each.image)] for each in self.records]
+        return hashlib.sha256(json.dumps(said, default=str).encode()).hexdigest()
+
+
+def _version(image: Any) -> Any:
+    """What differs where a picture has changed, without reading it."""
+    if isinstance(image, Path):
+        try:
+            found = image.stat()
+        except (OSError, ValueError):  # told when it is read
+            return None
+        return found.st_mtime_ns, found.st_size
+    if isinstance(image, Member):
+        return image.offset, image.size
+    return hashlib.sha256(image).hexdigest() if isinstance(image, bytes) else None
 
 
 @dataclass

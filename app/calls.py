@@ -8,6 +8,7 @@ import re
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator
 from contextlib import aclosing
 from typing import Any, TypeVar
+from urllib.parse import quote
 
 import httpx
 
@@ -35,6 +36,11 @@ class AnswerError(SemblanceError):
     def of_item(self) -> str:
         """What it says of an item, without the item's place in the request."""
         return _PLACE.sub("", str(self))
+
+
+def collection_url(name: str) -> str:
+    """Where a collection of any name is, so that what is no name is refused as one."""
+    return f"/collections/{quote(name, safe='')}"
 
 
 async def events(

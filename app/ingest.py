@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 
 import httpx
 
-from app.calls import PATIENCE, AnswerError, call, packed, send_all
+from app.calls import PATIENCE, AnswerError, call, collection_url, packed, send_all
+from models.errors import DataError
 from models.readers import BadRows, Record, file_bytes, read
 
 T = TypeVar("T")
@@ -82,15 +83,16 @@ async def ingest(
     patience: as of `call`.
     Raises AnswerError when the server refuses more than single pictures, DataError when there is nothing to read.
     """
-    body = {} if model is None else {"model": model}
-    await call(client, "PUT", f"/collections/{collection}", json=body, patience=patience)
+    rows, report = BadRows(limit=None), Report()
+    records = read(source, rows)  # raises before anything is made
+    body, url = {} if model is None else {"model": model}, collection_url(collection)
+    await call(client, "PUT", url, json=body, patience=patience)
     there = items_of(client, collection, patience=patience)
     known = {item["id"]: _version(item["metadata"], item["caption"]) async for item in there}
-    rows, report = BadRows(limit=None), Report()
-    contents = _contents(_pictures(source, rows), known, report, progress, in_place)
+    contents = _contents(_pictures(records, source, rows), known, report, progress, in_place)
 
     async def send(batch: list[_Content]) -> None:
-        await call(client, "POST", f"/collections/{collection}/items", patience=patience, **_request(batch))
+        await call(client, "POST", f"{url}/items", patience=patience, **_request(batch))
 
     async def refused(item: _Content, why: str) -> None:
         report.bad.append(f"{item[0].where}: {why}")
@@ -102,6 +104,8 @@ async def ingest(
 
     await send_all(packed(contents, lambda item: len(item[1] or b""), lambda item: item[1] is None), store)
     report.bad += rows.rows
+    if not (report.added or report.present or report.bad):
+        raise DataError(f"{source} holds nothing to store: no picture of a known kind, or no row")
     return report
 
 
@@ -121,7 +125,7 @@ async def items_of(
     after: str | None = ""
     while after is not None:
         wanted = {"limit": 1000, "after": after, "embeddings": embeddings}
-        page = await call(client, "GET", f"/collections/{collection}/items", params=wanted, patience=patience)
+        page = await call(client, "GET", f"{collection_url(collection)}/items", params=wanted, patience=patience)
         for item in page["items"]:
             yield item
         after = page["next"]
@@ -151,8 +155,8 @@ async def store_sound(
     return stored
 
 
-def _pictures(source: str, rows: BadRows) -> Iterator[Picture]:
-    for record in read(source, rows):
+def _pictures(records: Iterator[Record], source: str, rows: BadRows) -> Iterator[Picture]:
+    for record in records:
         try:
             picture = picture_of(record, Path(source))
             picture.check()
@@ -230,13 +234,14 @@ def picture_of(record: Record, source: Path) -> Picture:
         metadata["path"] = name
         with suppress(OSError, ValueError):  # what is wrong with the path is told when the file is read
             metadata["modified"] = record.image.stat().st_mtime_ns
-    return Picture(item_id(name), record.where, record, metadata)
+    return Picture(item_id(name, path=isinstance(record.image, Path)), record.where, record, metadata)
 
 
-def item_id(name: str) -> str:
-    """An id that reads like the name; two names never share one. Raises ValueError for a name that is no Unicode."""
+def item_id(name: str, *, path: bool = False) -> str:
+    """An id that reads like the name; two names never share one. path: whether it is one, in which `:` parts nothing.
+    Raises ValueError for a name that is no Unicode."""
     slug = _SAFE.sub("-", name.replace("/", ":")).lstrip("-._:@+")
-    if slug == name.replace("/", ":") and len(slug) <= 128:
+    if slug == name.replace("/", ":") and len(slug) <= 128 and not (path and ":" in name):
         return slug
     try:
         digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file
 
-from app.calls import AnswerError, call, content_of, packed, send_all
+from app.calls import AnswerError, call, collection_url, content_of, packed, send_all
 from app.ingest import Report, item_id, items_of, store_sound
 from app.inputs import vector_of, written
 from models.errors import ConflictError, DataError
@@ -105,7 +105,7 @@ async def load_vectors(
     Raises ConflictError for a dump of another model's, DataError for a file that cannot be read or is of another
     model's, AnswerError when the server refuses more than single rows.
     """
-    made = await call(client, "PUT", f"/collections/{collection}", json={} if model is None else {"model": model})
+    made = await call(client, "PUT", collection_url(collection), json={} if model is None else {"model": model})
     _check_model(Path(source), made)
     known, report = {item["id"] async for item in items_of(client, collection)}, Report()
     items = _items(_rows(Path(source), made["dimensions"]), known, report, progress)
@@ -113,7 +113,7 @@ async def load_vectors(
     async def send(batch: list[_Item]) -> None:
         content = b'{"items":[' + b",".join(item.body for item in batch) + b"]}"
         headers = {"Content-Type": "application/json"}
-        await call(client, "POST", f"/collections/{collection}/items", content=content, headers=headers)
+        await call(client, "POST", f"{collection_url(collection)}/items", content=content, headers=headers)
 
     async def refused(item: _Item, why: str) -> None:
         if item.row.image is not None:
@@ -142,7 +142,7 @@ async def dump_vectors(
     Raises ConflictError if another model's takes the collection's place meanwhile, AnswerError.
     """
     arrow = pyarrow_for(Path(out))
-    info = await call(client, "GET", f"/collections/{collection}")
+    info = await call(client, "GET", collection_url(collection))
     kept = {name: info[name] for name in ("name", "model", "fingerprint", "dimensions")}
     columns = [("id", arrow.string()), ("kind", arrow.string()), ("caption", arrow.string())]
     columns += [("metadata", arrow.string()), ("embedding", arrow.list_(arrow.float32(), info["dimensions"]))]
@@ -174,7 +174,7 @@ async def dump_vectors(
 
 async def _check_same(client: httpx.AsyncClient, before: dict[str, Any]) -> None:
     """What was read since `before` is of one model only if the collection still is that model's."""
-    now = await call(client, "GET", f"/collections/{before['name']}")
+    now = await call(client, "GET", collection_url(before["name"]))
     if now["fingerprint"] != before["fingerprint"]:
         raise ConflictError(
             f"collection {before['name']!r} was of model {before['model']!r} ({before['fingerprint']}) when this dump "

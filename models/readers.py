@@ -163,6 +163,8 @@ def open_picture(source: Picture) -> Image.Image:
 def file_bytes(source: bytes | Path | Member | Remote) -> bytes:
     """The file behind a picture that is not decoded."""
     if isinstance(source, Path):
+        if source.exists() and not source.is_file():  # to read a pipe would wait for who writes into it
+            raise OSError(errno.EINVAL, "it is a folder, a pipe or a device, and no file")
         return source.read_bytes()
     return source.read() if isinstance(source, Member | Remote) else source
 
@@ -263,10 +265,12 @@ def pyarrow_for(path: Path) -> Any:
 
 def _table_rows(path: Path, bad: BadRows) -> Iterator[tuple[int, dict[str, Any]]]:
     if path.suffix == ".parquet":
-        parquet = pyarrow_for(path).parquet
-        yield from enumerate(
-            (row for batch in parquet.ParquetFile(path).iter_batches() for row in batch.to_pylist()), 1
-        )
+        arrow = pyarrow_for(path)
+        try:
+            batches = arrow.parquet.ParquetFile(path).iter_batches()
+            yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
+        except (arrow.ArrowException, OSError) as error:
+            raise DataError(f"{path} cannot be read as Parquet ({error}); write it again") from error
         return
     # What is not UTF-8 becomes half surrogate pairs, by which its row is known.
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:

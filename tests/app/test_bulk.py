@@ -122,6 +122,34 @@ def test_parts_hold_what_the_model_gives_and_what_is_known_of_each_picture(
     assert (again.added, again.present, again.bad) == (0, COUNT - 1, report.bad)
 
 
+def test_parts_of_a_source_that_has_changed_since_are_refused(place: Path, tmp_path: Path, settings: Settings) -> None:
+    folder, table = tmp_path / "photos", tmp_path / "photos" / "t.csv"
+    folder.mkdir()
+    for name in ("a.png", "b.png"):
+        shutil.copy(place / "photos" / "cats" / "000.png", folder / name)
+    table.write_text("path,caption\na.png,one\nb.png,two\n")
+    assert embed_source(str(table), tmp_path / "out", settings).added == 2
+    assert embed_source(str(table), tmp_path / "out", settings).present == 2
+    table.write_text("path,caption\na.png,one\nb.png,three\n")
+    with pytest.raises(ConflictError, match="the source has changed since"):
+        embed_source(str(table), tmp_path / "out", settings)
+    table.write_text("path,caption\na.png,one\nb.png,two\n")
+    os.utime(folder / "b.png", ns=(1, 1))
+    with pytest.raises(ConflictError, match="the source has changed since"):
+        embed_source(str(table), tmp_path / "out", settings)
+
+
+def test_a_name_that_is_no_unicode_is_a_bad_input_of_its_part(place: Path, tmp_path: Path, settings: Settings) -> None:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for name in (b"a.png", b"b\xff.png"):
+        shutil.copy(place / "photos" / "cats" / "000.png", folder / os.fsdecode(name))
+    for added, present in ((1, 0), (0, 1)):
+        report = embed_source(str(folder), tmp_path / "out", settings)
+        assert (report.added, report.present, len(report.bad)) == (added, present, 1)
+        assert "no Unicode" in report.bad[0]
+
+
 @pytest.mark.parametrize("suffix", ["safetensors", "parquet"])
 def test_a_part_whose_files_are_of_two_processes_or_one_is_gone_is_made_again(
     place: Path, tmp_path: Path, settings: Settings, suffix: str

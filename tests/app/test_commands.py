@@ -177,6 +177,35 @@ def test_names_that_are_no_unicode_are_reported(run: Run, photos: Path, encoded:
     assert "its name, caption or metadata is no Unicode" in said
 
 
+def test_what_is_no_file_and_names_that_read_alike(run: Run, encoded: Encoded, tmp_path: Path) -> None:
+    folder = tmp_path / "col"
+    (folder / "a").mkdir(parents=True)
+    (folder / "a" / "x.jpg").write_bytes(encoded(1))
+    (folder / "a:x.jpg").write_bytes(encoded(2))
+    os.mkfifo(folder / "pipe.jpg")  # nobody ever writes into it
+    said = run("index", str(folder), "--collection", "c")
+    assert "2 added, 0 there already, 1 not read" in said
+    assert "pipe.jpg: it is a folder, a pipe or a device" in said
+    with SQLiteCollections(tmp_path / "data") as collections:
+        assert len({item.id for item in collections.get("c").page(10)} - {"a:x.jpg"}) == 1
+
+
+def test_what_is_wrong_with_a_source_or_a_name_is_said_before_anything_is_made(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    assert "is no file, folder" in run("index", str(tmp_path / "nothing"), "--collection", "c", status=1)
+    assert run("models")
+    with SQLiteCollections(tmp_path / "data") as collections:
+        assert collections.names() == []
+    assert "holds nothing to store" in run("index", str(tmp_path / "empty"), "--collection", "c", status=1)
+    for name in ("frag#x", "q?x=1", "a/b"):
+        run("index", str(tmp_path / "empty"), "--collection", name, status=1)
+    torn = tmp_path / "torn.parquet"
+    torn.write_bytes(b"PAR1" + b"x" * 100 + b"PAR1")
+    assert f"{torn} cannot be read as Parquet" in run("index", str(torn), "--collection", "c", status=1)
+    with SQLiteCollections(tmp_path / "data") as collections:
+        assert collections.names() == ["c"]
+
+
 def test_index_of_a_table_and_of_shards(run: Run, photos: Path, encoded: Encoded, tmp_path: Path) -> None:
     table = photos / "captions.csv"
     table.write_text("path,caption\ncats/pic ture 1.jpg,a cat asleep\nmissing.jpg,nothing\n")
