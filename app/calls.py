@@ -16,6 +16,7 @@ from models.errors import SemblanceError
 T = TypeVar("T")
 BATCH, BATCH_BYTES = 16, 6_000_000  # inputs and bytes of one request, at most
 PATIENCE = 60  # times that a busy server is asked again
+CLOSED = "the client is closed"
 IN_FLIGHT = 4  # requests at once: some decode while others are embedded
 # Requests that change nothing, which therefore may be sent again.
 _PURE = {"/embed", "/zero-shot", "/search", "/similarity", "/rank", "/generate"}
@@ -115,6 +116,8 @@ async def send_all(batches: Iterator[T], send: Callable[[T], Coroutine[Any, Any,
 
 async def _answer(client: httpx.AsyncClient, method: str, url: str, patience: int, **options: Any) -> httpx.Response:
     """A good answer whose body is yet to be read."""
+    if client.is_closed:
+        raise AnswerError(CLOSED, 0)
     lost = 0
     for attempt in range(patience + 1):
         try:

@@ -26,7 +26,8 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
-from contextlib import aclosing
+from concurrent.futures import CancelledError
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from functools import update_wrapper
 from pathlib import Path
@@ -37,7 +38,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from app.calls import PATIENCE, AnswerError, call, events, packed, send_all
+from app.calls import CLOSED, PATIENCE, AnswerError, call, events, packed, send_all
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -281,6 +282,8 @@ class Client:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="semblance-client", daemon=True)
         self._thread.start()
+        self._closed = False
+        self._lock = threading.Lock()  # so that nothing begins on a loop that is about to stop
 
     def __enter__(self) -> Client:
         return self
@@ -289,13 +292,18 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """Let go of the connections."""
-        if self._loop.is_closed():
-            return
-        self._wait(self._client.close())
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
+        """Let go of the connections. Threads that wait for an answer get AnswerError, as later calls do."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            ended = asyncio.run_coroutine_threadsafe(self._end(), self._loop)
+        try:
+            ended.result()
+        finally:
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+            self._loop.close()
 
     models = _waited(AsyncClient.models)
     encode = _waited(AsyncClient.encode)
@@ -311,12 +319,26 @@ class Client:
             while (each := self._wait(_following(stream))) is not None:
                 yield each
         finally:
-            self._wait(stream.aclose())
+            with suppress(AnswerError):  # closed, and the stream with it
+                self._wait(stream.aclose())
+
+    async def _end(self) -> None:
+        while others := asyncio.all_tasks() - {asyncio.current_task()}:
+            for task in others:
+                task.cancel()
+            await asyncio.gather(*others, return_exceptions=True)
+        await self._client.close()
 
     def _wait(self, work: Coroutine[Any, Any, R]) -> R:
-        done = asyncio.run_coroutine_threadsafe(work, self._loop)
+        with self._lock:
+            if self._closed:
+                work.close()
+                raise AnswerError(CLOSED, 0)
+            done = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             return done.result()
+        except CancelledError:  # by `close` in another thread
+            raise AnswerError(CLOSED, 0) from None
         except BaseException:  # such as Ctrl-C, after which nothing may go on
             done.cancel()
             raise

@@ -146,6 +146,42 @@ def test_threads_share_one_client(demo: Client) -> None:
     assert all(np.allclose(rows, expected, atol=1e-4) for rows in found)
 
 
+@pytest.mark.filterwarnings("error")  # such as of a coroutine that nobody awaited
+def test_closing_ends_what_other_threads_wait_for_and_later_calls() -> None:
+    asked = threading.Event()
+
+    async def answer(request: httpx.Request) -> httpx.Response:
+        asked.set()
+        await asyncio.sleep(600)
+        return httpx.Response(500)
+
+    def ask() -> None:
+        try:
+            client.encode(texts=["a"] * (2 * BATCH))
+        except Exception as error:
+            found.append(error)
+
+    client, found = Client("http://there", transport=httpx.MockTransport(answer)), list[Exception]()
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    assert asked.wait(10)
+    client.close()
+    thread.join(10)
+    assert [(type(error), str(error)) for error in found] == [(AnswerError, "the client is closed")]
+    client.close()
+    for call_on in (client.models, lambda: client.search("a"), lambda: next(client.drawing("a"))):
+        with pytest.raises(AnswerError, match="the client is closed"):
+            call_on()
+
+    async def late() -> None:
+        alone = AsyncClient("http://there")
+        await alone.close()
+        with pytest.raises(AnswerError, match="the client is closed"):
+            await alone.models()
+
+    asyncio.run(late())
+
+
 def test_a_busy_server_is_asked_again_after_what_it_says_and_never_by_too_many_at_once() -> None:
     seen: list[str] = []
     under_way = most = 0
