@@ -36,7 +36,7 @@ from typing import Any, Concatenate, Literal, ParamSpec, TypedDict, TypeVar, Unp
 import httpx
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 
 from app.calls import CLOSED, PATIENCE, AnswerError, call, events, packed, send_all
 
@@ -412,6 +412,8 @@ def _image(picture: Picture) -> str:
     if isinstance(picture, Path):
         picture = picture.read_bytes()
     if isinstance(picture, Image.Image):
+        with suppress(Exception):  # a picture with a damaged EXIF block is still a picture
+            picture = ImageOps.exif_transpose(picture)  # which a PNG does not say
         file = io.BytesIO()
         picture.save(file, "PNG", compress_level=1)
         picture = file.getvalue()

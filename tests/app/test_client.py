@@ -60,6 +60,31 @@ def test_every_form_of_a_picture_has_the_same_embedding(
     assert demo.encode().shape == (0, 0)
 
 
+def _sent(image: Image.Image) -> Image.Image:
+    """What a server gets of a picture."""
+    got: list[bytes] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        got.append(base64.b64decode(json.loads(request.content)["query"][0]["image"]))
+        return httpx.Response(200, json={"hits": []})
+
+    with Client("http://there", transport=httpx.MockTransport(answer)) as client:
+        client.search(image=image)
+    return Image.open(io.BytesIO(got[0]))
+
+
+def test_a_picture_is_sent_upright(picture: Callable[..., Image.Image]) -> None:
+    upright, file, exif = picture(), io.BytesIO(), Image.Exif()
+    exif[0x0112] = 6  # to be turned right
+    upright.transpose(Image.Transpose.ROTATE_90).save(file, "PNG", exif=exif)
+    with Image.open(file) as image:
+        assert np.array_equal(_sent(image), upright)
+        assert image.getexif()[0x0112] == 6  # the caller's own is as it was
+    damaged = picture()
+    damaged.info["exif"] = b"Exif\0\0damaged"
+    assert np.array_equal(_sent(damaged), upright)
+
+
 def test_any_number_in_order_with_progress_and_what_is_bad_by_its_place(
     demo: Client, tmp_path: Path, encoded: Callable[..., bytes]
 ) -> None:
