@@ -344,6 +344,8 @@ class Client:
             raise
 
 
+_OF_PNG = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16", "I;16B")  # PIL's modes that a PNG holds
+_CONVERTED = {"La": "LA", "PA": "RGBA", "RGBa": "RGBA"}  # those that it does not but have alpha; of others RGB
 _Input = tuple[int, dict[str, str]]  # its place in the call, and how a request has it
 
 
@@ -414,6 +416,8 @@ def _image(picture: Picture) -> str:
     if isinstance(picture, Image.Image):
         with suppress(Exception):  # a picture with a damaged EXIF block is still a picture
             picture = ImageOps.exif_transpose(picture)  # which a PNG does not say
+        if picture.mode not in _OF_PNG:
+            picture = picture.convert(_CONVERTED.get(picture.mode, "RGB"))
         file = io.BytesIO()
         picture.save(file, "PNG", compress_level=1)
         picture = file.getvalue()

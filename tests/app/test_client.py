@@ -85,6 +85,15 @@ def test_a_picture_is_sent_upright(picture: Callable[..., Image.Image]) -> None:
     assert np.array_equal(_sent(damaged), upright)
 
 
+@pytest.mark.parametrize("mode", ["CMYK", "YCbCr", "HSV", "LAB", "F", "I", "RGBX", "PA", "RGBa", "La", "I;16L"])
+def test_a_picture_of_any_mode_is_sent(mode: str) -> None:
+    sent = _sent(Image.new(mode, (4, 4)))
+    assert sent.mode == {"La": "LA", "PA": "RGBA", "RGBa": "RGBA"}.get(mode, "RGB")
+    assert sent.size == (4, 4)
+    if mode in ("CMYK", "RGBX"):  # no ink, and no light
+        assert sent.getpixel((0, 0)) == ((255,) * 3 if mode == "CMYK" else (0,) * 3)
+
+
 def test_any_number_in_order_with_progress_and_what_is_bad_by_its_place(
     demo: Client, tmp_path: Path, encoded: Callable[..., bytes]
 ) -> None:
