@@ -157,7 +157,7 @@ class AsyncClient:
         """Unit vectors (N, D) of the images, then of the texts. Any number: files are read as they are sent, several
         batches at a time. dimensions: the first so many, of a model that can. bad: takes the places of inputs that
         cannot be read, and why; their rows are NaN. Without it the first one raises, OSError for a file that is not
-        there. progress: told how many more are done."""
+        there, ValueError for what no request can say. progress: told how many more are done."""
         options = _given(model=model, dimensions=dimensions) | {"encoding_format": "base64"}
 
         async def embed(inputs: list[dict[str, str]]) -> list[NDArray[np.float32]]:
@@ -359,22 +359,26 @@ async def _batched(
     found: dict[int, R] = {}
 
     async def one(batch: list[_Input]) -> None:
-        total = len(batch)
-        while batch:
-            try:
-                results = await work([each for _, each in batch])
-            except AnswerError as error:
-                if error.input is None:
-                    raise
-                place, _ = batch.pop(error.input)
-                reason = str(error).removeprefix(f"input {error.input}: ")
-                if bad is None:
-                    raise AnswerError(f"input {place}: {reason}", error.status, place) from error
-                bad[place] = reason
+        parts = [[each for each in batch if each[1]]]
+        while parts:
+            if not (part := parts.pop()):
                 continue
-            found.update((place, result) for (place, _), result in zip(batch, results, strict=True))
-            break
-        progress(total)
+            try:
+                results = await work([each for _, each in part])
+            except AnswerError as error:
+                if error.input is None and error.status != 413:
+                    raise
+                if error.input is None and len(part) > 1:  # one by one, for the answer does not say which is too large
+                    parts += [[each] for each in reversed(part)]
+                    continue
+                place, _ = part.pop(error.input or 0)
+                if bad is None:
+                    raise AnswerError(f"input {place}: {error.of_item}", error.status, place) from error
+                bad[place] = error.of_item
+                parts.append(part)
+            else:
+                found.update((place, result) for (place, _), result in zip(part, results, strict=True))
+        progress(len(batch))
 
     places = itertools.count()
     await send_all(packed(_readable(given, places, bad), lambda each: sum(map(len, each[1].values()))), one)
@@ -382,15 +386,21 @@ async def _batched(
 
 
 def _readable(given: Iterable[tuple[str, Any]], places: Iterator[int], bad: dict[int, str] | None) -> Iterator[_Input]:
-    """Inputs with their places; what cannot be read is noted in `bad`, or raises."""
+    """Inputs with their places; what cannot be read is noted in `bad` and has nothing to send, or raises."""
     for kind, each in given:
-        place = next(places)
+        place, content = next(places), dict[str, str]()
         try:
-            yield place, {kind: _image(each) if kind == "image" else each}
-        except OSError as error:
-            if bad is None:
+            value = _image(each) if kind == "image" else each
+            value.encode()
+            content = {kind: value}
+        except (OSError, ValueError) as error:  # a ValueError for NUL in a path, too
+            if bad is None and isinstance(error, OSError):
                 raise
-            bad[place] = str(error)
+            reason = "no Unicode (half a surrogate pair)" if isinstance(error, UnicodeEncodeError) else str(error)
+            if bad is None:
+                raise ValueError(f"input {place}: {reason}") from error
+            bad[place] = reason
+        yield place, content
 
 
 def _inputs(images: Iterable[Picture], texts: Iterable[str]) -> Iterator[tuple[str, Any]]:

@@ -117,6 +117,43 @@ def test_any_number_in_order_with_progress_and_what_is_bad_by_its_place(
         demo.encode(images=images[BATCH + 2 :])
 
 
+def _embedding(request: httpx.Request) -> httpx.Response:
+    """Ones for each input; one that is large is refused, without its place."""
+    inputs = json.loads(request.content)["input"]
+    if any(len(value) > 100 for each in inputs for value in each.values()):
+        return httpx.Response(413, json={"detail": "the body is too large"})
+    row = base64.b64encode(np.ones(4, "<f4").tobytes()).decode()
+    return httpx.Response(200, json={"data": [{"embedding": row}] * len(inputs)})
+
+
+def test_what_no_request_can_say_is_bad_by_its_place_and_ends_nothing(tmp_path: Path) -> None:
+    wrong: dict[int, Any] = {
+        1: (b"large" * 100, AnswerError, "the body is too large"),
+        3: ("a\0.jpg", ValueError, "embedded null byte"),
+        5: (tmp_path / "missing.jpg", FileNotFoundError, "missing.jpg"),
+        7: ("http://there/\ud800", ValueError, "no Unicode"),
+    }
+    images = [wrong[place][0] if place in wrong else b"good" for place in range(8)]
+    wrong[9] = ("half \ud800", ValueError, "no Unicode")
+    wrong[10] = ("long" * 100, AnswerError, "the body is too large")
+    texts = ["good", wrong[9][0], wrong[10][0], "good"]
+    bad: dict[int, str] = {}
+    done: list[int] = []
+    with Client("http://there", transport=httpx.MockTransport(_embedding)) as client:
+        rows = client.encode(images=images, texts=texts, bad=bad, progress=done.append)
+        assert bad.keys() == wrong.keys()
+        assert all(why in bad[place] for place, (_, _, why) in wrong.items())
+        assert np.flatnonzero(np.isnan(rows).all(axis=1)).tolist() == sorted(wrong)
+        assert sum(done) == len(rows) == 12
+        for place, (each, kind, why) in wrong.items():
+            given = {"images": [b"good", each]} if place < 8 else {"texts": ["good", each]}
+            with pytest.raises(kind, match=why) as refused:
+                client.encode(**given)
+            assert kind is FileNotFoundError or str(refused.value).startswith("input 1: ")
+        assert client.encode(images=[tmp_path / "missing.jpg"], bad=bad, progress=done.append).shape == (1, 0)
+        assert sum(done) == 13
+
+
 def test_search_classification_and_models_are_the_api_s_own(server: str, demo: Client) -> None:
     hits = demo.search("a red star", k=3, target="image", filters=["kind:image"], min_score=-1, offset=1)
     asked = {"query": "a red star", "k": 3, "target": "image", "filter": ["kind:image"], "offset": 1}
