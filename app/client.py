@@ -111,8 +111,9 @@ class Drawing(TypedDict, total=False):
 class AsyncClient:
     """A server from asyncio. Waits and tries again where it is busy (Retry-After), `patience` times for each request.
 
-    base_url: where it listens. api_key: default SEMBLANCE_API_KEY. timeout: seconds of one request. Every method raises
-    AnswerError with what the server said, or that it could not be reached; `input` is the input's place in the call.
+    base_url: where it listens. api_key: default SEMBLANCE_API_KEY. timeout: seconds of one request; of a drawing, until
+    its next state. Every method raises AnswerError with what the server said, or that it could not be reached; `input`
+    is the input's place in the call.
     """
 
     def __init__(

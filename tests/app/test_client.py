@@ -9,7 +9,7 @@ import json
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -303,6 +303,27 @@ def test_errors_say_what_the_server_said(demo: Client) -> None:
     with Client("http://127.0.0.1:1") as nobody, pytest.raises(AnswerError, match="cannot be reached") as refused:
         nobody.search("a")
     assert refused.value.status == 0
+
+
+def test_the_time_of_a_request_is_of_all_its_answer_and_its_end_has_a_reason() -> None:
+    async def drip() -> AsyncIterator[bytes]:
+        while True:
+            yield b" "
+            await asyncio.sleep(0.01)
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        if request.url.path == "/models":
+            return httpx.Response(200, content=drip())
+        raise httpx.ReadTimeout("")
+
+    async def ask() -> None:
+        async with AsyncClient("http://there", timeout=0.2, transport=httpx.MockTransport(answer)) as client:
+            with pytest.raises(AnswerError, match="cannot be reached: TimeoutError"):
+                await asyncio.wait_for(client.models(), 10)
+            with pytest.raises(AnswerError, match="cannot be reached: ReadTimeout"):
+                await client.search("a")
+
+    asyncio.run(ask())
 
 
 @pytest.mark.parametrize(
