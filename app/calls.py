@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import httpx
 
-from models.errors import SemblanceError
+from models.errors import InputError, SemblanceError
 
 T = TypeVar("T")
 BATCH, BATCH_BYTES = 16, 6_000_000  # inputs and bytes of one request, at most
@@ -36,6 +36,13 @@ class AnswerError(SemblanceError):
     def of_item(self) -> str:
         """What it says of an item, without the item's place in the request."""
         return _PLACE.sub("", str(self))
+
+
+def bearer(key: str | None) -> dict[str, str]:
+    """The header that brings a key. Raises InputError for one that no header can hold."""
+    if key and not (key.isascii() and key.isprintable()):
+        raise InputError("the API key has a character that no key has: only printable ASCII can be sent")
+    return {"Authorization": f"Bearer {key}"} if key else {}
 
 
 async def events(

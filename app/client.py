@@ -38,7 +38,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from app.calls import CLOSED, PATIENCE, AnswerError, call, events, packed, send_all
+from app.calls import CLOSED, PATIENCE, AnswerError, bearer, call, events, packed, send_all
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -125,8 +125,7 @@ class AsyncClient:
         patience: int = PATIENCE,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
-        key = api_key or os.environ.get("SEMBLANCE_API_KEY")
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        headers = bearer(api_key or os.environ.get("SEMBLANCE_API_KEY"))
         self._http = httpx.AsyncClient(base_url=base_url, headers=headers, timeout=timeout, transport=transport)
         self._patience = patience
 

@@ -21,6 +21,9 @@ from support import running
 
 from app.calls import BATCH, IN_FLIGHT, AnswerError, call
 from app.client import AsyncClient, Client
+from app.connection import connect
+from app.settings import Settings
+from models.errors import InputError
 
 DEMO = Path(__file__).parents[2] / "checkpoints" / "demo"
 
@@ -325,6 +328,20 @@ def test_the_time_of_a_request_is_of_all_its_answer_and_its_end_has_a_reason() -
                 await client.search("a")
 
     asyncio.run(ask())
+
+
+def test_a_key_that_no_header_can_hold_is_refused_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    for key in ("schlüssel", "a\nb"):
+        with pytest.raises(InputError, match="the API key has a character"):
+            AsyncClient(api_key=key)
+    monkeypatch.setenv("SEMBLANCE_API_KEY", "schlüssel")
+
+    async def command() -> None:
+        async with connect(Settings(), "http://there"):
+            raise AssertionError("not refused")
+
+    with pytest.raises(InputError, match="the API key has a character"):
+        asyncio.run(command())
 
 
 @pytest.mark.parametrize(
