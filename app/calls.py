@@ -12,11 +12,12 @@ from urllib.parse import quote
 
 import httpx
 
-from models.errors import SemblanceError
+from models.errors import InputError, SemblanceError
 
 T = TypeVar("T")
 BATCH, BATCH_BYTES = 16, 6_000_000  # inputs and bytes of one request, at most
 PATIENCE = 60  # times that a busy server is asked again
+CLOSED = "the client is closed"
 IN_FLIGHT = 4  # requests at once: some decode while others are embedded
 # Requests that change nothing, which therefore may be sent again.
 _PURE = {"/embed", "/zero-shot", "/search", "/similarity", "/rank", "/generate"}
@@ -41,6 +42,11 @@ class AnswerError(SemblanceError):
 def collection_url(name: str) -> str:
     """Where a collection of any name is, so that what is no name is refused as one."""
     return f"/collections/{quote(name, safe='')}"
+def bearer(key: str | None) -> dict[str, str]:
+    """The header that brings a key. Raises InputError for one that no header can hold."""
+    if key and not (key.isascii() and key.isprintable()):
+        raise InputError("the API key has a character that no key has: only printable ASCII can be sent")
+    return {"Authorization": f"Bearer {key}"} if key else {}
 
 
 async def events(
@@ -48,7 +54,7 @@ async def events(
 ) -> AsyncGenerator[dict[str, Any]]:
     """The server-sent events that answer a POST. Waits and raises as `call` does, and AnswerError for an error among
     them."""
-    answer = await _answer(client, "POST", url, patience, json=body)
+    answer = await _answer(client, "POST", url, patience, stream=True, json=body)
     try:
         async with aclosing(answer):
             async for line in answer.aiter_lines():
@@ -71,17 +77,12 @@ async def content_of(
     client: httpx.AsyncClient, method: str, url: str, *, patience: int = PATIENCE, **options: Any
 ) -> bytes:
     """One request and what answers it; waits and tries again while the server is busy, `patience` times at most, and
-    where the connection ended without an answer to what may be asked twice: a server behind a proxy has gone, another
-    is there.
+    where the connection ended without a whole answer to what may be asked twice: a server behind a proxy has gone,
+    another is there.
 
     Raises AnswerError with what the server said, or that it could not be reached.
     """
-    answer = await _answer(client, method, url, patience, **options)
-    try:
-        async with aclosing(answer):
-            return await answer.aread()
-    except httpx.TransportError as error:
-        raise _unreachable(client, error) from error
+    return (await _answer(client, method, url, patience, **options)).content
 
 
 def packed(
@@ -119,16 +120,21 @@ async def send_all(batches: Iterator[T], send: Callable[[T], Coroutine[Any, Any,
             task.cancel()
 
 
-async def _answer(client: httpx.AsyncClient, method: str, url: str, patience: int, **options: Any) -> httpx.Response:
-    """A good answer whose body is yet to be read."""
+async def _answer(
+    client: httpx.AsyncClient, method: str, url: str, patience: int, stream: bool = False, **options: Any
+) -> httpx.Response:
+    """A good answer, within the client's time for a read; the body of a stream is yet to be read."""
+    if client.is_closed:
+        raise AnswerError(CLOSED, 0)
     lost = 0
     for attempt in range(patience + 1):
         try:
-            answer = await client.send(client.build_request(method, url, **options), stream=True)
-            if answer.is_success:
-                return answer
-            await answer.aread()
-        except httpx.TransportError as error:
+            async with asyncio.timeout(client.timeout.read):  # httpx's own begins again at every byte
+                answer = await client.send(client.build_request(method, url, **options), stream=stream)
+                if answer.is_success:
+                    return answer
+                await answer.aread()
+        except (httpx.TransportError, TimeoutError) as error:
             lost += 1
             ended = isinstance(error, httpx.RemoteProtocolError | httpx.ReadError)
             if lost > min(_LOST, patience) or not ended or (method == "POST" and url not in _PURE):
@@ -150,8 +156,8 @@ def _pause(answer: httpx.Response) -> float:
         return 1.0
 
 
-def _unreachable(client: httpx.AsyncClient, error: httpx.TransportError) -> AnswerError:
-    return AnswerError(f"{client.base_url} cannot be reached: {error}", 0)
+def _unreachable(client: httpx.AsyncClient, error: httpx.TransportError | TimeoutError) -> AnswerError:
+    return AnswerError(f"{client.base_url} cannot be reached: {str(error) or type(error).__name__}", 0)
 
 
 def _refused(answer: httpx.Response) -> AnswerError:

@@ -26,7 +26,8 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
-from contextlib import aclosing
+from concurrent.futures import CancelledError
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from functools import update_wrapper
 from pathlib import Path
@@ -35,9 +36,9 @@ from typing import Any, Concatenate, Literal, ParamSpec, TypedDict, TypeVar, Unp
 import httpx
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 
-from app.calls import PATIENCE, AnswerError, call, events, packed, send_all
+from app.calls import CLOSED, PATIENCE, AnswerError, bearer, call, events, packed, send_all
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -110,8 +111,9 @@ class Drawing(TypedDict, total=False):
 class AsyncClient:
     """A server from asyncio. Waits and tries again where it is busy (Retry-After), `patience` times for each request.
 
-    base_url: where it listens. api_key: default SEMBLANCE_API_KEY. timeout: seconds of one request. Every method raises
-    AnswerError with what the server said, or that it could not be reached; `input` is the input's place in the call.
+    base_url: where it listens. api_key: default SEMBLANCE_API_KEY. timeout: seconds of one request; of a drawing, until
+    its next state. Every method raises AnswerError with what the server said, or that it could not be reached; `input`
+    is the input's place in the call.
     """
 
     def __init__(
@@ -123,8 +125,7 @@ class AsyncClient:
         patience: int = PATIENCE,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
-        key = api_key or os.environ.get("SEMBLANCE_API_KEY")
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        headers = bearer(api_key or os.environ.get("SEMBLANCE_API_KEY"))
         self._http = httpx.AsyncClient(base_url=base_url, headers=headers, timeout=timeout, transport=transport)
         self._patience = patience
 
@@ -156,7 +157,7 @@ class AsyncClient:
         """Unit vectors (N, D) of the images, then of the texts. Any number: files are read as they are sent, several
         batches at a time. dimensions: the first so many, of a model that can. bad: takes the places of inputs that
         cannot be read, and why; their rows are NaN. Without it the first one raises, OSError for a file that is not
-        there. progress: told how many more are done."""
+        there, ValueError for what no request can say. progress: told how many more are done."""
         options = _given(model=model, dimensions=dimensions) | {"encoding_format": "base64"}
 
         async def embed(inputs: list[dict[str, str]]) -> list[NDArray[np.float32]]:
@@ -205,7 +206,7 @@ class AsyncClient:
         collection: str | None = None,
         target: Literal["image", "text", "any"] = "any",
         filters: Sequence[str | Mapping[str, Any]] = (),
-        ids: Sequence[str] | None = None,
+        ids: Iterable[str] | None = None,
         group_by: str | None = None,
         min_score: float = -1.0,
         offset: int = 0,
@@ -218,8 +219,8 @@ class AsyncClient:
         query += [_part(each) | {"weight": weight} for each, weight in mixed]
         if not query:
             raise ValueError("search needs a text, an image or a mixture")
-        options = _given(collection=collection, group_by=group_by, ids=ids and list(ids))
-        options |= {"query": query, "k": k, "target": target, "offset": offset}
+        options = _given(collection=collection, group_by=group_by, ids=None if ids is None else list(map(str, ids)))
+        options |= {"query": query, "k": int(k), "target": target, "offset": int(offset)}
         options |= {"filter": list(filters), "min_score": min_score}
         answer = await self._call("POST", "/search", json=options)
         return [Hit(**each) for each in answer["hits"]]
@@ -281,6 +282,8 @@ class Client:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="semblance-client", daemon=True)
         self._thread.start()
+        self._closed = False
+        self._lock = threading.Lock()  # so that nothing begins on a loop that is about to stop
 
     def __enter__(self) -> Client:
         return self
@@ -289,13 +292,18 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """Let go of the connections."""
-        if self._loop.is_closed():
-            return
-        self._wait(self._client.close())
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
+        """Let go of the connections. Threads that wait for an answer get AnswerError, as later calls do."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            ended = asyncio.run_coroutine_threadsafe(self._end(), self._loop)
+        try:
+            ended.result()
+        finally:
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+            self._loop.close()
 
     models = _waited(AsyncClient.models)
     encode = _waited(AsyncClient.encode)
@@ -311,17 +319,33 @@ class Client:
             while (each := self._wait(_following(stream))) is not None:
                 yield each
         finally:
-            self._wait(stream.aclose())
+            with suppress(AnswerError):  # closed, and the stream with it
+                self._wait(stream.aclose())
+
+    async def _end(self) -> None:
+        while others := asyncio.all_tasks() - {asyncio.current_task()}:
+            for task in others:
+                task.cancel()
+            await asyncio.gather(*others, return_exceptions=True)
+        await self._client.close()
 
     def _wait(self, work: Coroutine[Any, Any, R]) -> R:
-        done = asyncio.run_coroutine_threadsafe(work, self._loop)
+        with self._lock:
+            if self._closed:
+                work.close()
+                raise AnswerError(CLOSED, 0)
+            done = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             return done.result()
+        except CancelledError:  # by `close` in another thread
+            raise AnswerError(CLOSED, 0) from None
         except BaseException:  # such as Ctrl-C, after which nothing may go on
             done.cancel()
             raise
 
 
+_OF_PNG = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16", "I;16B")  # PIL's modes that a PNG holds
+_CONVERTED = {"La": "LA", "PA": "RGBA", "RGBa": "RGBA"}  # those that it does not but have alpha; of others RGB
 _Input = tuple[int, dict[str, str]]  # its place in the call, and how a request has it
 
 
@@ -335,22 +359,26 @@ async def _batched(
     found: dict[int, R] = {}
 
     async def one(batch: list[_Input]) -> None:
-        total = len(batch)
-        while batch:
-            try:
-                results = await work([each for _, each in batch])
-            except AnswerError as error:
-                if error.input is None:
-                    raise
-                place, _ = batch.pop(error.input)
-                reason = str(error).removeprefix(f"input {error.input}: ")
-                if bad is None:
-                    raise AnswerError(f"input {place}: {reason}", error.status, place) from error
-                bad[place] = reason
+        parts = [[each for each in batch if each[1]]]
+        while parts:
+            if not (part := parts.pop()):
                 continue
-            found.update((place, result) for (place, _), result in zip(batch, results, strict=True))
-            break
-        progress(total)
+            try:
+                results = await work([each for _, each in part])
+            except AnswerError as error:
+                if error.input is None and error.status != 413:
+                    raise
+                if error.input is None and len(part) > 1:  # one by one, for the answer does not say which is too large
+                    parts += [[each] for each in reversed(part)]
+                    continue
+                place, _ = part.pop(error.input or 0)
+                if bad is None:
+                    raise AnswerError(f"input {place}: {error.of_item}", error.status, place) from error
+                bad[place] = error.of_item
+                parts.append(part)
+            else:
+                found.update((place, result) for (place, _), result in zip(part, results, strict=True))
+        progress(len(batch))
 
     places = itertools.count()
     await send_all(packed(_readable(given, places, bad), lambda each: sum(map(len, each[1].values()))), one)
@@ -358,15 +386,21 @@ async def _batched(
 
 
 def _readable(given: Iterable[tuple[str, Any]], places: Iterator[int], bad: dict[int, str] | None) -> Iterator[_Input]:
-    """Inputs with their places; what cannot be read is noted in `bad`, or raises."""
+    """Inputs with their places; what cannot be read is noted in `bad` and has nothing to send, or raises."""
     for kind, each in given:
-        place = next(places)
+        place, content = next(places), dict[str, str]()
         try:
-            yield place, {kind: _image(each) if kind == "image" else each}
-        except OSError as error:
-            if bad is None:
+            value = _image(each) if kind == "image" else each
+            value.encode()
+            content = {kind: value}
+        except (OSError, ValueError) as error:  # a ValueError for NUL in a path, too
+            if bad is None and isinstance(error, OSError):
                 raise
-            bad[place] = str(error)
+            reason = "no Unicode (half a surrogate pair)" if isinstance(error, UnicodeEncodeError) else str(error)
+            if bad is None:
+                raise ValueError(f"input {place}: {reason}") from error
+            bad[place] = reason
+        yield place, content
 
 
 def _inputs(images: Iterable[Picture], texts: Iterable[str]) -> Iterator[tuple[str, Any]]:
@@ -390,6 +424,10 @@ def _image(picture: Picture) -> str:
     if isinstance(picture, Path):
         picture = picture.read_bytes()
     if isinstance(picture, Image.Image):
+        with suppress(Exception):  # a picture with a damaged EXIF block is still a picture
+            picture = ImageOps.exif_transpose(picture)  # which a PNG does not say
+        if picture.mode not in _OF_PNG:
+            picture = picture.convert(_CONVERTED.get(picture.mode, "RGB"))
         file = io.BytesIO()
         picture.save(file, "PNG", compress_level=1)
         picture = file.getvalue()

@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 
 import httpx
 
+from app.calls import bearer
 from app.locking import lock_note
 from app.settings import Settings
 from app.stores import open_collections
@@ -22,13 +23,10 @@ async def connect(settings: Settings, server: str | None = None) -> AsyncIterato
     """A client of `server`; without one, of the server that has the data folder open, else of an application in this
     process. All three speak the same API, so a command needs to know only that.
 
-    Raises StorageError if the folder is held by a process that is no server.
+    Raises StorageError if the folder is held by a process that is no server, InputError for a key that cannot be sent.
     """
-    headers = {}
-    if key := os.environ.get("SEMBLANCE_API_KEY"):
-        headers["Authorization"] = f"Bearer {key}"
-    elif settings.api_keys:
-        headers["Authorization"] = f"Bearer {settings.plain_keys[0]}"
+    key = os.environ.get("SEMBLANCE_API_KEY")
+    headers = bearer(settings.plain_keys[0] if not key and settings.api_keys else key)
     collections = None
     if server is None:
         try:

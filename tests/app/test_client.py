@@ -9,7 +9,7 @@ import json
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,9 @@ from support import running
 
 from app.calls import BATCH, IN_FLIGHT, AnswerError, call
 from app.client import AsyncClient, Client
+from app.connection import connect
+from app.settings import Settings
+from models.errors import InputError
 
 DEMO = Path(__file__).parents[2] / "checkpoints" / "demo"
 
@@ -60,6 +63,40 @@ def test_every_form_of_a_picture_has_the_same_embedding(
     assert demo.encode().shape == (0, 0)
 
 
+def _sent(image: Image.Image) -> Image.Image:
+    """What a server gets of a picture."""
+    got: list[bytes] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        got.append(base64.b64decode(json.loads(request.content)["query"][0]["image"]))
+        return httpx.Response(200, json={"hits": []})
+
+    with Client("http://there", transport=httpx.MockTransport(answer)) as client:
+        client.search(image=image)
+    return Image.open(io.BytesIO(got[0]))
+
+
+def test_a_picture_is_sent_upright(picture: Callable[..., Image.Image]) -> None:
+    upright, file, exif = picture(), io.BytesIO(), Image.Exif()
+    exif[0x0112] = 6  # to be turned right
+    upright.transpose(Image.Transpose.ROTATE_90).save(file, "PNG", exif=exif)
+    with Image.open(file) as image:
+        assert np.array_equal(_sent(image), upright)
+        assert image.getexif()[0x0112] == 6  # the caller's own is as it was
+    damaged = picture()
+    damaged.info["exif"] = b"Exif\0\0damaged"
+    assert np.array_equal(_sent(damaged), upright)
+
+
+@pytest.mark.parametrize("mode", ["CMYK", "YCbCr", "HSV", "LAB", "F", "I", "RGBX", "PA", "RGBa", "La", "I;16L"])
+def test_a_picture_of_any_mode_is_sent(mode: str) -> None:
+    sent = _sent(Image.new(mode, (4, 4)))
+    assert sent.mode == {"La": "LA", "PA": "RGBA", "RGBa": "RGBA"}.get(mode, "RGB")
+    assert sent.size == (4, 4)
+    if mode in ("CMYK", "RGBX"):  # no ink, and no light
+        assert sent.getpixel((0, 0)) == ((255,) * 3 if mode == "CMYK" else (0,) * 3)
+
+
 def test_any_number_in_order_with_progress_and_what_is_bad_by_its_place(
     demo: Client, tmp_path: Path, encoded: Callable[..., bytes]
 ) -> None:
@@ -83,6 +120,43 @@ def test_any_number_in_order_with_progress_and_what_is_bad_by_its_place(
         demo.encode(images=images[BATCH + 2 :])
 
 
+def _embedding(request: httpx.Request) -> httpx.Response:
+    """Ones for each input; one that is large is refused, without its place."""
+    inputs = json.loads(request.content)["input"]
+    if any(len(value) > 100 for each in inputs for value in each.values()):
+        return httpx.Response(413, json={"detail": "the body is too large"})
+    row = base64.b64encode(np.ones(4, "<f4").tobytes()).decode()
+    return httpx.Response(200, json={"data": [{"embedding": row}] * len(inputs)})
+
+
+def test_what_no_request_can_say_is_bad_by_its_place_and_ends_nothing(tmp_path: Path) -> None:
+    wrong: dict[int, Any] = {
+        1: (b"large" * 100, AnswerError, "the body is too large"),
+        3: ("a\0.jpg", ValueError, "embedded null byte"),
+        5: (tmp_path / "missing.jpg", FileNotFoundError, "missing.jpg"),
+        7: ("http://there/\ud800", ValueError, "no Unicode"),
+    }
+    images = [wrong[place][0] if place in wrong else b"good" for place in range(8)]
+    wrong[9] = ("half \ud800", ValueError, "no Unicode")
+    wrong[10] = ("long" * 100, AnswerError, "the body is too large")
+    texts = ["good", wrong[9][0], wrong[10][0], "good"]
+    bad: dict[int, str] = {}
+    done: list[int] = []
+    with Client("http://there", transport=httpx.MockTransport(_embedding)) as client:
+        rows = client.encode(images=images, texts=texts, bad=bad, progress=done.append)
+        assert bad.keys() == wrong.keys()
+        assert all(why in bad[place] for place, (_, _, why) in wrong.items())
+        assert np.flatnonzero(np.isnan(rows).all(axis=1)).tolist() == sorted(wrong)
+        assert sum(done) == len(rows) == 12
+        for place, (each, kind, why) in wrong.items():
+            given = {"images": [b"good", each]} if place < 8 else {"texts": ["good", each]}
+            with pytest.raises(kind, match=why) as refused:
+                client.encode(**given)
+            assert kind is FileNotFoundError or str(refused.value).startswith("input 1: ")
+        assert client.encode(images=[tmp_path / "missing.jpg"], bad=bad, progress=done.append).shape == (1, 0)
+        assert sum(done) == 13
+
+
 def test_search_classification_and_models_are_the_api_s_own(server: str, demo: Client) -> None:
     hits = demo.search("a red star", k=3, target="image", filters=["kind:image"], min_score=-1, offset=1)
     asked = {"query": "a red star", "k": 3, "target": "image", "filter": ["kind:image"], "offset": 1}
@@ -93,6 +167,8 @@ def test_search_classification_and_models_are_the_api_s_own(server: str, demo: C
     assert demo.search(image=content, k=1)[0].id == best.id
     away = demo.search(mixed=[("a red star", 1.0), (content, -1.0)], k=50)
     assert best.id not in [hit.id for hit in away[:10]]
+    ids, count = np.array([best.id, away[0].id]), np.int64(2)
+    assert {hit.id for hit in demo.search("a red star", ids=ids, k=count)} == set(ids)
     with pytest.raises(ValueError, match="a text, an image or a mixture"):
         demo.search()
     (made,) = demo.zero_shot([content], ["red star", "blue heart"], templates=["a {}"])
@@ -146,6 +222,41 @@ def test_threads_share_one_client(demo: Client) -> None:
     assert all(np.allclose(rows, expected, atol=1e-4) for rows in found)
 
 
+def test_closing_ends_what_other_threads_wait_for_and_later_calls() -> None:
+    asked = threading.Event()
+
+    async def answer(request: httpx.Request) -> httpx.Response:
+        asked.set()
+        await asyncio.sleep(600)
+        return httpx.Response(500)
+
+    def ask() -> None:
+        try:
+            client.encode(texts=["a"] * (2 * BATCH))
+        except Exception as error:
+            found.append(error)
+
+    client, found = Client("http://there", transport=httpx.MockTransport(answer)), list[Exception]()
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    assert asked.wait(10)
+    client.close()
+    thread.join(10)
+    assert [(type(error), str(error)) for error in found] == [(AnswerError, "the client is closed")]
+    client.close()
+    for call_on in (client.models, lambda: client.search("a"), lambda: next(client.drawing("a"))):
+        with pytest.raises(AnswerError, match="the client is closed"):
+            call_on()
+
+    async def late() -> None:
+        alone = AsyncClient("http://there")
+        await alone.close()
+        with pytest.raises(AnswerError, match="the client is closed"):
+            await alone.models()
+
+    asyncio.run(late())
+
+
 def test_a_busy_server_is_asked_again_after_what_it_says_and_never_by_too_many_at_once() -> None:
     seen: list[str] = []
     under_way = most = 0
@@ -196,6 +307,41 @@ def test_errors_say_what_the_server_said(demo: Client) -> None:
     with Client("http://127.0.0.1:1") as nobody, pytest.raises(AnswerError, match="cannot be reached") as refused:
         nobody.search("a")
     assert refused.value.status == 0
+
+
+def test_the_time_of_a_request_is_of_all_its_answer_and_its_end_has_a_reason() -> None:
+    async def drip() -> AsyncIterator[bytes]:
+        while True:
+            yield b" "
+            await asyncio.sleep(0.01)
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        if request.url.path == "/models":
+            return httpx.Response(200, content=drip())
+        raise httpx.ReadTimeout("")
+
+    async def ask() -> None:
+        async with AsyncClient("http://there", timeout=0.2, transport=httpx.MockTransport(answer)) as client:
+            with pytest.raises(AnswerError, match="cannot be reached: TimeoutError"):
+                await asyncio.wait_for(client.models(), 10)
+            with pytest.raises(AnswerError, match="cannot be reached: ReadTimeout"):
+                await client.search("a")
+
+    asyncio.run(ask())
+
+
+def test_a_key_that_no_header_can_hold_is_refused_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    for key in ("schlüssel", "a\nb"):
+        with pytest.raises(InputError, match="the API key has a character"):
+            AsyncClient(api_key=key)
+    monkeypatch.setenv("SEMBLANCE_API_KEY", "schlüssel")
+
+    async def command() -> None:
+        async with connect(Settings(), "http://there"):
+            raise AssertionError("not refused")
+
+    with pytest.raises(InputError, match="the API key has a character"):
+        asyncio.run(command())
 
 
 @pytest.mark.parametrize(
