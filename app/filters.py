@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -62,6 +63,16 @@ class Condition:
 
     def _as_json(self, value: str | Number) -> str:
         return json.dumps({self.key: value})
+
+
+def number_of(text: str) -> Number | None:
+    """The number that a text is, as an integer if 64 bits hold it, for a float would round it; None if it is none."""
+    with suppress(ValueError):
+        if -(2**63) <= (integer := int(text)) < 2**63:
+            return integer
+    with suppress(ValueError):
+        return float(text)
+    return None
 
 
 def _word(text: str) -> str | None:

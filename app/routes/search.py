@@ -18,7 +18,7 @@ from starlette.responses import Response
 from app.backends import Array
 from app.collection import Collection, Target
 from app.engine import ServedEngine
-from app.filters import Condition, Sign
+from app.filters import Condition, Sign, number_of
 from app.inputs import (
     MAX_IDS,
     Body,
@@ -225,13 +225,9 @@ def _condition(entry: str | Filter) -> Condition:
     key, colon, value, sign, bound = parts.groups()
     if colon:
         return Condition(key, (value,))
-    try:
-        number = float(bound)
-    except ValueError:
-        return Condition(key, bounds=((cast(Sign, sign), bound),))
-    if not math.isfinite(number):
+    if (number := number_of(bound)) is not None and not math.isfinite(number):
         raise InputError(f"filter {entry[:80]!r}: a bound must be a finite number or a text")
-    return Condition(key, bounds=((cast(Sign, sign), number),))
+    return Condition(key, bounds=((cast(Sign, sign), bound if number is None else number),))
 
 
 def _number(value: object) -> bool:

@@ -48,7 +48,7 @@ JSON = st.recursive(
     max_leaves=12,
 )
 # Read by SQLite's JSON exactly as it is written.
-NUMBERS = st.integers(-(2**53), 2**53) | st.integers(-1000, 1000).map(lambda number: number / 4)
+NUMBERS = st.integers(-(2**63), 2**63 - 1) | st.integers(-1000, 1000).map(lambda number: number / 4)
 TEXTS = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=6)
 VALUES = st.none() | st.booleans() | NUMBERS | TEXTS
 
@@ -101,6 +101,12 @@ def test_a_filter_is_a_condition_or_refused(text: str) -> None:
 @given(st.text(min_size=1).filter(lambda key: not set(key) & set(":<>") and not key.startswith("{")), st.text())
 def test_a_filter_says_key_and_value_as_they_were_written(key: str, value: str) -> None:
     assert _condition(f"{key}:{value}") == Condition(key, (value,))
+
+
+@given(st.sampled_from([">=", ">", "<=", "<"]), NUMBERS)
+@example(">=", 2**53 + 1)
+def test_a_bound_is_exact_in_a_text_too(sign: Any, bound: float) -> None:
+    assert _condition(f"a{sign}{bound}") == Condition("a", bounds=((sign, bound),))
 
 
 FILTERED = given(
