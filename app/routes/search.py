@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import time
@@ -18,7 +17,7 @@ from starlette.responses import Response
 from app.backends import Array
 from app.collection import Collection, Target
 from app.engine import ServedEngine
-from app.filters import Condition, Sign, number_of
+from app.filters import Condition, Sign, number_of, values_of
 from app.inputs import (
     MAX_IDS,
     Body,
@@ -41,7 +40,8 @@ Bound = Number | Text
 
 
 class Filter(Body):
-    """in: any of these values. gte, gt, lte, lt: bounds, numbers for numbers and texts for texts, such as dates."""
+    """in: any of these values, 2 and "2" being two. gte, gt, lte, lt: bounds, numbers for numbers and texts for texts,
+    such as dates."""
 
     key: Annotated[Text, Field(max_length=64)]
     any_of: list[bool | Bound | None] | None = Field(None, alias="in", min_length=1, max_length=1000)
@@ -52,13 +52,11 @@ class Filter(Body):
 
     def condition(self) -> Condition:
         """The same for the store. Raises InputError if it asks for nothing."""
-        texts = [each if isinstance(each, str) else json.dumps(each) for each in self.any_of or () if not _number(each)]
-        numbers = [each for each in self.any_of or () if _number(each)]
         given: list[tuple[Sign, Any]] = [(">=", self.gte), (">", self.gt), ("<=", self.lte), ("<", self.lt)]
         bounds = tuple((sign, bound) for sign, bound in given if bound is not None)
-        if not (texts or numbers or bounds):
+        if not (self.any_of or bounds):
             raise InputError(f"filter {self.key[:80]!r} needs one of in, gte, gt, lte, lt")
-        return Condition(self.key, tuple(texts), tuple(numbers), bounds)  # type: ignore[arg-type]
+        return Condition(self.key, tuple(self.any_of or ()), bounds)
 
 
 class Options(Body):
@@ -224,11 +222,7 @@ def _condition(entry: str | Filter) -> Condition:
         raise InputError(f"filter {entry[:80]!r} must be key:value, key>=number or an object with key and in")
     key, colon, value, sign, bound = parts.groups()
     if colon:
-        return Condition(key, (value,))
+        return Condition(key, values_of(value))
     if (number := number_of(bound)) is not None and not math.isfinite(number):
         raise InputError(f"filter {entry[:80]!r}: a bound must be a finite number or a text")
     return Condition(key, bounds=((cast(Sign, sign), bound if number is None else number),))
-
-
-def _number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
