@@ -323,13 +323,41 @@ def test_filters_by_value_by_bounds_and_by_one_of_several(filled: TestClient) ->
         ("i>=nan", "finite"),
         ("i<1e999", "finite"),
         ('{"key": "i"}', "needs one of"),
-        ('{"key": "i", "near": 3}', "Extra inputs"),
+        ('{"key": "i", "near": 3}', "near: Extra inputs"),
         ('{"key": "i", "in": []}', "at least 1 item"),
-        (f'{{"key": "i", "gte": {10**30}}}', "less than 9223372036854775808"),
+        (f'{{"key": "i", "gte": {10**30}}}', "gte: a text that is not empty"),
+        ('{"key": "i", "in": [[]]}', "in.0: a text"),
         ("{", "JSON"),
     ]:
         problem(filled.get("/search", params={"q": "a", "filter": wrong}), 422, says)
     problem(filled.post("/search", json={"query": {"text": "a"}, "filter": {"key": "i"}}), 422, "needs one of")
+
+
+def test_what_is_wrong_with_a_filter_is_said_once(filled: TestClient) -> None:
+    for wrong, where in [
+        ({"key": "k", "inn": ["a"]}, "inn: Extra inputs are not permitted"),
+        ({"in": ["a"]}, "key: Field required"),
+        ({"key": "k", "in": []}, "in: List should have at least 1 item"),
+        ({"key": "k", "in": [1, {"a": 1}]}, "in.1: a text without NUL, a finite number"),
+        (
+            {"key": "k", "gte": 2**63},
+            "gte: a text that is not empty and has no NUL, or a finite number",
+        ),
+    ]:
+        answer = filled.post("/search", json={"query": {"text": "a"}, "filter": [wrong]})
+        problem(answer, 422, f"filter.0.{where}")
+        assert len(answer.json()["errors"]) == 1
+    for no_filter in (7, "", "a:\0", None, ["a:b"]):
+        answer = filled.post("/search", json={"query": {"text": "a"}, "filter": [no_filter]})
+        problem(answer, 422, "filter.0: key:value, key>=number, or an object with key and in")
+        assert len(answer.json()["errors"]) == 1
+
+
+def test_an_empty_text_is_a_value_to_look_for(filled: TestClient) -> None:
+    stored = [{"id": "e", "text": "a", "metadata": {"k": ""}}, {"id": "f", "text": "b", "metadata": {"k": "b"}}]
+    assert filled.post("/collections/default/items", json={"items": stored}).status_code == 200
+    for entry in ("k:", {"key": "k", "in": [""]}):
+        assert _ids(filled.post("/search", json={"query": {"text": "a"}, "filter": [entry]})) == ["e"]
 
 
 @pytest.mark.of_every_store
