@@ -42,6 +42,8 @@ class AnswerError(SemblanceError):
 def collection_url(name: str) -> str:
     """Where a collection of any name is, so that what is no name is refused as one."""
     return f"/collections/{quote(name, safe='')}"
+
+
 def bearer(key: str | None) -> dict[str, str]:
     """The header that brings a key. Raises InputError for one that no header can hold."""
     if key and not (key.isascii() and key.isprintable()):

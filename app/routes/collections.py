@@ -379,7 +379,7 @@ async def get_picture(
         size = service.settings.stored_side
     etag = f'"{version}-{size or "full"}"'
     headers = {"ETag": etag, "Cache-Control": "private, no-cache"}
-    if if_none_match and etag in if_none_match:
+    if if_none_match and (if_none_match.strip() == "*" or etag in if_none_match):  # RFC 9110: * is whatever there is
         return Response(status_code=304, headers=headers)
     if size is None:
         content = await service.in_collection(name, lambda collection: collection.picture(id))

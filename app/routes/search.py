@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from typing import Annotated, Any, Literal, cast
 
 import numpy as np
 from fastapi import APIRouter, Depends, Query
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+)
 from starlette.responses import Response
 
 from app.backends import Array
 from app.collection import Collection, Target
 from app.engine import ServedEngine
-from app.filters import Condition, Sign
+from app.filters import Condition, Sign, number_of, values_of
 from app.inputs import (
     MAX_IDS,
     Body,
@@ -37,14 +44,34 @@ from app.service import Served, Service, describe_item, json_response
 from models.errors import InputError, NotFoundError
 
 router = APIRouter(tags=["search"], dependencies=[Depends(known_query)])
-Bound = Number | Text
+
+
+def _sentence(expected: str) -> Callable[[Any, ValidatorFunctionWrapHandler], Any]:
+    """One sentence in place of several, of which each is about one type that a value might have been."""
+
+    def check(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return handler(value)
+        except ValidationError:
+            raise ValueError(f"{expected} is expected") from None
+
+    return check
+
+
+_NUMBER = "a finite number (an integer: of 64 bits)"
+Bound = Annotated[Number | Text, WrapValidator(_sentence(f"a text that is not empty and has no NUL, or {_NUMBER},"))]
+Value = Annotated[
+    bool | Number | Text | Literal[""] | None,
+    WrapValidator(_sentence(f"a text without NUL, {_NUMBER}, true, false or null")),
+]
 
 
 class Filter(Body):
-    """in: any of these values. gte, gt, lte, lt: bounds, numbers for numbers and texts for texts, such as dates."""
+    """in: any of these values, 2 and "2" being two. gte, gt, lte, lt: bounds, numbers for numbers and texts for texts,
+    such as dates."""
 
     key: Annotated[Text, Field(max_length=64)]
-    any_of: list[bool | Bound | None] | None = Field(None, alias="in", min_length=1, max_length=1000)
+    any_of: list[Value] | None = Field(None, alias="in", min_length=1, max_length=1000)
     gte: Bound | None = None
     gt: Bound | None = None
     lte: Bound | None = None
@@ -52,13 +79,19 @@ class Filter(Body):
 
     def condition(self) -> Condition:
         """The same for the store. Raises InputError if it asks for nothing."""
-        texts = [each if isinstance(each, str) else json.dumps(each) for each in self.any_of or () if not _number(each)]
-        numbers = [each for each in self.any_of or () if _number(each)]
         given: list[tuple[Sign, Any]] = [(">=", self.gte), (">", self.gt), ("<=", self.lte), ("<", self.lt)]
         bounds = tuple((sign, bound) for sign, bound in given if bound is not None)
-        if not (texts or numbers or bounds):
+        if not (self.any_of or bounds):
             raise InputError(f"filter {self.key[:80]!r} needs one of in, gte, gt, lte, lt")
-        return Condition(self.key, tuple(texts), tuple(numbers), bounds)  # type: ignore[arg-type]
+        return Condition(self.key, tuple(self.any_of or ()), bounds)
+
+
+_a_text = _sentence("key:value, key>=number, or an object with key and in, gte, gt, lte or lt, all without NUL,")
+
+
+def _entry(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+    # What is wrong with an object is said of its fields, and not that it is no text.
+    return Filter.model_validate(value) if isinstance(value, dict) else _a_text(value, handler)
 
 
 class Options(Body):
@@ -69,7 +102,9 @@ class Options(Body):
     k: int = Field(10, ge=1)
     collection: str | None = None
     target: Target = "any"
-    filter: Annotated[list[Text | Filter], BeforeValidator(as_list)] = Field(default_factory=list)
+    filter: Annotated[list[Annotated[Text | Filter, WrapValidator(_entry)]], BeforeValidator(as_list)] = Field(
+        default_factory=list
+    )
     ids: Annotated[list[ItemId], Field(min_length=1, max_length=MAX_IDS)] | None = None
     group_by: Annotated[Text, Field(max_length=64)] | None = None
     min_score: float = Field(-1.0, ge=-1, le=1)
@@ -219,20 +254,14 @@ def _condition(entry: str | Filter) -> Condition:
         try:
             return Filter.model_validate_json(entry).condition()
         except ValidationError as error:
-            raise InputError(f"filter {entry[:80]!r}: {error.errors()[0]['msg']}") from error
+            first = error.errors(include_url=False)[0]
+            said = [".".join(str(part)[:64] for part in first["loc"]), first["msg"].removeprefix("Value error, ")]
+            raise InputError(f"filter {entry[:80]!r}: {': '.join(filter(None, said))}") from error
     if (parts := _WRITTEN.fullmatch(entry)) is None:
         raise InputError(f"filter {entry[:80]!r} must be key:value, key>=number or an object with key and in")
     key, colon, value, sign, bound = parts.groups()
     if colon:
-        return Condition(key, (value,))
-    try:
-        number = float(bound)
-    except ValueError:
-        return Condition(key, bounds=((cast(Sign, sign), bound),))
-    if not math.isfinite(number):
+        return Condition(key, values_of(value))
+    if (number := number_of(bound)) is not None and not math.isfinite(number):
         raise InputError(f"filter {entry[:80]!r}: a bound must be a finite number or a text")
-    return Condition(key, bounds=((cast(Sign, sign), number),))
-
-
-def _number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return Condition(key, bounds=((cast(Sign, sign), bound if number is None else number),))

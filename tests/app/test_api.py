@@ -284,6 +284,8 @@ def test_filters_by_value_by_bounds_and_by_one_of_several(filled: TestClient) ->
         {"id": "a", "text": "a", "metadata": {"year": 1999, "day": "2026-01-31", "colour": "red", "x": None}},
         {"id": "b", "text": "b", "metadata": {"year": 2000.5, "day": "2026-02-01", "colour": "a:b", "x": 1}},
         {"id": "c", "text": "c", "metadata": {"year": "2001", "day": 20260201, "colour": "red<blue", "x": True}},
+        {"id": "d", "text": "d", "metadata": {"x": "true"}},
+        {"id": "e", "text": "e", "metadata": {"x": "null"}},
     ]
     assert filled.post("/collections/default/items", json={"items": stored}).status_code == 200
 
@@ -300,10 +302,12 @@ def test_filters_by_value_by_bounds_and_by_one_of_several(filled: TestClient) ->
     assert found("i<=0") == "p0"
     assert found({"key": "i", "gte": 2, "lt": 4}) == "p2 p3"
     assert found({"key": "i", "gt": 3, "lte": 9}, "even:true") == "p4"
-    assert found({"key": "i", "in": [1, 4.0, "5", 77]}) == "p1 p4 p5"
+    assert found({"key": "i", "in": [1, 4.0, "5", 77]}) == "p1 p4"  # "5" is no 5
     assert found("year>=1999") == "a b"  # a text is within no numbers
     assert found({"key": "year", "gte": "2000"}) == "c"
     assert found("year:2001") == "c"
+    assert found("year:2000.50") == "b"
+    assert found("x:true") == "c d"
     assert found("day>=2026-02") == "b"
     assert found("day<2026-02", "year<2000") == "a"
     assert found("colour:a:b") == "b"
@@ -319,13 +323,41 @@ def test_filters_by_value_by_bounds_and_by_one_of_several(filled: TestClient) ->
         ("i>=nan", "finite"),
         ("i<1e999", "finite"),
         ('{"key": "i"}', "needs one of"),
-        ('{"key": "i", "near": 3}', "Extra inputs"),
+        ('{"key": "i", "near": 3}', "near: Extra inputs"),
         ('{"key": "i", "in": []}', "at least 1 item"),
-        (f'{{"key": "i", "gte": {10**30}}}', "less than 9223372036854775808"),
+        (f'{{"key": "i", "gte": {10**30}}}', "gte: a text that is not empty"),
+        ('{"key": "i", "in": [[]]}', "in.0: a text"),
         ("{", "JSON"),
     ]:
         problem(filled.get("/search", params={"q": "a", "filter": wrong}), 422, says)
     problem(filled.post("/search", json={"query": {"text": "a"}, "filter": {"key": "i"}}), 422, "needs one of")
+
+
+def test_what_is_wrong_with_a_filter_is_said_once(filled: TestClient) -> None:
+    for wrong, where in [
+        ({"key": "k", "inn": ["a"]}, "inn: Extra inputs are not permitted"),
+        ({"in": ["a"]}, "key: Field required"),
+        ({"key": "k", "in": []}, "in: List should have at least 1 item"),
+        ({"key": "k", "in": [1, {"a": 1}]}, "in.1: a text without NUL, a finite number"),
+        (
+            {"key": "k", "gte": 2**63},
+            "gte: a text that is not empty and has no NUL, or a finite number",
+        ),
+    ]:
+        answer = filled.post("/search", json={"query": {"text": "a"}, "filter": [wrong]})
+        problem(answer, 422, f"filter.0.{where}")
+        assert len(answer.json()["errors"]) == 1
+    for no_filter in (7, "", "a:\0", None, ["a:b"]):
+        answer = filled.post("/search", json={"query": {"text": "a"}, "filter": [no_filter]})
+        problem(answer, 422, "filter.0: key:value, key>=number, or an object with key and in")
+        assert len(answer.json()["errors"]) == 1
+
+
+def test_an_empty_text_is_a_value_to_look_for(filled: TestClient) -> None:
+    stored = [{"id": "e", "text": "a", "metadata": {"k": ""}}, {"id": "f", "text": "b", "metadata": {"k": "b"}}]
+    assert filled.post("/collections/default/items", json={"items": stored}).status_code == 200
+    for entry in ("k:", {"key": "k", "in": [""]}):
+        assert _ids(filled.post("/search", json={"query": {"text": "a"}, "filter": [entry]})) == ["e"]
 
 
 @pytest.mark.of_every_store
@@ -427,8 +459,11 @@ def test_pictures_come_back_clean_small_and_cached(filled: TestClient) -> None:
     small = filled.get("/collections/default/items/p1/image?size=24")
     assert max(Image.open(io.BytesIO(small.content)).size) == 24
     assert filled.get("/collections/default/items/p1/image?size=24").content == small.content
-    again = filled.get("/collections/default/items/p1/image", headers={"If-None-Match": answer.headers["etag"]})
-    assert (again.status_code, again.content) == (304, b"")
+    for known in (answer.headers["etag"], f'"other", W/{answer.headers["etag"]}', "*"):
+        again = filled.get("/collections/default/items/p1/image", headers={"If-None-Match": known})
+        assert (again.status_code, again.content) == (304, b"")
+    assert filled.get("/collections/default/items/p1/image", headers={"If-None-Match": '"other"'}).status_code == 200
+    problem(filled.get("/collections/default/items/t/image", headers={"If-None-Match": "*"}), 404, "has no picture")
     assert small.headers["etag"] != answer.headers["etag"]
     problem(filled.get("/collections/default/items/t/image"), 404, "has no picture")
 

@@ -48,9 +48,9 @@ JSON = st.recursive(
     max_leaves=12,
 )
 # Read by SQLite's JSON exactly as it is written.
-NUMBERS = st.integers(-(2**53), 2**53) | st.integers(-1000, 1000).map(lambda number: number / 4)
+NUMBERS = st.integers(-(2**63), 2**63 - 1) | st.integers(-1000, 1000).map(lambda number: number / 4)
 TEXTS = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=6)
-VALUES = st.none() | st.booleans() | NUMBERS | TEXTS
+VALUES = st.none() | st.booleans() | NUMBERS | TEXTS | st.sampled_from(["true", "false", "null", "0", "0.0"])
 
 
 @pytest.mark.parametrize("model", BODIES, ids=lambda model: model.__name__)
@@ -100,29 +100,55 @@ def test_a_filter_is_a_condition_or_refused(text: str) -> None:
 
 @given(st.text(min_size=1).filter(lambda key: not set(key) & set(":<>") and not key.startswith("{")), st.text())
 def test_a_filter_says_key_and_value_as_they_were_written(key: str, value: str) -> None:
-    assert _condition(f"{key}:{value}") == Condition(key, (value,))
+    condition = _condition(f"{key}:{value}")
+    assert (condition.key, condition.values[0]) == (key, value)
+
+
+@given(st.sampled_from([">=", ">", "<=", "<"]), NUMBERS)
+@example(">=", 2**53 + 1)
+def test_a_bound_is_exact_in_a_text_too(sign: Any, bound: float) -> None:
+    assert _condition(f"a{sign}{bound}") == Condition("a", bounds=((sign, bound),))
 
 
 FILTERED = given(
     st.lists(st.dictionaries(st.sampled_from("abc"), VALUES), max_size=6),
     st.fixed_dictionaries({"key": st.sampled_from("abc")}, optional={
-        "in": st.lists(VALUES.filter(lambda value: value != ""), min_size=1, max_size=3),
+        "in": st.lists(VALUES, min_size=1, max_size=3),
         **dict.fromkeys(("gte", "gt", "lte", "lt"), NUMBERS | TEXTS.filter(bool)),
     }),
 )  # fmt: skip
 
 
+# A text that may be any value, and what else than itself it is.
+EITHER = {
+    "1e+20": 1e20, "1e20": 1e20, "1.0E20": 1e20, "100000000000000000000": 1e20, "1e-07": 1e-7, "2": 2, "2.0": 2,
+    "-0": 0, "9007199254740993": 2**53 + 1, "true": True, "false": False, "null": None,
+}  # fmt: skip
+NOTHING_ELSE = ["1e999", "NaN", "True", "None", "02", " 2", ""]
+
+
 @FILTERED
 def test_a_filter_finds_what_a_loop_over_the_items_finds(items: list[dict[str, Any]], asked: dict[str, Any]) -> None:
     assume(len(asked) > 1)
-    condition, values = Filter.model_validate(asked).condition().sql()
+    assert _found(items, Filter.model_validate(asked).condition()) == _passing(items, asked)
+
+
+@pytest.mark.parametrize("text", [*EITHER, *NOTHING_ELSE])
+def test_a_text_finds_itself_and_what_it_is(connection: psycopg.Connection[Any], text: str) -> None:
+    among = [*EITHER, *NOTHING_ELSE, *EITHER.values(), 2**53, 1e-8, 1]
+    items = [*({"a": value} for value in among), {"b": text}, {}]
+    asked = {"key": "a", "in": [text, EITHER[text]] if text in EITHER else [text]}
+    condition = _condition(f"a:{text}")
+    assert _found(items, condition) == _found_by_postgresql(connection, items, condition) == _passing(items, asked)
+
+
+def _found(items: list[dict[str, Any]], asked: Condition) -> list[int]:
+    condition, values = asked.sql()
     database = apsw.Connection(":memory:")
     database.execute("CREATE TABLE items (metadata TEXT)")
     database.executemany("INSERT INTO items VALUES (?)", [(json.dumps(item),) for item in items])
-    found = [
-        row[0] - 1 for row in database.execute(f"SELECT rowid FROM items WHERE {condition} ORDER BY rowid", values)
-    ]
-    assert found == _passing(items, asked)
+    rows = database.execute(f"SELECT rowid FROM items WHERE {condition} ORDER BY rowid", values)
+    return [row[0] - 1 for row in rows]
 
 
 @pytest.fixture(scope="module")
@@ -135,16 +161,23 @@ def connection(postgres: PostgresServer) -> Iterator[psycopg.Connection[Any]]:
 def test_so_does_a_filter_of_postgresql(
     connection: psycopg.Connection[Any], items: list[dict[str, Any]], asked: dict[str, Any]
 ) -> None:
-    written = [json.dumps(item) for item in items]
-    assume(len(asked) > 1 and not any("\\u0000" in each for each in (*written, json.dumps(asked))))
-    condition, values = Filter.model_validate(asked).condition().postgres()
+    assume(len(asked) > 1 and not any("\\u0000" in each for each in map(json.dumps, (*items, asked))))
+    found = _found_by_postgresql(connection, items, Filter.model_validate(asked).condition())
+    assert found == _passing(items, asked)
+
+
+def _found_by_postgresql(
+    connection: psycopg.Connection[Any], items: list[dict[str, Any]], asked: Condition
+) -> list[int]:
+    condition, values = asked.postgres()
     table = (
         "(SELECT place, metadata::jsonb AS facets FROM unnest(%s::text[]) WITH ORDINALITY AS given (metadata, place))"
     )
     rows = connection.execute(
-        f"SELECT place FROM {table} AS items WHERE {condition} ORDER BY place", (written, *values)
+        f"SELECT place FROM {table} AS items WHERE {condition} ORDER BY place",
+        ([json.dumps(item) for item in items], *values),
     )
-    assert [place - 1 for (place,) in rows] == _passing(items, asked)
+    return [place - 1 for (place,) in rows]
 
 
 def _passing(items: list[dict[str, Any]], asked: dict[str, Any]) -> list[int]:
@@ -166,14 +199,10 @@ def _fits(value: Any, asked: dict[str, Any]) -> bool:
 
 
 def _same(value: Any, asked: Any) -> bool:
-    """A text stands for what is written like it; a number for numbers alone."""
+    """2 and 2.0 are one number; a text, a number and a word are three kinds."""
     if _is_number(asked):
         return _is_number(value) and value == asked
-    return _written(value) == _written(asked)
-
-
-def _written(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
+    return type(value) is type(asked) and value == asked
 
 
 def _is_number(value: Any) -> bool:

@@ -190,12 +190,12 @@ def test_a_search_finds_what_a_loop_finds(opened: Open) -> None:
         (lambda i: i in (3, 5, 250), {"ids": ["i3", "i5", "i250", "nowhere"]}),
         (lambda i: 10 <= weights[i] < 20, {"filters": [Condition("weight", bounds=((">=", 10), ("<", 20)))]}),
         (lambda i: words[i] in ("1", "eins"), {"filters": [Condition("word", ("1", "eins"))]}),
-        (lambda i: weights[i] in (1, 7), {"filters": [Condition("weight", numbers=(1, 7.0))]}),
+        (lambda i: weights[i] in (1, 7), {"filters": [Condition("weight", (1, 7.0))]}),
         (lambda i: words[i] >= "f", {"filters": [Condition("word", bounds=((">=", "f"),))]}),
-        (lambda i: i % 2 == 0, {"filters": [Condition("even", ("true",))]}),
+        (lambda i: i % 2 == 0, {"filters": [Condition("even", (True,))]}),
         (lambda i: False, {"filters": [Condition("weight", ("one",))]}),
-        (lambda i: False, {"filters": [Condition("elsewhere", ("null",))]}),
-        (lambda i: True, {"filters": [Condition("nothing", ("null",))]}),
+        (lambda i: False, {"filters": [Condition("elsewhere", (None,))]}),
+        (lambda i: True, {"filters": [Condition("nothing", (None,))]}),
     ]
     with opened() as collections:
         made = _create(collections)

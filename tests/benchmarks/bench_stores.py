@@ -34,7 +34,7 @@ from app.sqlite_collections import SQLiteCollections
 
 SERVER = Path(__file__).parents[2] / ".venv-milvus" / "bin" / "python"
 SINGLE, AT_ONCE = 3_000, 1_000
-TENTH = [Condition("tenth", numbers=(3,))]
+TENTH = [Condition("tenth", (3,))]
 
 
 @contextmanager
