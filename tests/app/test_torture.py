@@ -284,10 +284,12 @@ def test_errors_of_the_disk_refuse_single_writes_and_lose_nothing(tmp_path: Path
     fiu = ["fiu-run", "-x", *(word for fault in faults for word in ("-c", fault))]
     with SQLiteCollections(tmp_path / "data") as collections:
         collections.create("c", model="m", fingerprint="f", dimensions=8)
-    rng, seen = random.Random(0), Acknowledged()
-    for _ in range(max(3, KILLS // 10)):
+    rng, seen, rounds = random.Random(0), Acknowledged(), 0
+    # More where the store could not be opened in any of them, which happens.
+    while rounds < max(3, KILLS // 10) or (rounds < 30 and not (seen.added and seen.refused)):
         write_and_kill(tmp_path / "data", rng, seen, under=fiu)
         check(tmp_path / "data", rng, seen)
-    print(f"{len(seen.added)} writes acknowledged, {len(seen.refused)} refused, 0 lost")
+        rounds += 1
+    print(f"{rounds} rounds, {len(seen.added)} writes acknowledged, {len(seen.refused)} refused, 0 lost")
     assert seen.added
     assert seen.refused
