@@ -64,13 +64,16 @@ def _no_integer(value: Any) -> Any:
     return value
 
 
-def _plain(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
-    try:
-        return handler(value)
-    except ValidationError:  # one sentence in place of four, of which each is about one type that it might have been
-        raise ValueError(
-            "a text without NUL, a finite number (an integer: of 64 bits), true, false or null is expected"
-        ) from None
+def in_a_sentence(expected: str) -> Callable[[Any, ValidatorFunctionWrapHandler], Any]:
+    """For WrapValidator: one sentence in place of several, of which each is about one type that a value might be."""
+
+    def check(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return handler(value)
+        except ValidationError:
+            raise ValueError(f"{expected} is expected") from None
+
+    return check
 
 
 def as_list(value: Any) -> Any:
@@ -89,9 +92,11 @@ Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,6
 ItemId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:@+-]{0,127}$")]
 # Integers that 64 bits hold: what is stored must be answered again, and JSON writers stop there.
 Number = Annotated[int, Field(ge=-(2**63), lt=2**63)] | Annotated[float, BeforeValidator(_no_integer)]
+A_NUMBER = "a finite number (an integer: of 64 bits)"
+PLAIN = WrapValidator(in_a_sentence(f"a text without NUL, {A_NUMBER}, true, false or null"))
 Metadata = dict[
     Annotated[str, StringConstraints(min_length=1, max_length=64), AfterValidator(_clean)],
-    Annotated[Annotated[str, AfterValidator(_clean)] | Number | bool | None, WrapValidator(_plain)],
+    Annotated[Annotated[str, AfterValidator(_clean)] | Number | bool | None, PLAIN],
 ]
 
 

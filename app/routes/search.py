@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from typing import Annotated, Any, Literal, cast
@@ -27,7 +26,9 @@ from app.collection import Collection, Target
 from app.engine import ServedEngine
 from app.filters import Condition, Sign, number_of, values_of
 from app.inputs import (
+    A_NUMBER,
     MAX_IDS,
+    PLAIN,
     Body,
     Input,
     ItemId,
@@ -37,6 +38,7 @@ from app.inputs import (
     as_list,
     body_of,
     check_inputs,
+    in_a_sentence,
     known_query,
     request_body,
 )
@@ -46,24 +48,10 @@ from models.errors import InputError, NotFoundError
 router = APIRouter(tags=["search"], dependencies=[Depends(known_query)])
 
 
-def _sentence(expected: str) -> Callable[[Any, ValidatorFunctionWrapHandler], Any]:
-    """One sentence in place of several, of which each is about one type that a value might have been."""
-
-    def check(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
-        try:
-            return handler(value)
-        except ValidationError:
-            raise ValueError(f"{expected} is expected") from None
-
-    return check
-
-
-_NUMBER = "a finite number (an integer: of 64 bits)"
-Bound = Annotated[Number | Text, WrapValidator(_sentence(f"a text that is not empty and has no NUL, or {_NUMBER},"))]
-Value = Annotated[
-    bool | Number | Text | Literal[""] | None,
-    WrapValidator(_sentence(f"a text without NUL, {_NUMBER}, true, false or null")),
+Bound = Annotated[
+    Number | Text, WrapValidator(in_a_sentence(f"a text that is not empty and has no NUL, or {A_NUMBER},"))
 ]
+Value = Annotated[bool | Number | Text | Literal[""] | None, PLAIN]
 
 
 class Filter(Body):
@@ -86,7 +74,7 @@ class Filter(Body):
         return Condition(self.key, tuple(self.any_of or ()), bounds)
 
 
-_a_text = _sentence("key:value, key>=number, or an object with key and in, gte, gt, lte or lt, all without NUL,")
+_a_text = in_a_sentence("key:value, key>=number, or an object with key and in, gte, gt, lte or lt, all without NUL,")
 
 
 def _entry(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
