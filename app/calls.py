@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Coroutine, Iterable, Iterator
 from contextlib import aclosing
 from typing import Any, TypeVar
 from urllib.parse import quote
@@ -102,6 +102,33 @@ def packed(
         held += length
     if batch:
         yield batch
+
+
+async def send_sound(
+    batch: list[T],
+    send: Callable[[list[T]], Awaitable[None]],
+    refused: Callable[[T, AnswerError], Awaitable[None]],
+    singly: Collection[int] = (400, 413, 415, 422),
+) -> int:
+    """Send a batch without the items that the server refuses; `refused` is told of each, and why. -> how many were
+    taken. singly: statuses that may be due to some items alone, also where the answer does not say to which. Raises
+    AnswerError for what no single item is at fault for."""
+    parts, taken = [list(batch)], 0
+    while parts:
+        if not (part := parts.pop()):
+            continue
+        try:
+            await send(part)
+            taken += len(part)
+        except AnswerError as error:
+            if error.input is None and error.status not in singly:
+                raise
+            if error.input is None and len(part) > 1:  # one by one, for the answer does not say which it was
+                parts += [[item] for item in reversed(part)]
+                continue
+            await refused(part.pop(error.input or 0), error)
+            parts.append(part)
+    return taken
 
 
 async def send_all(batches: Iterator[T], send: Callable[[T], Coroutine[Any, Any, None]]) -> None:

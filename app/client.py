@@ -38,7 +38,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from app.calls import CLOSED, PATIENCE, AnswerError, bearer, call, events, packed, send_all
+from app.calls import CLOSED, PATIENCE, AnswerError, bearer, call, events, packed, send_all, send_sound
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -358,26 +358,18 @@ async def _batched(
     """What a server makes of each input by its place, and how many inputs there were. bad: as `encode` takes it."""
     found: dict[int, R] = {}
 
+    async def send(batch: list[_Input]) -> None:
+        results = await work([each for _, each in batch])
+        found.update((place, result) for (place, _), result in zip(batch, results, strict=True))
+
+    async def refused(item: _Input, error: AnswerError) -> None:
+        place, _ = item
+        if bad is None:
+            raise AnswerError(f"input {place}: {error.of_item}", error.status, place) from error
+        bad[place] = error.of_item
+
     async def one(batch: list[_Input]) -> None:
-        parts = [[each for each in batch if each[1]]]
-        while parts:
-            if not (part := parts.pop()):
-                continue
-            try:
-                results = await work([each for _, each in part])
-            except AnswerError as error:
-                if error.input is None and error.status != 413:
-                    raise
-                if error.input is None and len(part) > 1:  # one by one, for the answer does not say which is too large
-                    parts += [[each] for each in reversed(part)]
-                    continue
-                place, _ = part.pop(error.input or 0)
-                if bad is None:
-                    raise AnswerError(f"input {place}: {error.of_item}", error.status, place) from error
-                bad[place] = error.of_item
-                parts.append(part)
-            else:
-                found.update((place, result) for (place, _), result in zip(part, results, strict=True))
+        await send_sound([each for each in batch if each[1]], send, refused, singly=(413,))
         progress(len(batch))
 
     places = itertools.count()

@@ -5,20 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import httpx
 
-from app.calls import PATIENCE, AnswerError, call, collection_url, packed, send_all
+from app.calls import PATIENCE, AnswerError, call, collection_url, packed, send_all, send_sound
 from models.errors import DataError
 from models.readers import BadRows, Record, file_bytes, read
 
-T = TypeVar("T")
-_OF_ITEMS = (400, 413, 415, 422)  # statuses that may be due to some items of a request alone
 _NO_UNICODE = "its name, caption or metadata is no Unicode (half a surrogate pair)"
 _SAFE = re.compile(r"[^A-Za-z0-9._:@+-]+")
 
@@ -94,11 +92,11 @@ async def ingest(
     async def send(batch: list[_Content]) -> None:
         await call(client, "POST", f"{url}/items", patience=patience, **_request(batch))
 
-    async def refused(item: _Content, why: str) -> None:
-        report.bad.append(f"{item[0].where}: {why}")
+    async def refused(item: _Content, error: AnswerError) -> None:
+        report.bad.append(f"{item[0].where}: {error.of_item}")
 
     async def store(batch: list[_Content]) -> None:
-        stored = await store_sound(batch, send, refused)
+        stored = await send_sound(batch, send, refused)
         report.added += stored
         progress(len(batch))
 
@@ -129,30 +127,6 @@ async def items_of(
         for item in page["items"]:
             yield item
         after = page["next"]
-
-
-async def store_sound(
-    batch: list[T], send: Callable[[list[T]], Awaitable[None]], refused: Callable[[T, str], Awaitable[None]]
-) -> int:
-    """Send a batch without the items that the server refuses; `refused` is told of each, and why. -> how many were
-    stored. Raises AnswerError for what no single item is at fault for."""
-    parts, stored = [list(batch)], 0
-    while parts:
-        part = parts.pop()
-        try:
-            await send(part)
-            stored += len(part)
-        except AnswerError as error:
-            if error.status not in _OF_ITEMS:
-                raise
-            if error.input is None and len(part) > 1:  # one by one, for the answer does not say which it was
-                parts += [[item] for item in reversed(part)]
-                continue
-            bad = part.pop(error.input or 0)
-            await refused(bad, error.of_item)
-            if part:
-                parts.append(part)
-    return stored
 
 
 def _pictures(records: Iterator[Record], source: str, rows: BadRows) -> Iterator[Picture]:

@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file
 
-from app.calls import AnswerError, call, collection_url, content_of, packed, send_all
-from app.ingest import Report, item_id, items_of, store_sound
+from app.calls import AnswerError, call, collection_url, content_of, packed, send_all, send_sound
+from app.ingest import Report, item_id, items_of
 from app.inputs import vector_of, written
 from models.errors import ConflictError, DataError
 from models.readers import pyarrow_for
@@ -115,17 +115,18 @@ async def load_vectors(
         headers = {"Content-Type": "application/json"}
         await call(client, "POST", f"{collection_url(collection)}/items", content=content, headers=headers)
 
-    async def refused(item: _Item, why: str) -> None:
+    async def refused(item: _Item, error: AnswerError) -> None:
+        why = error.of_item
         if item.row.image is not None:
             row = replace(item.row, image=None)
-            if not await store_sound([_Item(item.where, row, _body(row))], send, refused):
+            if not await send_sound([_Item(item.where, row, _body(row))], send, refused):
                 return
             report.added += 1
             why = f"stored without its picture: {why}"
         report.bad.append(f"{item.where}: {why}")
 
     async def store(batch: list[_Item]) -> None:
-        stored = await store_sound(batch, send, refused)
+        stored = await send_sound(batch, send, refused)
         report.added += stored
         progress(len(batch))
 
