@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Generic, NamedTuple, TypeVar
 
-from app.fairness import FairQueue, Flow, flow_of, has_room
+from app.fairness import FairQueue, Flow, flow_of, has_room, work_until_done
 from app.metrics import BatchMeter
 from models.errors import BusyError, DeadlineError, ModelError, SemblanceError
 
@@ -143,25 +143,15 @@ class Batcher(Generic[In, Out]):
 
     def _check_room(self, flow: Flow, count: int, deadline: float) -> None:
         held = self._held.total()
-        seconds = self._pace * self._before(flow, count)
-        over = self._loop.time() + seconds - deadline
+        seconds = self._pace * work_until_done(self._held, flow, count)
+        spare = deadline - self._loop.time() - seconds
         callers: Counter[str] = Counter()
         for other, places in self._held.items():
             callers[other.caller] += places
         full = not has_room(callers, flow.caller, self._queue_size)
         # Whoever is alone is let in, so that a slow start is forgotten.
-        if full or (held and over > 0):
-            yours = callers[flow.caller]
-            waiting = f"{held} inputs are waiting already, {yours} of them yours, for about {seconds:.0f} s"
-            raise BusyError(
-                f"{waiting}; try again later", retry_after=max(1, math.ceil(over if over > 0 else seconds / 2))
-            )
-
-    def _before(self, flow: Flow, count: int) -> float:
-        """Items that are computed until `count` more of a flow are, if all have their shares."""
-        weights = sum(other.weight for other in self._held if other != flow) + flow.weight
-        own = self._held[flow] + count
-        return min(self._held.total() + count, own * weights / flow.weight)
+        if full or (held and spare < 0):
+            raise too_busy(f"{held} inputs", callers[flow.caller], seconds, spare)
 
     def submit(self, item: In, deadline: float, flow: Flow | None = None) -> asyncio.Future[Out]:
         """What will be the result for one item, or the error that it alone has: ModelError where the model fails for
@@ -273,6 +263,15 @@ class Batcher(Generic[In, Out]):
 def late(what: str = "embedded") -> DeadlineError:
     """What a caller is told whose time ran out before all of it was `what`."""
     return DeadlineError(f"the time for this request ran out before all of it was {what}; ask for less, or later")
+
+
+def too_busy(waiting: str, yours: int, seconds: float, spare: float) -> BusyError:
+    """What a caller is told who gets no place. waiting: what has them, `yours` of it the caller's own. seconds: until
+    this request were answered; spare: what would be left of its time then, below 0 where it would be late."""
+    return BusyError(
+        f"{waiting} are waiting already, {yours} of them yours, for about {seconds:.0f} s; try again later",
+        retry_after=max(1, math.ceil(-spare if spare < 0 else seconds / 2)),
+    )
 
 
 def shutting_down() -> BusyError:

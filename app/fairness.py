@@ -41,6 +41,13 @@ def has_room(held: Mapping[str, int], caller: str, places: int) -> bool:
     return held.get(caller, 0) < part and sum(min(each, part) for each in held.values()) < places
 
 
+def work_until_done(held: Mapping[Flow, int], flow: Flow, count: int) -> float:
+    """How much of what is held is done until `count` more of a flow is, itself included, if all have their shares."""
+    weights = sum(other.weight for other in held if other != flow) + flow.weight
+    own = held.get(flow, 0) + count
+    return min(sum(held.values()) + count, own * weights / flow.weight)
+
+
 class FairQueue(Generic[T]):
     """Start-time fair queueing (Goyal, Vin and Cheng, SIGCOMM 1996): an item's turn comes 1 / weight after its flow's
     last, or now if the flow was idle. So a backlog waits behind its own, and nobody waits for all of it."""

@@ -21,12 +21,12 @@ import torch
 from torch import Tensor
 
 from app import tracing
-from app.batching import late, shutting_down
-from app.fairness import CALLER, FairQueue, flow_of, has_room
+from app.batching import late, shutting_down, too_busy
+from app.fairness import FairQueue, Flow, flow_of, has_room, work_until_done
 from app.metrics import Metrics
 from app.settings import Settings
 from models.dalle import DALLETransformer
-from models.errors import BusyError, ModelError
+from models.errors import ModelError
 from models.generation import Sampling, TokenReader, draw, filtered, guided_logits, points_of
 from models.tokenizers import ImageTokenizer
 
@@ -38,7 +38,7 @@ _MEMORY = 0.05  # share that the last step has in what is known of the pace
 @dataclass(eq=False)
 class Drawing:
     """One picture on its way. ids: int64 (length,), the tokens so far; done: how many they are. known: those that are
-    given, -1 where one is drawn; without it, all are drawn. style: one of the model's, or none. caller: whose it is."""
+    given, -1 where one is drawn; without it, all are drawn. style: one of the model's, or none. flow: whose it is."""
 
     prompt: str
     seed: int
@@ -46,7 +46,7 @@ class Drawing:
     ids: Tensor
     known: Tensor | None = None
     style: str | None = None
-    caller: str = field(default_factory=CALLER.get)
+    flow: Flow = field(default_factory=lambda: flow_of(1))
     done: int = 0
     cancelled: bool = False
     error: Exception | None = None
@@ -59,6 +59,11 @@ class Drawing:
     def lanes(self) -> int:
         """Rows of the cache that it takes: two where guidance compares with no text."""
         return 1 if self.sampling.guidance_scale == 1 else 2
+
+    @property
+    def left(self) -> int:
+        """Tokens that are to be computed, in all its lanes."""
+        return self.lanes * (len(self.ids) - self.done)
 
     @property
     def whole(self) -> bool:
@@ -209,7 +214,7 @@ class ServedGenerator(ABC):
         """A picture a seed, none of its tokens drawn."""
         length = self.model.image_length
         return [
-            Drawing(prompt, seed, sampling, torch.zeros(length, dtype=torch.int64), given, style)
+            Drawing(prompt, seed, sampling, torch.zeros(length, dtype=torch.int64), given, style, flow_of(len(seeds)))
             for seed, given in zip(seeds, known or [None] * len(seeds), strict=True)
         ]
 
@@ -245,7 +250,7 @@ class LocalGenerator(ServedGenerator):
         self._worker = worker
         self._admitted: list[Drawing] = []
         self._waiting: FairQueue[Drawing] = FairQueue()  # those of them that have no lane yet
-        self._pace = 0.0  # seconds a token of one picture, of late
+        self._pace = 0.0  # seconds a step, of late
         self._moved = asyncio.Condition()
         self._wake = asyncio.Event()
         self._loop = asyncio.get_running_loop()
@@ -267,12 +272,12 @@ class LocalGenerator(ServedGenerator):
     ) -> AsyncGenerator[list[Drawing]]:
         if self._task.done():
             raise shutting_down()
-        self._check_room()
         drawings = self.begun(prompt, seeds, sampling, known, style)
+        self._check_room(drawings, deadline)
         span = tracing.begin("draw", model=self.name, pictures=len(seeds))
         self._admitted += drawings
         for drawing in drawings:
-            self._waiting.push(flow_of(len(seeds)), drawing)
+            self._waiting.push(drawing.flow, drawing)
         self._wake.set()
         try:
             before = _progress(drawings)
@@ -292,15 +297,23 @@ class LocalGenerator(ServedGenerator):
                 drawing.cancelled = not drawing.whole
                 self._admitted.remove(drawing)
 
-    def _check_room(self) -> None:
-        """Raise BusyError where all places are taken, or the caller has most of them. One call may overshoot the bound
-        by its own size, which the request's n bounds in turn."""
-        held = Counter(drawing.caller for drawing in self._admitted if not drawing.whole)
-        if has_room(held, CALLER.get(), self._queue_size):
-            return
-        seconds = self._pace * sum(len(drawing.ids) - drawing.done for drawing in self._admitted)
-        waiting = f"{held.total()} pictures are waiting already, {held[CALLER.get()]} of them yours"
-        raise BusyError(f"{waiting}, for about {seconds:.0f} s; try again later", retry_after=seconds / 2)
+    def _check_room(self, drawings: Sequence[Drawing], deadline: float) -> None:
+        """Raise BusyError where all places are taken, or the caller has most of them, or those before would take until
+        after `deadline`. One call may overshoot the bound by its own size, which the request's n bounds in turn."""
+        flow = drawings[0].flow
+        callers: Counter[str] = Counter()
+        left: Counter[Flow] = Counter()
+        for other in self._admitted:
+            if not other.whole:
+                callers[other.flow.caller] += 1
+                left[other.flow] += other.left
+        work = work_until_done(left, flow, sum(drawing.left for drawing in drawings))
+        # A picture's tokens come one after the other, however many lanes are free.
+        seconds = self._pace * max(len(drawings[0].ids), work / self._steps.lanes)
+        spare = deadline - self._loop.time() - seconds
+        # Whoever is alone is let in, so that a slow start is forgotten.
+        if not has_room(callers, flow.caller, self._queue_size) or (left and spare < 0):
+            raise too_busy(f"{callers.total()} pictures", callers[flow.caller], seconds, spare)
 
     async def decoded(self, ids: Tensor) -> Tensor:
         there = ids.to(self.model.image_embedding.weight.device)
@@ -326,9 +339,8 @@ class LocalGenerator(ServedGenerator):
             await self._wake.wait()
             joining, started = self._next(), self._loop.time()
             try:
-                drawn = await self._loop.run_in_executor(self._worker, self._work, joining)
-                if drawn:
-                    pace = (self._loop.time() - started) / drawn
+                if await self._loop.run_in_executor(self._worker, self._work, joining):
+                    pace = self._loop.time() - started
                     self._pace += (pace - self._pace) * (_MEMORY if self._pace else 1)
             except Exception as error:
                 log.exception("a step of the decode loop failed")
@@ -352,8 +364,8 @@ class LocalGenerator(ServedGenerator):
                 free -= drawing.lanes
         return joining
 
-    def _work(self, joining: Sequence[Drawing]) -> int:
-        """One step, in the worker thread, that others join. -> the pictures that it drew a token of."""
+    def _work(self, joining: Sequence[Drawing]) -> bool:
+        """One step, in the worker thread, that others join. -> whether there was a picture to draw a token of."""
         for drawing in joining:
             try:
                 self._steps.join(drawing)
@@ -361,7 +373,7 @@ class LocalGenerator(ServedGenerator):
                 log.exception("a prompt could not be read")
                 drawing.error = ModelError("the model failed for this prompt")
                 drawing.error.__cause__ = error
-        drawn = len(self._steps.drawings)
+        drawn = bool(self._steps.drawings)
         with self._step_seconds.time():
             self._steps.step()
         return drawn

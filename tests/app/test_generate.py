@@ -347,7 +347,7 @@ def test_callers_take_turns_and_one_leaves_places_for_another(model: DALLETransf
             joined = []
 
             def join(drawing: Drawing) -> None:
-                joined.append(drawing.caller)
+                joined.append(drawing.flow.caller)
                 DecodeLoop.join(served._steps, drawing)
 
             served._steps.join = join  # type: ignore[method-assign]
@@ -365,9 +365,9 @@ def test_callers_take_turns_and_one_leaves_places_for_another(model: DALLETransf
             try:
                 hog = await begun("hog", range(12))
                 served._pace = 0.25
-                with pytest.raises(BusyError, match="12 of them yours, for about 48 s") as busy:  # of 16 tokens each
+                with pytest.raises(BusyError, match="12 of them yours, for about 4 s") as busy:  # 16 steps, before bulk
                     await draw("hog", range(12, 13))
-                assert busy.value.retry_after == 24
+                assert busy.value.retry_after == 2
                 others = [await begun("other", range(2)), await begun("third", range(3))]
                 with pytest.raises(BusyError, match="17 pictures are waiting already, 0 of them yours"):
                     await draw("fourth", range(1))
@@ -377,6 +377,39 @@ def test_callers_take_turns_and_one_leaves_places_for_another(model: DALLETransf
             assert joined[:9] == ["hog"] * 4 + ["other", "third", "other", "third", "third"]
             assert served.depth == 0
             assert 0 < served._pace < 0.25
+            await served.close()
+
+    asyncio.run(scene())
+
+
+def test_who_would_be_late_by_the_pace_of_those_before_is_told_at_once_and_when(model: DALLETransformer) -> None:
+    async def scene() -> None:
+        go = threading.Event()
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(go.wait)  # nothing is drawn before
+            served = _served(model, pool, generate_lanes=4)
+            now = asyncio.get_running_loop().time
+
+            async def draw(caller: str, pictures: int, seconds: float) -> None:
+                CALLER.set(caller)
+                async for _ in served.draw("a red star", range(pictures), PLAIN, now() + seconds):
+                    pass
+
+            try:
+                served._pace = 1.0  # a step, in which each of 4 lanes has a token drawn; a picture has 16
+                first = asyncio.create_task(draw("first", 12, 60))  # alone, whatever it takes
+                await asyncio.sleep(0)
+                with pytest.raises(
+                    BusyError, match=r"12 pictures are waiting already, 0 of them yours, .* 16 s"
+                ) as busy:
+                    await draw("short", 1, 10)
+                assert busy.value.retry_after in (6, 7)
+                with pytest.raises(BusyError, match="for about 96 s"):  # its 12 and the first's, 4 at a time
+                    await draw("bulk", 12, 60)
+                second = asyncio.create_task(draw("short", 1, 20))  # does not wait for bulk work
+            finally:
+                go.set()
+            await asyncio.gather(first, second)
             await served.close()
 
     asyncio.run(scene())
