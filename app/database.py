@@ -62,6 +62,7 @@ class Database:
         self._take_reserve()
         self._jobs: queue.SimpleQueue[_Job[Any] | None] = queue.SimpleQueue()
         self._closing = False
+        self._gate = threading.Lock()  # nothing comes behind the end of the queue, where it would wait for ever
         self._writer = threading.Thread(target=self._write_all, name="writer", daemon=True)
         self._writer.start()
 
@@ -80,10 +81,11 @@ class Database:
         room is kept on a disk that is full.
         Raises whatever `change` raises, and StorageError when the disk refuses.
         """
-        if self._closing:
-            raise StorageError("the store is closed")
         job: _Job[T] = _Job(change, after, undo, frees, Future())
-        self._jobs.put(job)
+        with self._gate:
+            if self._closing:
+                raise StorageError("the store is closed")
+            self._jobs.put(job)
         return job.done.result()
 
     @contextmanager
@@ -103,10 +105,11 @@ class Database:
 
     def close(self) -> None:
         """Finish what was begun and let go of the file."""
-        if self._closing:
-            return
-        self._closing = True
-        self._jobs.put(None)
+        with self._gate:
+            if self._closing:
+                return
+            self._closing = True
+            self._jobs.put(None)
         self._writer.join()
         for connection in self._opened:
             connection.close()

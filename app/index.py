@@ -227,8 +227,9 @@ class GrowingIndex:
         with self._lock:
             self._exact.remove(ids)
             if self._state.graph is not None:
-                self._state.recent.remove(ids)
-                self._state = replace(self._state, gone=np.append(self._state.gone, ids))
+                never, _ = self._state.recent.vectors(ids)  # were in the graph, which is not worn by them
+                self._state.recent.remove(never)
+                self._state = replace(self._state, gone=np.append(self._state.gone, ids[~np.isin(ids, never)]))
             self._maintain()
 
     def search(self, queries: Vectors, k: int, allowed: Ids | None = None) -> list[list[Hit]]:

@@ -277,6 +277,19 @@ def test_a_snapshot_saves_the_building_and_forgets_what_was_deleted_since(tmp_pa
     index.close()
 
 
+@pytest.mark.usefixtures("small")
+def test_a_few_items_that_are_replaced_again_and_again_do_not_wear_a_graph(building: list[str]) -> None:
+    index = _built("hnsw", unit_rows(300, 0, SIZE))
+    for row in range(300, 700):
+        index.add(np.array([row]), unit_rows(1, row, SIZE))
+        if row > 300:
+            index.remove(np.array([row - 1]))
+    index.wait()
+    assert (building, len(index), index.indexed) == (["hnsw"], 301, 300)
+    assert _ids(index, unit_rows(1, 699, SIZE)[0], 1) == [699]
+    index.close()
+
+
 def _flip(file: Path) -> None:
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import queue
 import shutil
 import sqlite3
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import apsw
@@ -105,6 +108,34 @@ def test_a_collection_that_others_delete_while_it_is_made_is_made(store: Path) -
 
         for each in [pool.submit(work) for work in (make, delete, make, delete)]:
             each.result(60)
+
+
+def test_a_write_that_comes_as_the_store_closes_is_answered(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    coming = threading.Event()
+
+    class Queue(queue.SimpleQueue[Any]):
+        def put(self, item: Any, *rest: Any) -> None:
+            if item is not None and coming.is_set():  # the second job: others may be sooner
+                coming.clear()
+                time.sleep(0.3)
+            super().put(item, *rest)
+
+    shim = SimpleNamespace(SimpleQueue=Queue, LifoQueue=queue.LifoQueue, Empty=queue.Empty)
+    monkeypatch.setattr("app.database.queue", shim)
+    with SQLiteCollections(store) as collections:
+        made = _create(collections)
+
+        def add() -> None:
+            with suppress(StorageError):
+                made.add([new_item(1)])
+
+        coming.set()
+        adding = threading.Thread(target=add, daemon=True)
+        adding.start()
+        wait_for(lambda: not coming.is_set(), 10)
+        collections.close()
+        adding.join(10)
+        assert not adding.is_alive()
 
 
 def test_a_second_process_is_told_who_holds_the_folder(store: Path) -> None:
