@@ -243,6 +243,24 @@ def check(connection: apsw.Connection, file: Path, *, whole: bool = False) -> in
     return version
 
 
+def pictures_of(connection: apsw.Connection) -> dict[str, int]:
+    """Every picture that items have, by name, with the first row that has it."""
+    found = rows(connection, "SELECT picture, MIN(row) FROM items WHERE picture NOTNULL GROUP BY picture")
+    return dict(found)
+
+
+def way_out(connection: apsw.Connection, picture: str) -> str:
+    """What to do about a picture that is lost, with the item that has it."""
+    found = rows(
+        connection,
+        "SELECT items.id, name FROM items JOIN collections ON key = collection WHERE picture = ? ORDER BY row",
+        picture,
+    )
+    others = f" (and of {len(found) - 1} more)" if len(found) > 1 else ""
+    shown = f"item {found[0][0]!r} of collection {found[0][1]!r}{others}" if found else "an item that has gone since"
+    return f"it is the picture of {shown}; put the file back from a backup, or delete the item and add it anew"
+
+
 def rows(connection: apsw.Connection, statement: str, *values: Any) -> list[Any]:
     """Every row that a statement gives."""
     return connection.execute(statement, values).fetchall()

@@ -10,6 +10,7 @@ import tarfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -124,7 +125,8 @@ def test_a_picture_that_goes_in_between_is_looked_for_again(
     assert (len(copies), saved.items, saved.pictures) == (2, 9, 4)  # i3 was in the file before it was deleted
     restore(tmp_path / "b.tar", tmp_path / "again")
     assert content(tmp_path / "again").keys() == {f"i{number}" for number in range(10)} - {"i1"}
-    monkeypatch.setattr(backup, "_add_pictures", lambda *_: False)
+    monkeypatch.setattr(backup, "_add_pictures", lambda *given: given[-1][:1])
+    monkeypatch.setattr(backup, "_TRIES", 1)
     with pytest.raises(StorageError, match="quieter time"):
         back_up(filled, tmp_path / "c.tar")
     assert not (tmp_path / "c.tar").exists()
@@ -207,6 +209,30 @@ def test_a_picture_that_rotted_on_the_disk_is_noticed(filled: Path, tmp_path: Pa
     with pytest.raises(StorageError, match=f"{file.name} is damaged"):
         back_up(filled, tmp_path / "b.tar")
     assert not (tmp_path / "b.tar").exists()
+
+
+def test_a_picture_that_is_lost_is_named_with_its_item(filled: Path, tmp_path: Path) -> None:
+    """It is no item that was deleted meanwhile, for which one would wait in vain."""
+    next(each for each in sorted((filled / "pictures").rglob("*")) if each.is_file()).unlink()
+    with pytest.raises(StorageError, match=r"is missing: it is the picture of item 'i\d' of collection 'mine'; put"):
+        back_up(filled, tmp_path / "b.tar")
+    assert not [file for file in tmp_path.iterdir() if "b" in file.suffix or file.name.startswith(".backup")]
+
+
+def test_two_that_write_one_file_at_once(filled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original, beside = backup._add_pictures, list[backup.Saved]()
+
+    def add_and_begin_another(*given: Any) -> list[str]:
+        gone = original(*given)
+        monkeypatch.setattr(backup, "_add_pictures", original)
+        if not beside:
+            beside.append(back_up(filled, tmp_path / "b.tar"))
+        return gone
+
+    monkeypatch.setattr(backup, "_add_pictures", add_and_begin_another)
+    with pytest.raises(ConflictError, match="exists by now"):
+        back_up(filled, tmp_path / "b.tar")
+    assert restore(tmp_path / "b.tar", tmp_path / "again") == beside[0]
 
 
 def test_nothing_is_written_over(filled: Path, tmp_path: Path) -> None:
