@@ -60,7 +60,8 @@ def migrate(source: Collection, target: Collections, progress: Callable[[Pass], 
     """Make the collection of the same name in `target` hold what `source` does, and compare until nothing differs.
 
     A kind of index that the target has not becomes "auto". progress: called after each pass.
-    Raises ConflictError if the target has it of another model, or if it changes faster than it is copied.
+    Raises ConflictError if the target has it of another model, if it changes faster than it is copied, or if it goes
+    meanwhile.
     """
     made = {"model": source.model, "fingerprint": source.fingerprint, "dimensions": source.dimensions}
     try:
@@ -68,7 +69,13 @@ def migrate(source: Collection, target: Collections, progress: Callable[[Pass], 
     except (InputError, ConflictError):  # of its model, too, and then again
         copy = target.create(source.name, **made)  # type: ignore[arg-type]
     for _ in range(_PASSES):
-        found = _compare(source, copy)
+        try:
+            found = _compare(source, copy)
+        except NotFoundError as error:
+            raise ConflictError(
+                f"collection {source.name!r} was deleted, or made again with another model, while it was copied: what "
+                "is in the target is no copy of it; delete it there, and begin again"
+            ) from error
         progress(found)
         if not found.copied and not found.deleted and found.checksums[0] == found.checksums[1]:
             return found
