@@ -111,7 +111,7 @@ def _collections(settings: Settings) -> Iterator[Finding]:
     from app.collections import STAGED
     from app.database import check, looked_at, nothing, rows
     from app.index import check_kind
-    from app.locking import held, lock_note
+    from app.locking import check_writable, held, lock_note
     from app.sqlite_collection import vectors_of
     from app.sqlite_collections import known
     from app.stores import check_stores
@@ -123,6 +123,7 @@ def _collections(settings: Settings) -> Iterator[Finding]:
     findings = []
     try:
         check_stores(settings)
+        check_writable(store)
         if not (file.is_file() and file.stat().st_size):
             if any((store / "pictures").glob("*/*")):
                 raise nothing(file)

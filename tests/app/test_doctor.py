@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import socket
@@ -134,6 +135,19 @@ def test_pictures_that_are_lost_are_named_with_an_item(settings: Settings) -> No
     assert finding.text.startswith("2 are missing or cut off")
     assert re.search(r"the picture of item 'i[01]' of collection 'mine'", finding.text)
     assert third not in finding.text
+
+
+@pytest.mark.parametrize("name", ["store.db", "lock", "pictures/ab"])
+def test_what_another_user_owns_is_named_as_by_a_server(
+    settings: Settings, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server started, said that it was ready, and told every write that the disk is full."""
+    (settings.store / "pictures/ab").mkdir()
+    # Root, whom a test may run as, may write everything.
+    monkeypatch.setattr(os, "access", lambda place, mode: place != settings.store / name)
+    with pytest.raises(StorageError, match=f"{name} cannot be read and written by this user") as refused:
+        SQLiteCollections(settings.store)
+    assert found(settings)["data folder"] == Finding("bad", "data folder", str(refused.value))
 
 
 def test_a_damaged_key_is_named(settings: Settings) -> None:
