@@ -25,6 +25,7 @@ FORMAT = 1
 _STORE, _MANIFEST, _KEYS = "store.db", "manifest.json", "keys"
 _NAMES = re.compile(r"store\.db|pictures/[0-9a-f]{2}/[0-9a-f]{64}|keys/[A-Za-z0-9][A-Za-z0-9._-]*\.json")
 _TRIES = 10
+_MOUNTED = "lost+found"  # is in the empty root of a file system
 
 
 class Saved(NamedTuple):
@@ -82,12 +83,14 @@ def restore(archive: Path, store: Path) -> Saved:
         ConflictError: `store` exists and is not empty. StorageError: the backup is damaged, not whole, of a newer
         format or none.
     """
-    if store.exists() and any(store.iterdir()):
+    into = store.exists()
+    if into and any(each.name != _MOUNTED for each in store.iterdir()):
         raise ConflictError(
             f"{store} is not empty; give a folder that is not there yet, and move this one away if need be"
         )
     store.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(dir=store.parent, prefix=f".{store.name}.restoring"))
+    # A folder that is there stays: a volume is mounted on it, and nothing beside it may be written or renamed to it.
+    folder = Path(tempfile.mkdtemp(dir=store if into else store.parent, prefix=f".{store.name}.restoring"))
     try:
         try:
             with tarfile.open(archive, "r:") as tar:
@@ -99,9 +102,11 @@ def restore(archive: Path, store: Path) -> Saved:
         kept = {name for name in names if place_of(name) is None}
         if lost := [name for name in sorted(kept) if not _picture(folder, name).is_file()]:
             raise StorageError(f"{archive} is not whole: it lacks {len(lost)} pictures, first {lost[0]}")
-        if store.exists():
-            store.rmdir()
-        folder.rename(store)
+        if into:  # the database last: pictures without one are refused by a server
+            for each in sorted(folder.iterdir(), key=lambda each: each.name == _STORE):
+                each.rename(store / each.name)
+        else:
+            folder.rename(store)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return Saved(items, len(kept), len(names) - len(kept), archive.stat().st_size)

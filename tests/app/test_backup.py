@@ -235,6 +235,25 @@ def test_two_that_write_one_file_at_once(filled: Path, tmp_path: Path, monkeypat
     assert restore(tmp_path / "b.tar", tmp_path / "again") == beside[0]
 
 
+def test_an_empty_folder_is_filled_where_it_is(filled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be a volume, which can be neither removed nor renamed to, and beside which nothing can be written."""
+    back_up(filled, tmp_path / "b.tar")
+    volume = tmp_path / "volume"
+    (volume / "lost+found").mkdir(parents=True)
+    was, make = volume.stat().st_ino, backup.tempfile.mkdtemp
+    monkeypatch.setattr(
+        backup.tempfile, "mkdtemp", lambda dir, **rest: make(dir=dir, **rest) if dir == volume else 1 / 0
+    )
+    (tmp_path / "half.tar").write_bytes((tmp_path / "b.tar").read_bytes()[:9_000])
+    with pytest.raises(StorageError):
+        restore(tmp_path / "half.tar", volume)
+    assert [file.name for file in volume.iterdir()] == ["lost+found"]
+    restore(tmp_path / "b.tar", volume)
+    assert volume.stat().st_ino == was
+    assert content(volume) == content(filled)
+    assert not [file for file in volume.iterdir() if "restoring" in file.name]
+
+
 def test_nothing_is_written_over(filled: Path, tmp_path: Path) -> None:
     back_up(filled, tmp_path / "b.tar")
     with pytest.raises(ConflictError, match="never written over"):
