@@ -12,7 +12,7 @@ import base64
 import json
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field, replace
-from itertools import chain, islice
+from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -273,11 +273,13 @@ def _array_rows(file: Path, kind: str, table: Path | None, dimensions: int) -> I
     if array.ndim != 2 or not np.issubdtype(array.dtype, np.floating):
         raise DataError(f"{file} is of shape {array.shape} and type {array.dtype}; rows of floats are expected")
     _check_dimensions(file, {array.shape[1]}, dimensions)
-    described = None if table is None else _table_rows(table)
-    for place, vector in enumerate(array):
-        about = None if described is None else next(described, None)
-        if described is not None and about is None:
-            raise DataError(f"{table} has fewer rows than {file.name}, which has {len(array)}")
+    if table is not None and (count := _row_count(table)) != len(array):
+        raise DataError(
+            f"{table} has {count} rows and {file.name} {len(array)}: which belong together cannot be told; both must "
+            "be of one run of what wrote them"
+        )
+    described = repeat(None, len(array)) if table is None else _table_rows(table)
+    for place, (vector, about) in enumerate(zip(array, described, strict=True)):
         yield _Stored(f"{file}:{place + 1}", f"{file.stem}:{place}", about, vector, kind)
 
 
@@ -369,6 +371,14 @@ def _schema(file: Path) -> Any:
     arrow = pyarrow_for(file)
     try:
         return arrow.parquet.read_schema(file)
+    except (arrow.ArrowException, OSError) as error:
+        raise _unreadable(file, error) from error
+
+
+def _row_count(file: Path) -> int:
+    arrow = pyarrow_for(file)
+    try:
+        return int(arrow.parquet.read_metadata(file).num_rows)
     except (arrow.ArrowException, OSError) as error:
         raise _unreadable(file, error) from error
 

@@ -466,5 +466,7 @@ def test_files_that_hold_no_embeddings_are_named(run: Run, tmp_path: Path) -> No
     (tmp_path / "img_emb").mkdir()
     (tmp_path / "metadata").mkdir()
     np.save(tmp_path / "img_emb" / "img_emb_0.npy", unit_rows(2, size=24))
-    pyarrow.parquet.write_table(pyarrow.table({"caption": ["one"]}), tmp_path / "metadata" / "metadata_0.parquet")
-    assert "has fewer rows than img_emb_0.npy" in run("index", str(tmp_path), status=1)
+    for captions in (["one"], ["one", "two", "three"]):  # more of them would be given to the wrong pictures as well
+        pyarrow.parquet.write_table(pyarrow.table({"caption": captions}), tmp_path / "metadata" / "metadata_0.parquet")
+        told = f"metadata_0.parquet has {len(captions)} rows and img_emb_0.npy 2"
+        assert told in run("index", str(tmp_path), status=1)
