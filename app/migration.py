@@ -9,10 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from app.collection import Collection, Item, NewItem
+from app.collection import Collection, Item, NewItem, kept_picture
 from app.collections import STAGED, Collections
 from app.index import Vectors
-from models.errors import ConflictError, InputError, NotFoundError
+from models.errors import ConflictError, InputError, NotFoundError, StorageError
 
 _PAGE = 500  # items that are read at once, with their vectors
 _BATCH = 64  # items that are written at once, with their pictures
@@ -61,7 +61,7 @@ def migrate(source: Collection, target: Collections, progress: Callable[[Pass], 
 
     A kind of index that the target has not becomes "auto". progress: called after each pass.
     Raises ConflictError if the target has it of another model, if it changes faster than it is copied, or if it goes
-    meanwhile.
+    meanwhile, and StorageError for a picture that is lost.
     """
     made = {"model": source.model, "fingerprint": source.fingerprint, "dimensions": source.dimensions}
     try:
@@ -134,8 +134,13 @@ def _write(source: Collection, copy: Collection, items: list[tuple[Item, Vectors
         picture: bytes | Path | None = item.place
         if item.picture is not None and picture is None:
             try:
-                picture = source.picture(item.id)
-            except NotFoundError:
+                picture = kept_picture(source, item)
+            except StorageError as error:
+                raise StorageError(
+                    f"item {item.id!r} of collection {source.name!r}: {error}; put it back from a backup, or delete "
+                    "the item, and begin again: what was copied is kept"
+                ) from error
+            if picture is None:
                 continue
         made.append(NewItem(item.kind, vector, item.id, item.caption, item.metadata, picture))
     copy.add(made)
