@@ -89,17 +89,18 @@ class Database:
     @contextmanager
     def read(self) -> Iterator[apsw.Connection]:
         """A connection that sees one consistent state of everything committed so far."""
+        connection = None
         try:
-            connection = self._readers.get_nowait()
-        except queue.Empty:
-            connection = self._connect()
-        try:
+            with suppress(queue.Empty):
+                connection = self._readers.get_nowait()
+            connection = connection or self._connect()
             with connection:
                 yield connection
-        except apsw.Error as error:
+        except apsw.Error as error:  # also of one more connection, where the process has too many files open
             raise StorageError(f"{self.file.name} cannot be read: {error}") from error
         finally:
-            self._readers.put(connection)
+            if connection is not None:
+                self._readers.put(connection)
 
     def close(self) -> None:
         """Finish what was begun and let go of the file."""

@@ -6,7 +6,7 @@ import shutil
 import sqlite3
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -264,3 +264,21 @@ def test_a_write_that_could_not_be_synced_does_not_come_back(store: Path, failur
         assert there == ["i1"] or said == "the next start shows"
     finally:
         vfs.unregister()
+
+
+def test_a_reader_that_cannot_be_opened_is_an_error_of_the_store(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where the process has too many files open; one that is open already goes on."""
+    with SQLiteCollections(store) as collections:
+        made = _create(collections)
+        database = collections._database
+
+        def refused() -> apsw.Connection:
+            raise apsw.CantOpenError("unable to open database file")
+
+        monkeypatch.setattr(database, "_connect", refused)
+        with ExitStack() as stack:
+            for _ in range(database._readers.qsize()):
+                stack.enter_context(database.read())
+            with pytest.raises(StorageError, match="cannot be read: unable to open"):
+                made.page(10)
+        assert made.page(10) == []
