@@ -135,11 +135,17 @@ async def load_vectors(
 
 
 async def dump_vectors(
-    client: httpx.AsyncClient, collection: str, out: str | Path, *, pictures: bool = False
+    client: httpx.AsyncClient,
+    collection: str,
+    out: str | Path,
+    *,
+    pictures: bool = False,
+    lost: Callable[[str], None] = lambda line: None,
 ) -> AsyncIterator[int]:
     """Write a collection to a Parquet file, whole or not at all; yields how many items are in it, page by page.
 
     pictures: with a column `image` of JPEGs, so that the file is all there is of the items.
+    lost: told of each item that is written without its picture, for the server has that no more, and why.
     Raises ConflictError if another model's takes the collection's place meanwhile, AnswerError.
     """
     arrow = pyarrow_for(Path(out))
@@ -157,7 +163,7 @@ async def dump_vectors(
                 item["metadata"] = json.dumps(item["metadata"])
                 item["embedding"] = vector_of(item["embedding"])
                 if pictures:
-                    item["image"] = await _picture(client, item["url"])
+                    item["image"] = await _picture(client, collection, item, lost)
                 page.append({name: item[name] for name in schema.names})
                 if len(page) == 1000:
                     await _check_same(client, info)
@@ -183,15 +189,20 @@ async def _check_same(client: httpx.AsyncClient, before: dict[str, Any]) -> None
         )
 
 
-async def _picture(client: httpx.AsyncClient, url: str | None) -> bytes | None:
-    if url is None:
+async def _picture(
+    client: httpx.AsyncClient, collection: str, item: dict[str, Any], lost: Callable[[str], None]
+) -> bytes | None:
+    if item["url"] is None:
         return None
     try:
-        return await content_of(client, "GET", url)
+        return await content_of(client, "GET", item["url"])
     except AnswerError as error:
-        if error.status == 404:  # deleted since
-            return None
-        raise
+        if error.status != 404:
+            raise
+        there = await call(client, "GET", f"{collection_url(collection)}/items", params={"id": item["id"]})
+        if there["items"]:  # else deleted since
+            lost(f"the picture of item {item['id']!r}: {error}")
+        return None
 
 
 def _items(

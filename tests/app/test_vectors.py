@@ -22,6 +22,7 @@ from app.__main__ import main
 from app.calls import BATCH, BATCH_BYTES, IN_FLIGHT, AnswerError
 from app.engine import Engine, ModelEngine
 from app.ingest import Report
+from app.pictures import file_of
 from app.sqlite_collections import SQLiteCollections
 from app.vectors import dump_vectors, load_vectors
 from models.checkpoint import save_checkpoint
@@ -134,6 +135,10 @@ def test_a_dump_is_all_there_is_of_a_collection(run: Run, encoded: Encoded, tmp_
     assert "image" not in pyarrow.parquet.read_schema(tmp_path / "small.parquet").names
     run("dump", str(tmp_path / "no" / "folder.parquet"), "--collection", "a", status=1)
     assert sorted(path.name for path in tmp_path.glob("*.parquet*")) == ["a.parquet", "small.parquet"]
+    file_of(tmp_path / "data" / "pictures", items[0].picture or "").unlink()
+    said = run("dump", str(tmp_path / "lacks.parquet"), "--collection", "a", "--pictures")
+    assert said.count("not written: ") == 1
+    assert f"not written: the picture of item {items[0].id!r}: the picture has been deleted" in said
 
 
 def test_a_dump_waits_for_a_busy_server_and_leaves_no_picture_out(tmp_path: Path) -> None:
