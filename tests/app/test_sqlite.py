@@ -282,3 +282,28 @@ def test_a_reader_that_cannot_be_opened_is_an_error_of_the_store(store: Path, mo
             with pytest.raises(StorageError, match="cannot be read: unable to open"):
                 made.page(10)
         assert made.page(10) == []
+
+
+def test_what_was_to_take_the_place_of_a_collection_never_outlives_it(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not where the process is killed while it deletes them: nobody would see it, and it has the pictures."""
+    with SQLiteCollections(store) as collections:
+        name = _create(collections).name
+        collections.stage(name, "n", "g", 8)
+        delete, deleted = collections._delete, list[Any]()
+
+        def delete_one(collection: Any) -> None:
+            if deleted:
+                raise KeyboardInterrupt
+            deleted.append(collection)
+            delete(collection)
+
+        monkeypatch.setattr(collections, "_delete", delete_one)
+        with pytest.raises(KeyboardInterrupt):
+            collections.delete(name)
+    with SQLiteCollections(store) as collections:
+        assert name in collections.names()
+        assert collections.staged(name) is None
+        collections.delete(name)
+        assert collections.names() == []
