@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import shutil
+import signal
 import tarfile
 import threading
 from collections.abc import Callable
@@ -274,3 +276,25 @@ def test_the_commands_beside_a_server(filled: Path, tmp_path: Path, capsys: pyte
     assert content(tmp_path / "again") == content(filled)
     assert main(["restore", str(tmp_path / "b.tar"), "--data", str(filled)]) == 1
     assert "not empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["backup", "restore"])
+def test_an_end_by_sigterm_leaves_nothing_half_written(
+    command: str, filled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a scheduler ends a job that takes too long; each left a folder of the size of the database."""
+    back_up(filled, tmp_path / "b.tar")
+    before = sorted(tmp_path.iterdir())
+
+    def ended(_: Path) -> tuple[int, dict[str, int]]:
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError
+
+    monkeypatch.setattr(backup, "_contents", ended)
+    handler = signal.getsignal(signal.SIGTERM)
+    given = {"backup": ("c.tar", filled), "restore": ("b.tar", tmp_path / "new")}[command]
+    try:
+        assert main([command, str(tmp_path / given[0]), "--data", str(given[1])]) == 130
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    assert sorted(tmp_path.iterdir()) == before
