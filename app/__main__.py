@@ -296,10 +296,14 @@ def _dump(options: argparse.Namespace) -> int:
 
     console = Console(stderr=True)
 
+    def lost(line: str) -> None:
+        console.out(f"not written: {line}", style="yellow", highlight=False)
+
     async def work(client: Any) -> int:
-        with console.status(options.collection) as status:
-            async for count in dump_vectors(client, options.collection, options.out, pictures=options.pictures):
-                status.update(f"{options.collection}: {count:,} items")
+        name, pictures = options.collection, options.pictures
+        with console.status(name) as status:
+            async for count in dump_vectors(client, name, options.out, pictures=pictures, lost=lost):
+                status.update(f"{name}: {count:,} items")
         print(f"{options.out}: {count:,} items")  # noqa: T201
         return 0
 

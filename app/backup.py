@@ -16,14 +16,16 @@ from typing import IO, NamedTuple
 
 import apsw
 
-from app.database import check, rows
+from app.database import check, pictures_of, rows, way_out
 from app.pictures import file_of, place_of
 from models.errors import ConflictError, NotFoundError, StorageError
+from models.files import sync
 
 FORMAT = 1
 _STORE, _MANIFEST, _KEYS = "store.db", "manifest.json", "keys"
 _NAMES = re.compile(r"store\.db|pictures/[0-9a-f]{2}/[0-9a-f]{64}|keys/[A-Za-z0-9][A-Za-z0-9._-]*\.json")
 _TRIES = 10
+_MOUNTED = "lost+found"  # is in the empty root of a file system
 
 
 class Saved(NamedTuple):
@@ -40,7 +42,8 @@ def back_up(store: Path, out: Path) -> Saved:
 
     SQLite copies the database, and then the pictures that it names, which never change, are added where they are not
     in the file yet. If one is gone, its item has been deleted since, and both is done again: each time there is less to
-    add. Indexes are left out: they are made of the rest. The last member is a manifest with the SHA-256 of every other.
+    add. Where the same item is there still, its picture was lost. Indexes are left out: they are made of the rest. The
+    last member is a manifest with the SHA-256 of every other.
 
     Raises:
         NotFoundError: no data folder. ConflictError: `out` exists. StorageError: the disk refused, a file of the
@@ -51,30 +54,26 @@ def back_up(store: Path, out: Path) -> Saved:
         raise NotFoundError(f"{store} is no data folder: it has no {_STORE}")
     if out.exists():
         raise ConflictError(f"{out} exists; a backup is never written over another")
-    draft = out.with_name(f".{out.name}.part")
     try:
-        with tempfile.TemporaryDirectory(dir=out.parent, prefix=".backup") as folder, _Writing(draft) as archive:
-            copy = Path(folder) / _STORE
-            for _ in range(_TRIES):
-                _copy_database(source, copy)
-                items, names = _contents(copy)
-                kept = [name for name in names if place_of(name) is None]
-                if _add_pictures(archive, store, kept):
-                    break
-            else:
-                raise StorageError("items are deleted faster than they can be copied; try again at a quieter time")
-            keys = sorted((store / _KEYS).glob("*.json"))
-            for file in keys:
-                archive.add(f"{_KEYS}/{file.name}", file)
-            if not keys and (store / _KEYS).is_dir():  # the last was revoked, and the server asks for one still
-                archive.add_folder(_KEYS)
-            archive.add(_STORE, copy)
-        draft.rename(out)
+        # In a folder of its own, so that of two that write one file at once neither writes into the other's.
+        with tempfile.TemporaryDirectory(dir=out.parent, prefix=".backup") as folder:
+            draft, copy = Path(folder) / "draft", Path(folder) / _STORE
+            with _Writing(draft) as archive:
+                items, names = _add_moment(archive, store, copy)
+                keys = sorted((store / _KEYS).glob("*.json"))
+                for file in keys:
+                    archive.add(f"{_KEYS}/{file.name}", file)
+                if not keys and (store / _KEYS).is_dir():  # the last was revoked, and the server asks for one still
+                    archive.add_folder(_KEYS)
+                archive.add(_STORE, copy)
+            if out.exists():
+                raise ConflictError(f"{out} exists by now; a backup is never written over another")
+            draft.rename(out)
+            sync(out.parent)
     except OSError as error:
         raise StorageError(f"{out} cannot be written: {error.strerror}") from error
-    finally:
-        draft.unlink(missing_ok=True)
-    return Saved(items, len(kept), len(names) - len(kept), out.stat().st_size)
+    kept = sum(place_of(name) is None for name in names)
+    return Saved(items, kept, len(names) - kept, out.stat().st_size)
 
 
 def restore(archive: Path, store: Path) -> Saved:
@@ -84,12 +83,14 @@ def restore(archive: Path, store: Path) -> Saved:
         ConflictError: `store` exists and is not empty. StorageError: the backup is damaged, not whole, of a newer
         format or none.
     """
-    if store.exists() and any(store.iterdir()):
+    into = store.exists()
+    if into and any(each.name != _MOUNTED for each in store.iterdir()):
         raise ConflictError(
             f"{store} is not empty; give a folder that is not there yet, and move this one away if need be"
         )
     store.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(dir=store.parent, prefix=f".{store.name}.restoring"))
+    # A folder that is there stays: a volume is mounted on it, and nothing beside it may be written or renamed to it.
+    folder = Path(tempfile.mkdtemp(dir=store if into else store.parent, prefix=f".{store.name}.restoring"))
     try:
         try:
             with tarfile.open(archive, "r:") as tar:
@@ -101,12 +102,29 @@ def restore(archive: Path, store: Path) -> Saved:
         kept = {name for name in names if place_of(name) is None}
         if lost := [name for name in sorted(kept) if not _picture(folder, name).is_file()]:
             raise StorageError(f"{archive} is not whole: it lacks {len(lost)} pictures, first {lost[0]}")
-        if store.exists():
-            store.rmdir()
-        folder.rename(store)
+        if into:  # the database last: pictures without one are refused by a server
+            for each in sorted(folder.iterdir(), key=lambda each: each.name == _STORE):
+                each.rename(store / each.name)
+        else:
+            folder.rename(store)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return Saved(items, len(kept), len(names) - len(kept), archive.stat().st_size)
+
+
+def _add_moment(archive: _Writing, store: Path, copy: Path) -> tuple[int, dict[str, int]]:
+    """Copy the database and add every picture that it names. -> what `_contents` gives of the copy."""
+    gone = dict[str, int]()
+    for _ in range(_TRIES):
+        _copy_database(store / _STORE, copy)
+        items, names = _contents(copy)
+        # The number of a row is never used twice, so what has it in both copies was there in between.
+        if lost := sorted(gone.items() & names.items()):
+            raise StorageError(_repair(copy, store, lost[0][0], "is missing"))
+        kept = [name for name in names if place_of(name) is None]
+        if not (gone := {name: names[name] for name in _add_pictures(archive, store, copy, kept)}):
+            return items, names
+    raise StorageError("items are deleted faster than they can be copied; try again at a quieter time")
 
 
 def _copy_database(source: Path, copy: Path) -> None:
@@ -123,21 +141,21 @@ def _copy_database(source: Path, copy: Path) -> None:
         raise StorageError(f"{source} cannot be copied: {error}") from error
 
 
-def _contents(copy: Path) -> tuple[int, list[str]]:
-    """Of a database: how many items, and the names of their pictures. Raises StorageError if it is damaged."""
+def _contents(copy: Path) -> tuple[int, dict[str, int]]:
+    """Of a database: how many items, and their pictures by name, each with the first row that has it. Raises
+    StorageError if it is damaged."""
     try:
         with closing(apsw.Connection(str(copy), flags=apsw.SQLITE_OPEN_READWRITE)) as connection:
             check(connection, Path(copy.name), whole=True)
             items = rows(connection, "SELECT COUNT(*) FROM items")[0][0]
-            names = rows(connection, "SELECT DISTINCT picture FROM items WHERE picture NOTNULL ORDER BY picture")
+            return int(items), pictures_of(connection)
     except apsw.Error as error:
         raise StorageError(f"{copy.name} is damaged: {error}") from error
-    return int(items), [row[0] for row in names]
 
 
-def _add_pictures(archive: _Writing, store: Path, names: list[str]) -> bool:
-    """Those that are not in it; False if some are gone."""
-    whole = True
+def _add_pictures(archive: _Writing, store: Path, copy: Path, names: list[str]) -> list[str]:
+    """Those that are not in it. -> the ones that are gone."""
+    gone = []
     for name in names:
         file = _picture(store, name)
         member = str(file.relative_to(store))
@@ -146,11 +164,16 @@ def _add_pictures(archive: _Writing, store: Path, names: list[str]) -> bool:
         try:
             archive.add(member, file)
         except FileNotFoundError:
-            whole = False
+            gone.append(name)
             continue
         if archive.hashes[member] != name:
-            raise StorageError(f"{file} is damaged: it is not what was stored; delete its item, and add it anew")
-    return whole
+            raise StorageError(_repair(copy, store, name, "is damaged, it is not what was stored"))
+    return gone
+
+
+def _repair(copy: Path, store: Path, name: str, what: str) -> str:
+    with closing(apsw.Connection(str(copy))) as connection:
+        return f"{_picture(store, name)} {what}: {way_out(connection, name)}"
 
 
 def _picture(store: Path, name: str) -> Path:

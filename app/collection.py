@@ -6,6 +6,7 @@ import json
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
@@ -18,7 +19,7 @@ from app.duplicates import duplicate_groups
 from app.filters import Condition
 from app.index import Ids, SharedSearch, VectorIndex, Vectors
 from app.pictures import place_of
-from models.errors import InputError, NotFoundError
+from models.errors import InputError, NotFoundError, StorageError
 
 Kind = Literal["image", "text"]
 Target = Literal["image", "text", "any"]
@@ -315,6 +316,17 @@ def _first_of_groups(hits: Sequence[SearchHit], key: str) -> list[SearchHit]:
         # True is no 1 here; 1 and 1.0 are one value.
         first.setdefault(("alone", hit.item.id) if value is None else (isinstance(value, bool), value), hit)
     return list(first.values())
+
+
+def kept_picture(collection: Collection, item: Item) -> bytes | None:
+    """An item's picture; None if the item has been deleted or replaced since. Raises StorageError if it was lost."""
+    try:
+        return collection.picture(item.id)
+    except NotFoundError:
+        with suppress(NotFoundError):
+            if collection.get(item.id) == item:
+                raise StorageError("its picture is not on the disk any more") from None
+        return None
 
 
 def item_of(values: Sequence[Any]) -> Item:

@@ -83,8 +83,10 @@ class Collections(ABC):
 
     def delete(self, name: str) -> None:
         """Delete a collection and its items, and what is to take its place. Raises NotFoundError."""
-        self._delete(self.get(name))
-        self.unstage(name)
+        found = self.get(name)
+        self.unstage(name)  # first, for nobody would find it after a kill in between, and its pictures would stay
+        self._delete(found)
+        self.unstage(name)  # what was begun meanwhile
 
     @abstractmethod
     def close(self) -> None:

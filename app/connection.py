@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 import httpx
 
 from app.calls import bearer
-from app.locking import lock_note
+from app.locking import held, lock_note
 from app.settings import Settings
 from app.stores import open_collections
 from models.errors import StorageError
@@ -33,7 +33,7 @@ async def connect(settings: Settings, server: str | None = None) -> AsyncIterato
             collections = open_collections(settings)
         except StorageError:
             server = lock_note(settings.store)
-            if not server.startswith("http"):
+            if not (server.startswith("http") and held(settings.store)):  # else it says who had the folder last
                 raise
     if collections is None:
         async with httpx.AsyncClient(base_url=str(server), headers=headers, timeout=120) as client:

@@ -91,17 +91,18 @@ class Database:
     @contextmanager
     def read(self) -> Iterator[apsw.Connection]:
         """A connection that sees one consistent state of everything committed so far."""
+        connection = None
         try:
-            connection = self._readers.get_nowait()
-        except queue.Empty:
-            connection = self._connect()
-        try:
+            with suppress(queue.Empty):
+                connection = self._readers.get_nowait()
+            connection = connection or self._connect()
             with connection:
                 yield connection
-        except apsw.Error as error:
+        except apsw.Error as error:  # also of one more connection, where the process has too many files open
             raise StorageError(f"{self.file.name} cannot be read: {error}") from error
         finally:
-            self._readers.put(connection)
+            if connection is not None:
+                self._readers.put(connection)
 
     def close(self) -> None:
         """Finish what was begun and let go of the file."""
@@ -244,6 +245,24 @@ def check(connection: apsw.Connection, file: Path, *, whole: bool = False) -> in
             f"{file} is damaged ({' '.join(found.split())}); restore it from a backup, or use another folder"
         )
     return version
+
+
+def pictures_of(connection: apsw.Connection) -> dict[str, int]:
+    """Every picture that items have, by name, with the first row that has it."""
+    found = rows(connection, "SELECT picture, MIN(row) FROM items WHERE picture NOTNULL GROUP BY picture")
+    return dict(found)
+
+
+def way_out(connection: apsw.Connection, picture: str) -> str:
+    """What to do about a picture that is lost, with the item that has it."""
+    found = rows(
+        connection,
+        "SELECT items.id, name FROM items JOIN collections ON key = collection WHERE picture = ? ORDER BY row",
+        picture,
+    )
+    others = f" (and of {len(found) - 1} more)" if len(found) > 1 else ""
+    shown = f"item {found[0][0]!r} of collection {found[0][1]!r}{others}" if found else "an item that has gone since"
+    return f"it is the picture of {shown}; put the file back from a backup, or delete the item and add it anew"
 
 
 def rows(connection: apsw.Connection, statement: str, *values: Any) -> list[Any]:

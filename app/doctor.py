@@ -8,6 +8,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import closing
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import apsw
@@ -110,7 +111,7 @@ def _collections(settings: Settings) -> Iterator[Finding]:
     from app.collections import STAGED
     from app.database import check, looked_at, nothing, rows
     from app.index import check_kind
-    from app.locking import held, lock_note
+    from app.locking import check_writable, held, lock_note
     from app.sqlite_collection import vectors_of
     from app.sqlite_collections import known
     from app.stores import check_stores
@@ -122,6 +123,7 @@ def _collections(settings: Settings) -> Iterator[Finding]:
     findings = []
     try:
         check_stores(settings)
+        check_writable(store)
         if not (file.is_file() and file.stat().st_size):
             if any((store / "pictures").glob("*/*")):
                 raise nothing(file)
@@ -136,15 +138,37 @@ def _collections(settings: Settings) -> Iterator[Finding]:
                 vectors_of([blob for (blob,) in wrong], made.dimensions, file)  # which says what is wrong
                 if not made.name.startswith(STAGED):
                     findings.append(_collection(made.name, count, made.model, made.kind))
+            lost = _lost_pictures(connection, store / "pictures")
     except (SemblanceError, apsw.Error) as error:
         yield Finding("bad", "data folder", str(error))
         return
+    yield from lost
     if not held(store):
         yield from findings
     elif note := lock_note(store):
         yield Finding("ok", "data folder", f"{store} is whole, and served by {note}")
     else:
         yield Finding("bad", "data folder", f"{store} is in use by another process: stop it, or use another folder")
+
+
+def _lost_pictures(connection: apsw.Connection, folder: Path) -> list[Finding]:
+    """Pictures that items have and the folder has not, or not whole; what is served meanwhile may lose some rightly."""
+    from app.database import pictures_of, rows, way_out
+    from app.pictures import file_of, place_of
+
+    lengths = dict(rows(connection, "SELECT picture, size FROM items WHERE picture NOTNULL"))
+    lost = {}
+    for name, row in pictures_of(connection).items():
+        try:
+            if place_of(name) is None and file_of(folder, name).stat().st_size != lengths.get(name):
+                lost[name] = row
+        except OSError:
+            lost[name] = row
+    if not lost or not (still := sorted(lost.items() & pictures_of(connection).items())):
+        return []
+    name = still[0][0]
+    text = f"{len(still):,} are missing or cut off, first {file_of(folder, name)}: {way_out(connection, name)}"
+    return [Finding("bad", "pictures", text)]
 
 
 def _database(settings: Settings, url: str) -> Iterator[Finding]:

@@ -3,10 +3,25 @@
 from __future__ import annotations
 
 import fcntl
+import os
 from pathlib import Path
 from typing import TextIO
 
 from models.errors import StorageError
+
+# What a server writes of a data folder. Where it may not, SQLite opens and reads, and only a write is refused.
+_WRITTEN = ("lock", "store.db", "store.db-wal", "store.db-shm", "pictures", "index")
+
+
+def check_writable(folder: Path) -> None:
+    """Raises StorageError, naming it and the way out, for what this user may not write in a data folder, as where
+    another one restored or copied it."""
+    for place in (folder, *(folder / name for name in _WRITTEN), *(folder / "pictures").glob("??")):
+        if place.exists() and not os.access(place, os.R_OK | os.W_OK | (os.X_OK if place.is_dir() else 0)):
+            raise StorageError(
+                f"{place} cannot be read and written by this user: give all of the folder to the user that serves it "
+                "(chown -R), or use another one"
+            )
 
 
 def lock(folder: Path, note: str) -> TextIO:

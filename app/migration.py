@@ -9,10 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from app.collection import Collection, Item, NewItem
+from app.collection import Collection, Item, NewItem, kept_picture
 from app.collections import STAGED, Collections
 from app.index import Vectors
-from models.errors import ConflictError, InputError, NotFoundError
+from models.errors import ConflictError, InputError, NotFoundError, StorageError
 
 _PAGE = 500  # items that are read at once, with their vectors
 _BATCH = 64  # items that are written at once, with their pictures
@@ -60,7 +60,8 @@ def migrate(source: Collection, target: Collections, progress: Callable[[Pass], 
     """Make the collection of the same name in `target` hold what `source` does, and compare until nothing differs.
 
     A kind of index that the target has not becomes "auto". progress: called after each pass.
-    Raises ConflictError if the target has it of another model, or if it changes faster than it is copied.
+    Raises ConflictError if the target has it of another model, if it changes faster than it is copied, or if it goes
+    meanwhile, and StorageError for a picture that is lost.
     """
     made = {"model": source.model, "fingerprint": source.fingerprint, "dimensions": source.dimensions}
     try:
@@ -68,7 +69,13 @@ def migrate(source: Collection, target: Collections, progress: Callable[[Pass], 
     except (InputError, ConflictError):  # of its model, too, and then again
         copy = target.create(source.name, **made)  # type: ignore[arg-type]
     for _ in range(_PASSES):
-        found = _compare(source, copy)
+        try:
+            found = _compare(source, copy)
+        except NotFoundError as error:
+            raise ConflictError(
+                f"collection {source.name!r} was deleted, or made again with another model, while it was copied: what "
+                "is in the target is no copy of it; delete it there, and begin again"
+            ) from error
         progress(found)
         if not found.copied and not found.deleted and found.checksums[0] == found.checksums[1]:
             return found
@@ -127,8 +134,13 @@ def _write(source: Collection, copy: Collection, items: list[tuple[Item, Vectors
         picture: bytes | Path | None = item.place
         if item.picture is not None and picture is None:
             try:
-                picture = source.picture(item.id)
-            except NotFoundError:
+                picture = kept_picture(source, item)
+            except StorageError as error:
+                raise StorageError(
+                    f"item {item.id!r} of collection {source.name!r}: {error}; put it back from a backup, or delete "
+                    "the item, and begin again: what was copied is kept"
+                ) from error
+            if picture is None:
                 continue
         made.append(NewItem(item.kind, vector, item.id, item.caption, item.metadata, picture))
     copy.add(made)

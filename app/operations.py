@@ -106,6 +106,7 @@ def _back_up(options: argparse.Namespace) -> int:
             "the collections are in PostgreSQL (SEMBLANCE_DATABASE): back them up by pg_dump, or by its "
             "own archive of the log; the data folder has the keys alone"
         )
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what is half written goes, as after Ctrl-C
     print(f"{options.out}: {_told(back_up(settings.store, Path(options.out)))}")  # noqa: T201
     return 0
 
@@ -114,6 +115,7 @@ def _restore(options: argparse.Namespace) -> int:
     from app.backup import restore
 
     store = settings_of(options).store
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as above
     print(f"{store}: {_told(restore(Path(options.backup), store))}")  # noqa: T201
     return 0
 

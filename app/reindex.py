@@ -10,12 +10,11 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from app.collection import Collection, Item, NewItem
+from app.collection import Collection, Item, NewItem, kept_picture
 from app.engine import ServedEngine
 from app.fairness import CALLER
 from models.errors import (
@@ -24,7 +23,6 @@ from models.errors import (
     DeadlineError,
     InputError,
     ModelError,
-    NotFoundError,
     SemblanceError,
     StorageError,
 )
@@ -120,7 +118,7 @@ class Reindexing:
         for item in items:
             if item.picture is not None:
                 try:
-                    content = await self._service.store(_picture, old, item)
+                    content = await self._service.store(kept_picture, old, item)
                 except StorageError as error:
                     bad[item.id] = str(error)
                 else:
@@ -175,14 +173,3 @@ def _unmade(bad: dict[str, str]) -> str:
         f"items that cannot be embedded again: {shown}{more}. Put their pictures back, or delete or replace them, and "
         "begin again: what was made of the others is kept"
     )
-
-
-def _picture(collection: Collection, item: Item) -> bytes | None:
-    """An item's picture; None if the item has been deleted or replaced since."""
-    try:
-        return collection.picture(item.id)
-    except NotFoundError:
-        with suppress(NotFoundError):
-            if collection.get(item.id) == item:
-                raise StorageError("its picture is not on the disk any more") from None
-        return None

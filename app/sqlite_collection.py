@@ -44,8 +44,7 @@ class SQLiteCollection(Collection):
         digests = [None if item.picture is None else self._pictures.put(item.picture) for item in items]
 
         def change(connection: apsw.Connection) -> tuple[list[int], list[int], list[str | None]]:
-            if not rows(connection, "SELECT 1 FROM collections WHERE key = ?", self.key):
-                raise NotFoundError(f"collection {self.name!r} has been deleted")
+            self._check_there(connection)
             old = self._rows_of(connection, ids)
             for item, digest in zip(items, digests, strict=True):
                 if digest is not None and item.picture is not None:
@@ -101,11 +100,14 @@ class SQLiteCollection(Collection):
     def page(self, limit: int, after: str = "", ids: Sequence[str] | None = None) -> list[Item]:
         among, given = ("", ()) if ids is None else (f" AND {_AMONG}", (json.dumps(ids),))
         with self._database.read() as connection:
-            found = connection.execute(
+            found = rows(
+                connection,
                 f"SELECT {_ITEM} FROM items WHERE collection = ? AND id > ?{among} ORDER BY id LIMIT ?",
-                (self.key, after, *given, limit),
+                *(self.key, after, *given, limit),
             )
-            return [item_of(row) for row in found]
+            if not found:  # which of one that went meanwhile is no end of its items
+                self._check_there(connection)
+        return [item_of(row) for row in found]
 
     def sample(self, limit: int) -> tuple[list[Item], Vectors]:
         with self._database.read() as connection:
@@ -172,6 +174,11 @@ class SQLiteCollection(Collection):
                 rows(connection, _METADATA, self.key),
                 lambda key: rows(connection, _FREQUENT, self.key, key, statistics.VALUES),
             )
+
+    def _check_there(self, connection: apsw.Connection) -> None:
+        """Raises NotFoundError if it was deleted, or another took its place."""
+        if not rows(connection, "SELECT 1 FROM collections WHERE key = ?", self.key):
+            raise NotFoundError(f"collection {self.name!r} has been deleted")
 
     def _rows_of(self, connection: apsw.Connection, ids: Sequence[str]) -> list[tuple[int, str | None]]:
         return rows(

@@ -13,7 +13,7 @@ from app.collection import Collection, Item, Made, item_of
 from app.collections import STAGED, Collections, refused
 from app.database import Database, rows
 from app.index import make_index
-from app.locking import lock
+from app.locking import check_writable, lock
 from app.pictures import Pictures
 from app.sqlite_collection import SQLiteCollection, sweep, vectors_of
 from models.errors import NotFoundError
@@ -35,7 +35,8 @@ _SURPLUS = """
 class SQLiteCollections(Collections):
     """Those of one data folder, which one process opens at a time.
 
-    Raises StorageError if another process has it open (naming that process) or a file in it is damaged or missing.
+    Raises StorageError if another process has it open (naming that process), or a file in it is damaged, missing or may
+    not be written.
     """
 
     def __init__(self, folder: str | Path, note: str = "", picture_root: Path | None = None) -> None:
@@ -43,6 +44,7 @@ class SQLiteCollections(Collections):
         pictures are read that items refer to in place."""
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
+        check_writable(self.folder)
         self._lock = lock(self.folder, note)
         try:
             self._pictures = Pictures(self.folder / "pictures", picture_root)

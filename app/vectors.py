@@ -12,7 +12,7 @@ import base64
 import json
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field, replace
-from itertools import chain, islice
+from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -135,11 +135,17 @@ async def load_vectors(
 
 
 async def dump_vectors(
-    client: httpx.AsyncClient, collection: str, out: str | Path, *, pictures: bool = False
+    client: httpx.AsyncClient,
+    collection: str,
+    out: str | Path,
+    *,
+    pictures: bool = False,
+    lost: Callable[[str], None] = lambda line: None,
 ) -> AsyncIterator[int]:
     """Write a collection to a Parquet file, whole or not at all; yields how many items are in it, page by page.
 
     pictures: with a column `image` of JPEGs, so that the file is all there is of the items.
+    lost: told of each item that is written without its picture, for the server has that no more, and why.
     Raises ConflictError if another model's takes the collection's place meanwhile, AnswerError.
     """
     arrow = pyarrow_for(Path(out))
@@ -157,7 +163,7 @@ async def dump_vectors(
                 item["metadata"] = json.dumps(item["metadata"])
                 item["embedding"] = vector_of(item["embedding"])
                 if pictures:
-                    item["image"] = await _picture(client, item["url"])
+                    item["image"] = await _picture(client, collection, item, lost)
                 page.append({name: item[name] for name in schema.names})
                 if len(page) == 1000:
                     await _check_same(client, info)
@@ -183,15 +189,20 @@ async def _check_same(client: httpx.AsyncClient, before: dict[str, Any]) -> None
         )
 
 
-async def _picture(client: httpx.AsyncClient, url: str | None) -> bytes | None:
-    if url is None:
+async def _picture(
+    client: httpx.AsyncClient, collection: str, item: dict[str, Any], lost: Callable[[str], None]
+) -> bytes | None:
+    if item["url"] is None:
         return None
     try:
-        return await content_of(client, "GET", url)
+        return await content_of(client, "GET", item["url"])
     except AnswerError as error:
-        if error.status == 404:  # deleted since
-            return None
-        raise
+        if error.status != 404:
+            raise
+        there = await call(client, "GET", f"{collection_url(collection)}/items", params={"id": item["id"]})
+        if there["items"]:  # else deleted since
+            lost(f"the picture of item {item['id']!r}: {error}")
+        return None
 
 
 def _items(
@@ -273,11 +284,13 @@ def _array_rows(file: Path, kind: str, table: Path | None, dimensions: int) -> I
     if array.ndim != 2 or not np.issubdtype(array.dtype, np.floating):
         raise DataError(f"{file} is of shape {array.shape} and type {array.dtype}; rows of floats are expected")
     _check_dimensions(file, {array.shape[1]}, dimensions)
-    described = None if table is None else _table_rows(table)
-    for place, vector in enumerate(array):
-        about = None if described is None else next(described, None)
-        if described is not None and about is None:
-            raise DataError(f"{table} has fewer rows than {file.name}, which has {len(array)}")
+    if table is not None and (count := _row_count(table)) != len(array):
+        raise DataError(
+            f"{table} has {count} rows and {file.name} {len(array)}: which belong together cannot be told; both must "
+            "be of one run of what wrote them"
+        )
+    described = repeat(None, len(array)) if table is None else _table_rows(table)
+    for place, (vector, about) in enumerate(zip(array, described, strict=True)):
         yield _Stored(f"{file}:{place + 1}", f"{file.stem}:{place}", about, vector, kind)
 
 
@@ -369,6 +382,14 @@ def _schema(file: Path) -> Any:
     arrow = pyarrow_for(file)
     try:
         return arrow.parquet.read_schema(file)
+    except (arrow.ArrowException, OSError) as error:
+        raise _unreadable(file, error) from error
+
+
+def _row_count(file: Path) -> int:
+    arrow = pyarrow_for(file)
+    try:
+        return int(arrow.parquet.read_metadata(file).num_rows)
     except (arrow.ArrowException, OSError) as error:
         raise _unreadable(file, error) from error
 

@@ -10,6 +10,7 @@ import csv
 import errno
 import io
 import json
+import os
 import tarfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -106,8 +107,7 @@ def read(spec: str, bad: BadRows, split: str | None = None) -> Iterator[Record]:
         return _read_hub(spec.removeprefix("hf:"), split, bad)
     path = Path(spec).expanduser()
     if path.is_dir():
-        shards = sorted(file for file in path.rglob("*") if _is_shard(file))
-        records = _chain(shards, bad) if shards else _read_folder(path, bad)
+        records = _read_files(path, bad)
     elif not path.is_file():
         raise DataError(f"{spec!r} is no file, folder, torchvision:<name> or hf:<name>")
     elif _is_shard(path):
@@ -188,20 +188,51 @@ def _chain(shards: list[Path], bad: BadRows) -> Iterator[Record]:
         yield from _read_shard(shard, bad)
 
 
-def _read_folder(folder: Path, bad: BadRows) -> Iterator[Record]:
-    for file in sorted(folder.rglob("*")):
-        if file.suffix.lower() in SUFFIXES:
-            label = file.parent.name if file.parent != folder else None
-            text = file.with_suffix(".txt")
-            words = (label or file.stem).replace("_", " ").replace("-", " ")
-            try:
-                captions = [words]
-                if text.is_file():
-                    captions = [line.strip() for line in text.read_text("utf-8").splitlines()]
-            except (UnicodeDecodeError, OSError) as error:
-                bad.add(str(file), f"its captions, {text.name}, cannot be read as UTF-8: {error}")
-                continue
-            yield Record(str(file), file, [caption for caption in captions if caption], label)
+def _read_files(folder: Path, bad: BadRows) -> Iterator[Record]:
+    """Of the shards in a folder, or else of its pictures."""
+    files = sorted(_files(folder, bad))
+    shards = [file for file in files if _is_shard(file)]
+    pictures = [file for file in files if file.suffix.lower() in SUFFIXES]
+    if not shards:
+        return _read_pictures(folder, pictures, bad)
+    if pictures:
+        why = f"{len(pictures):,} pictures beside shards are not read, first {pictures[0]}: the folder is one of shards"
+        bad.add(str(folder), f"{why} for {shards[0]}, which belongs elsewhere if it is none")
+    return _chain(shards, bad)
+
+
+def _files(folder: Path, bad: BadRows) -> Iterator[Path]:
+    """All below a folder, in no order. A link to another folder is followed where that is not read anyway, once."""
+    root, seen = folder.resolve(), set[Path]()
+
+    def wanted(place: Path) -> bool:
+        real = place.resolve() if place.is_symlink() else None
+        if real is None or real in seen or real.is_relative_to(root) or root.is_relative_to(real):
+            return real is None
+        seen.add(real)
+        return True
+
+    def unreadable(error: OSError) -> None:
+        bad.add(str(error.filename), f"the folder cannot be read: {error.strerror}")
+
+    for place, folders, names in os.walk(folder, onerror=unreadable, followlinks=True):
+        folders[:] = [name for name in sorted(folders) if wanted(Path(place, name))]
+        yield from (Path(place, name) for name in names)
+
+
+def _read_pictures(folder: Path, files: list[Path], bad: BadRows) -> Iterator[Record]:
+    for file in files:
+        label = file.parent.name if file.parent != folder else None
+        text = file.with_suffix(".txt")
+        words = (label or file.stem).replace("_", " ").replace("-", " ")
+        try:
+            captions = [words]
+            if text.is_file():
+                captions = [line.strip() for line in text.read_text("utf-8").splitlines()]
+        except (UnicodeDecodeError, OSError) as error:
+            bad.add(str(file), f"its captions, {text.name}, cannot be read as UTF-8: {error}")
+            continue
+        yield Record(str(file), file, [caption for caption in captions if caption], label)
 
 
 def _read_shard(path: Path, bad: BadRows) -> Iterator[Record]:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import shutil
+import signal
 import tarfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -124,7 +127,8 @@ def test_a_picture_that_goes_in_between_is_looked_for_again(
     assert (len(copies), saved.items, saved.pictures) == (2, 9, 4)  # i3 was in the file before it was deleted
     restore(tmp_path / "b.tar", tmp_path / "again")
     assert content(tmp_path / "again").keys() == {f"i{number}" for number in range(10)} - {"i1"}
-    monkeypatch.setattr(backup, "_add_pictures", lambda *_: False)
+    monkeypatch.setattr(backup, "_add_pictures", lambda *given: given[-1][:1])
+    monkeypatch.setattr(backup, "_TRIES", 1)
     with pytest.raises(StorageError, match="quieter time"):
         back_up(filled, tmp_path / "c.tar")
     assert not (tmp_path / "c.tar").exists()
@@ -209,6 +213,49 @@ def test_a_picture_that_rotted_on_the_disk_is_noticed(filled: Path, tmp_path: Pa
     assert not (tmp_path / "b.tar").exists()
 
 
+def test_a_picture_that_is_lost_is_named_with_its_item(filled: Path, tmp_path: Path) -> None:
+    """It is no item that was deleted meanwhile, for which one would wait in vain."""
+    next(each for each in sorted((filled / "pictures").rglob("*")) if each.is_file()).unlink()
+    with pytest.raises(StorageError, match=r"is missing: it is the picture of item 'i\d' of collection 'mine'; put"):
+        back_up(filled, tmp_path / "b.tar")
+    assert not [file for file in tmp_path.iterdir() if "b" in file.suffix or file.name.startswith(".backup")]
+
+
+def test_two_that_write_one_file_at_once(filled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original, beside = backup._add_pictures, list[backup.Saved]()
+
+    def add_and_begin_another(*given: Any) -> list[str]:
+        gone = original(*given)
+        monkeypatch.setattr(backup, "_add_pictures", original)
+        if not beside:
+            beside.append(back_up(filled, tmp_path / "b.tar"))
+        return gone
+
+    monkeypatch.setattr(backup, "_add_pictures", add_and_begin_another)
+    with pytest.raises(ConflictError, match="exists by now"):
+        back_up(filled, tmp_path / "b.tar")
+    assert restore(tmp_path / "b.tar", tmp_path / "again") == beside[0]
+
+
+def test_an_empty_folder_is_filled_where_it_is(filled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be a volume, which can be neither removed nor renamed to, and beside which nothing can be written."""
+    back_up(filled, tmp_path / "b.tar")
+    volume = tmp_path / "volume"
+    (volume / "lost+found").mkdir(parents=True)
+    was, make = volume.stat().st_ino, backup.tempfile.mkdtemp
+    monkeypatch.setattr(
+        backup.tempfile, "mkdtemp", lambda dir, **rest: make(dir=dir, **rest) if dir == volume else 1 / 0
+    )
+    (tmp_path / "half.tar").write_bytes((tmp_path / "b.tar").read_bytes()[:9_000])
+    with pytest.raises(StorageError):
+        restore(tmp_path / "half.tar", volume)
+    assert [file.name for file in volume.iterdir()] == ["lost+found"]
+    restore(tmp_path / "b.tar", volume)
+    assert volume.stat().st_ino == was
+    assert content(volume) == content(filled)
+    assert not [file for file in volume.iterdir() if "restoring" in file.name]
+
+
 def test_nothing_is_written_over(filled: Path, tmp_path: Path) -> None:
     back_up(filled, tmp_path / "b.tar")
     with pytest.raises(ConflictError, match="never written over"):
@@ -229,3 +276,25 @@ def test_the_commands_beside_a_server(filled: Path, tmp_path: Path, capsys: pyte
     assert content(tmp_path / "again") == content(filled)
     assert main(["restore", str(tmp_path / "b.tar"), "--data", str(filled)]) == 1
     assert "not empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["backup", "restore"])
+def test_an_end_by_sigterm_leaves_nothing_half_written(
+    command: str, filled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a scheduler ends a job that takes too long; each left a folder of the size of the database."""
+    back_up(filled, tmp_path / "b.tar")
+    before = sorted(tmp_path.iterdir())
+
+    def ended(_: Path) -> tuple[int, dict[str, int]]:
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError
+
+    monkeypatch.setattr(backup, "_contents", ended)
+    handler = signal.getsignal(signal.SIGTERM)
+    given = {"backup": ("c.tar", filled), "restore": ("b.tar", tmp_path / "new")}[command]
+    try:
+        assert main([command, str(tmp_path / given[0]), "--data", str(given[1])]) == 130
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    assert sorted(tmp_path.iterdir()) == before

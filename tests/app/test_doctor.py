@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
 import socket
 from contextlib import closing
@@ -18,6 +20,7 @@ from app.__main__ import main
 from app.collection import NewItem
 from app.doctor import Finding, examine
 from app.keys import Keyring
+from app.pictures import file_of
 from app.postgres_collections import PostgresCollections
 from app.settings import Settings
 from app.sqlite_collections import SQLiteCollections
@@ -115,6 +118,36 @@ def test_a_vector_of_another_length_is_named(settings: Settings) -> None:
     with closing(apsw.Connection(str(settings.store / "store.db"))) as connection:
         connection.execute("UPDATE vectors SET vector = x'00'")
     assert "a vector is not 4 numbers long" in found(settings)["data folder"].text
+
+
+def test_pictures_that_are_lost_are_named_with_an_item(settings: Settings) -> None:
+    vector = np.ones(4, np.float32)
+    with SQLiteCollections(settings.store) as collections:
+        for number in range(3):
+            item = NewItem("image", vector, f"i{number}", picture=b"picture %d" % number)
+            collections.get("mine").add([item])
+        first, second, third = (collections.get("mine").get(f"i{number}").picture or "" for number in range(3))
+    assert "pictures" not in found(settings)
+    file_of(settings.store / "pictures", first).unlink()
+    file_of(settings.store / "pictures", second).write_bytes(b"pict")
+    finding = found(settings)["pictures"]
+    assert finding.verdict == "bad"
+    assert finding.text.startswith("2 are missing or cut off")
+    assert re.search(r"the picture of item 'i[01]' of collection 'mine'", finding.text)
+    assert third not in finding.text
+
+
+@pytest.mark.parametrize("name", ["store.db", "lock", "pictures/ab"])
+def test_what_another_user_owns_is_named_as_by_a_server(
+    settings: Settings, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server started, said that it was ready, and told every write that the disk is full."""
+    (settings.store / "pictures/ab").mkdir()
+    # Root, whom a test may run as, may write everything.
+    monkeypatch.setattr(os, "access", lambda place, mode: place != settings.store / name)
+    with pytest.raises(StorageError, match=f"{name} cannot be read and written by this user") as refused:
+        SQLiteCollections(settings.store)
+    assert found(settings)["data folder"] == Finding("bad", "data folder", str(refused.value))
 
 
 def test_a_damaged_key_is_named(settings: Settings) -> None:

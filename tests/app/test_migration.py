@@ -14,9 +14,10 @@ from support import new_item, unit_rows
 from app.__main__ import main
 from app.collections import Collections
 from app.migration import Pass, migrate, reading
+from app.pictures import file_of
 from app.postgres_collections import PostgresCollections
 from app.sqlite_collections import SQLiteCollections
-from models.errors import ConflictError
+from models.errors import ConflictError, StorageError
 
 Main = Callable[..., tuple[int, str, str]]
 
@@ -132,3 +133,31 @@ def test_what_cannot_be_is_said(postgres: PostgresServer, tmp_path: Path, capsys
             migrate(known["c"], target, meddle)
         assert main(["migrate-store", url, "--data", str(tmp_path / "data"), "--collection", "d"]) == 1
         assert "no collection 'd'; there are: c" in capsys.readouterr().err
+
+
+def test_a_collection_that_another_models_replaces_meanwhile_is_no_empty_one(tmp_path: Path) -> None:
+    """It was said to be the same in both, with no items, and what had been copied was deleted."""
+    with SQLiteCollections(tmp_path / "data") as collections, SQLiteCollections(tmp_path / "to") as target:
+        old = collections.create("c", model="m", fingerprint="f", dimensions=8)
+        old.add([new_item(i) for i in range(5)])
+
+        def switch(_: Pass) -> None:
+            collections.stage("c", "n", "g", 8).add([new_item(i) for i in range(5)])
+            assert collections.switch("c")
+
+        with reading(tmp_path / "data", None) as known, pytest.raises(ConflictError, match="made again with another"):
+            migrate(known["c"], target, switch)
+        assert len(target.get("c")) == 5
+
+
+def test_a_picture_that_is_lost_is_named_with_its_item(tmp_path: Path) -> None:
+    """The collection was said to change faster than it is copied, also where nobody wrote to it."""
+    with SQLiteCollections(tmp_path / "data") as collections, SQLiteCollections(tmp_path / "to") as target:
+        collections.create("c", model="m", fingerprint="f", dimensions=8).add([new_item(i) for i in range(3)])
+        digest = collections.get("c").get("i1").picture or ""
+        file_of(tmp_path / "data/pictures", digest).unlink()
+        with (
+            reading(tmp_path / "data", None) as known,
+            pytest.raises(StorageError, match="'i1' of collection 'c': its p"),
+        ):
+            migrate(known["c"], target, print)

@@ -8,7 +8,7 @@ import sqlite3
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -295,3 +295,46 @@ def test_a_write_that_could_not_be_synced_does_not_come_back(store: Path, failur
         assert there == ["i1"] or said == "the next start shows"
     finally:
         vfs.unregister()
+
+
+def test_a_reader_that_cannot_be_opened_is_an_error_of_the_store(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where the process has too many files open; one that is open already goes on."""
+    with SQLiteCollections(store) as collections:
+        made = _create(collections)
+        database = collections._database
+
+        def refused() -> apsw.Connection:
+            raise apsw.CantOpenError("unable to open database file")
+
+        monkeypatch.setattr(database, "_connect", refused)
+        with ExitStack() as stack:
+            for _ in range(database._readers.qsize()):
+                stack.enter_context(database.read())
+            with pytest.raises(StorageError, match="cannot be read: unable to open"):
+                made.page(10)
+        assert made.page(10) == []
+
+
+def test_what_was_to_take_the_place_of_a_collection_never_outlives_it(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not where the process is killed while it deletes them: nobody would see it, and it has the pictures."""
+    with SQLiteCollections(store) as collections:
+        name = _create(collections).name
+        collections.stage(name, "n", "g", 8)
+        delete, deleted = collections._delete, list[Any]()
+
+        def delete_one(collection: Any) -> None:
+            if deleted:
+                raise KeyboardInterrupt
+            deleted.append(collection)
+            delete(collection)
+
+        monkeypatch.setattr(collections, "_delete", delete_one)
+        with pytest.raises(KeyboardInterrupt):
+            collections.delete(name)
+    with SQLiteCollections(store) as collections:
+        assert name in collections.names()
+        assert collections.staged(name) is None
+        collections.delete(name)
+        assert collections.names() == []

@@ -22,6 +22,7 @@ from app.__main__ import main
 from app.calls import BATCH, BATCH_BYTES, IN_FLIGHT, AnswerError
 from app.engine import Engine, ModelEngine
 from app.ingest import Report
+from app.pictures import file_of
 from app.sqlite_collections import SQLiteCollections
 from app.vectors import dump_vectors, load_vectors
 from models.checkpoint import save_checkpoint
@@ -134,6 +135,10 @@ def test_a_dump_is_all_there_is_of_a_collection(run: Run, encoded: Encoded, tmp_
     assert "image" not in pyarrow.parquet.read_schema(tmp_path / "small.parquet").names
     run("dump", str(tmp_path / "no" / "folder.parquet"), "--collection", "a", status=1)
     assert sorted(path.name for path in tmp_path.glob("*.parquet*")) == ["a.parquet", "small.parquet"]
+    file_of(tmp_path / "data" / "pictures", items[0].picture or "").unlink()
+    said = run("dump", str(tmp_path / "lacks.parquet"), "--collection", "a", "--pictures")
+    assert said.count("not written: ") == 1
+    assert f"not written: the picture of item {items[0].id!r}: the picture has been deleted" in said
 
 
 def test_a_dump_waits_for_a_busy_server_and_leaves_no_picture_out(tmp_path: Path) -> None:
@@ -466,5 +471,7 @@ def test_files_that_hold_no_embeddings_are_named(run: Run, tmp_path: Path) -> No
     (tmp_path / "img_emb").mkdir()
     (tmp_path / "metadata").mkdir()
     np.save(tmp_path / "img_emb" / "img_emb_0.npy", unit_rows(2, size=24))
-    pyarrow.parquet.write_table(pyarrow.table({"caption": ["one"]}), tmp_path / "metadata" / "metadata_0.parquet")
-    assert "has fewer rows than img_emb_0.npy" in run("index", str(tmp_path), status=1)
+    for captions in (["one"], ["one", "two", "three"]):  # more of them would be given to the wrong pictures as well
+        pyarrow.parquet.write_table(pyarrow.table({"caption": captions}), tmp_path / "metadata" / "metadata_0.parquet")
+        told = f"metadata_0.parquet has {len(captions)} rows and img_emb_0.npy 2"
+        assert told in run("index", str(tmp_path), status=1)

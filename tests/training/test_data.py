@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
+import os
 import sys
 import tarfile
 import zlib
@@ -199,6 +201,43 @@ def test_folders_give_labels_and_texts_beside_pictures(photos: Path) -> None:
     images, kept = decode(records, 16, BadRows())
     assert images.shape == (3, 4, 16, 16)
     assert len(kept) == 3
+
+
+def test_nothing_below_a_folder_is_left_out_in_silence(
+    photos: Path, encoded: Encoded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Links to other folders are followed once and in no circle; what cannot be read, or is not, is a bad row."""
+    before = {record.where for record in read(str(photos), BadRows())}
+    other = tmp_path / "elsewhere"
+    (other / "deeper").mkdir(parents=True)
+    (other / "deeper/there.png").write_bytes(encoded())
+    (other / "back").symlink_to(photos)
+    (photos / "linked").symlink_to(other)
+    (photos / "linked again").symlink_to(other)
+    (photos / "circle").symlink_to(".")
+    (photos / "inside").symlink_to(next(each for each in photos.iterdir() if each.is_dir() and not each.is_symlink()))
+    after = [record.where for record in read(str(photos), BadRows(0))]
+    assert len(after) == len(before) + 1
+    assert {*after} - before == {str(photos / "linked/deeper/there.png")}
+
+    scan = os.scandir
+
+    def refused(place: str) -> Any:  # root, whom a test may run as, reads everything
+        if place.endswith("deeper"):
+            raise PermissionError(errno.EACCES, "Permission denied", place)
+        return scan(place)
+
+    bad = BadRows()
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "scandir", refused)
+        assert {record.where for record in read(str(photos), bad)} == before
+    assert bad.rows == [f"{photos / 'linked/deeper'}: the folder cannot be read: Permission denied"]
+
+    with tarfile.open(photos / "old.tar", "w") as tar:
+        tar.add(other / "deeper/there.png", "shot.png")
+    bad = BadRows()
+    assert [record.where for record in read(str(photos), bad)] == [f"{photos / 'old.tar'}:shot"]
+    assert f"{len(after)} pictures beside shards are not read" in bad.rows[0]
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".parquet"])
