@@ -1,6 +1,7 @@
 /** Adding the reader's pictures to a collection: in batches, told as they go, with the reason for each one left out. */
 
 import { Problem, call, path } from "./api.js";
+import { settleDeletes } from "./detail.js";
 import { counted, dialog, fill, h, hex, number } from "./dom.js";
 
 const FILES = 16; // of one call
@@ -54,6 +55,7 @@ export async function upload(collection, files) {
 
   tell();
   try {
+    await settleDeletes();
     if (pictures.length)
       await call(path("collections", collection), { method: "PUT", signal: stop.signal, patience: 5 });
     await Promise.all(Array.from({ length: AT_ONCE }, send));
