@@ -81,12 +81,21 @@ export async function upload(collection, files) {
  * @returns {Promise<number>}
  */
 async function sent(collection, batch, skip, signal) {
-  let files = batch;
+  /** @type {Map<File, string>} */
+  const ids = new Map();
+  for (const file of batch) {
+    try {
+      ids.set(file, await idOf(file));
+    } catch {
+      skip(file, "cannot be read; was it moved or changed?");
+    }
+  }
+  let files = [...ids.keys()];
   while (files.length) {
     const form = new FormData();
     for (const file of files) {
       form.append("file", file);
-      form.append("id", await idOf(file));
+      form.append("id", ids.get(file) ?? "");
       form.append("metadata", JSON.stringify({ path: nameOf(file) }));
     }
     try {
