@@ -15,6 +15,7 @@ import apsw
 import pytest
 from support import new_item, unit_rows, wait_for
 
+from app.locking import lock
 from app.migration import reading
 from app.sqlite_collections import SQLiteCollections
 from models.errors import NotFoundError, StorageError
@@ -264,3 +265,9 @@ def test_a_write_that_could_not_be_synced_does_not_come_back(store: Path, failur
         assert there == ["i1"] or said == "the next start shows"
     finally:
         vfs.unregister()
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "lock").mkdir()  # as a read-only one, which root may write to
+    with pytest.raises(StorageError, match=r"cannot be written to \(Is a directory\); make it writable"):
+        lock(tmp_path, "")
