@@ -275,7 +275,10 @@ export function mount(root, signal) {
       draw(found.hits, first);
       const told = isAsked(query) ? `${counted(hits.length, "result")} in ${number(found.took, 1)} ms` : "";
       const place = collections.find(({ name }) => name === found.collection);
-      fill(status, told || (place ? `${counted(place.count, "item")} in ${place.name}` : ""));
+      fill(
+        status,
+        told || (place ? `${counted(query.ids.length ? hits.length : place.count, "item")} in ${place.name}` : ""),
+      );
       if (first && !hits.length) nothing();
       else if (first && isAsked(query) && !query.filters.length && !query.ids.length && query.least <= 0)
         await judge(stop).catch(() => {}); // it is only a remark
@@ -356,7 +359,7 @@ export function mount(root, signal) {
   }
 
   function nothing() {
-    if (!collections.length || (!isAsked(query) && !hits.length)) {
+    if (!isAsked(query) || !collections.find(({ name }) => name === query.collection)?.count) {
       settle("");
       empty.hidden = false;
       fill(

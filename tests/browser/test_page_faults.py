@@ -141,6 +141,16 @@ def test_what_was_set_stays_when_a_picture_is_chosen(page: Page, server: Server,
     expect(page.get_by_role("dialog")).to_contain_text("from pathlib import Path")
 
 
+def test_what_an_empty_collection_and_a_part_of_one_hold_is_told(page: Page, server: Server) -> None:
+    httpx.put(f"{server.url}/collections/bare", json={"model": "clip"}).raise_for_status()
+    page.goto("/#search?c=bare&q=a+red+star")  # which no filter is to blame for
+    expect(page.locator(".empty")).to_contain_text("Nothing is here yet")
+    page.goto("/#search?c=default&id=single-0037&id=single-0035")
+    expect(page.locator(".status")).to_have_text("2 items in default")
+    page.goto("about:blank")
+    httpx.delete(f"{server.url}/collections/bare")
+
+
 def test_a_wrong_number_that_is_folded_away_is_shown(page: Page) -> None:
     page.goto("/#generate?q=a+red+star&top_k=1.5")
     page.get_by_role("button", name="Draw", exact=True).click()
