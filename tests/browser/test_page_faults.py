@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 from playwright.sync_api import Page, Route, expect
 from support import Server
+from watching import forgive
 
 SEARCH = re.compile(r"/search\?q=")
 
@@ -201,7 +202,7 @@ def test_a_key_that_no_header_can_hold_is_asked_for_again(page: Page, wrong: lis
 
 
 def test_files_that_cannot_be_read_are_named_and_the_others_added(
-    page: Page, server: Server, encoded: Callable[..., bytes]
+    page: Page, server: Server, encoded: Callable[..., bytes], wrong: list[str]
 ) -> None:
     page.add_init_script("""
         const read = File.prototype.arrayBuffer;
@@ -235,6 +236,8 @@ def test_files_that_cannot_be_read_are_named_and_the_others_added(
     """)
     expect(page.locator(".toast")).to_contain_text("album/closed")
     expect(page.locator(".chips img")).to_have_count(1)  # one picture is searched with
+    expect(page.locator(".status")).to_contain_text("not a picture")  # as the server says of those three bytes
+    forgive(wrong)
     page.goto("about:blank")
     httpx.delete(f"{server.url}/collections/read")
 
