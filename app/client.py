@@ -249,10 +249,13 @@ class AsyncClient:
         self, prompt: str, *, partial_images: int = 8, **options: Unpack[Drawing]
     ) -> AsyncGenerator[Drawn]:
         """The same on their way: so many states of each picture, then the whole ones. Stop iterating, and the server
-        stops drawing."""
-        body = {"prompt": prompt, "stream": True, "partial_images": partial_images, **_given(**options)}
+        stops drawing. With no prompt but an image that one is varied."""
+        body = {"stream": True, "partial_images": partial_images, **_given(**options)}
         body |= {name: _image(body[name]) for name in ("image", "mask") if name in body}
-        async with aclosing(events(self._http, "/generate", body, patience=self._patience)) as stream:
+        url = "/v1/images/variations"
+        if prompt or "image" not in body:
+            url, body["prompt"] = "/generate", prompt
+        async with aclosing(events(self._http, url, body, patience=self._patience)) as stream:
             async for event in stream:
                 steps = event["steps"] if "steps" in event else event["usage"]["output_tokens"] // options.get("n", 1)
                 png = base64.b64decode(event["b64_json"])

@@ -53,10 +53,10 @@ class Database:
         if not may_be_new and not (file.is_file() and file.stat().st_size):
             raise nothing(self.file)  # and no file is left behind
         try:
-            self._connection = self._connect()
-            self._prepare()
+            self._open()
         except apsw.Error as error:
-            ways = {apsw.FullError: "free some space", apsw.IOError: "check the disk"}
+            space = "free some space"
+            ways = {apsw.FullError: space, apsw.IOError: "check the disk" if self._has_room() else space}
             way = ways.get(type(error), "restore it from a backup, or use another folder")
             raise StorageError(f"{file} cannot be opened ({error}); {way}") from error
         self._take_reserve()
@@ -114,6 +114,20 @@ class Database:
         self._writer.join()
         for connection in self._opened:
             connection.close()
+
+    def _open(self) -> None:
+        try:
+            self._connection = self._connect()
+            self._prepare()
+        except (apsw.FullError, apsw.IOError):  # what SQLite needs beside the file has no room
+            if self._has_room() or not self._give_reserve():
+                raise
+            self._opened.pop().close()
+            self._connection = self._connect()
+            self._prepare()
+
+    def _has_room(self) -> bool:
+        return shutil.disk_usage(self.file.parent).free >= _RESERVE
 
     def _take_reserve(self) -> None:
         """Keep some room on the disk, if there is enough, for a full one could not even delete: a delete is written
@@ -182,18 +196,19 @@ class Database:
                         raise
                     except Exception as error:
                         job.done.set_exception(error)
-        except BaseException as error:  # whatever it was, nothing was committed and nobody is left waiting
+        except BaseException as raised:  # whatever it was, nothing was committed and nobody is left waiting
+            cause = _first(raised)
             for job, result in results:
                 if job.undo is not None:
                     job.undo(result)
-            if isinstance(error, apsw.FullError) and self._give_reserve():
+            if isinstance(cause, apsw.FullError) and self._give_reserve():
                 self._write_group([job for job in jobs if job.frees and not job.done.done()])
-            failure = error
-            if isinstance(error, (apsw.Error, OSError)):
+            failure = cause
+            if isinstance(cause, (apsw.Error, OSError)):
                 # On a full disk the frame that makes a commit was not written: it is the last.
-                void = isinstance(error, apsw.FullError) or self._bury()
+                void = isinstance(cause, apsw.FullError) or self._bury()
                 kept = "nothing of it kept" if void else "the next start shows whether it was kept"
-                failure = StorageError(f"the write was refused and {kept}: {error}")
+                failure = StorageError(f"the write was refused and {kept}: {cause}")
             for job in jobs:
                 if not job.done.done():
                     job.done.set_exception(failure)
@@ -206,6 +221,13 @@ class Database:
             except BaseException as error:
                 job.done.set_exception(error)
         self._take_reserve()
+
+
+def _first(error: BaseException) -> BaseException:
+    """What went wrong at first: where SQLite has ended the transaction itself, to end it again is an error too."""
+    while isinstance(error, apsw.Error) and isinstance(error.__context__, apsw.Error):
+        error = error.__context__
+    return error
 
 
 def nothing(file: Path) -> StorageError:

@@ -91,7 +91,15 @@ def reason(error: Exception) -> str:
     if isinstance(error, HTTPException):
         return _slug(HTTPStatus(error.status_code))
     known = _known(error)
-    return _slug(HTTPStatus.INTERNAL_SERVER_ERROR) if known is None else known.__name__.removesuffix("Error").lower()
+    return _slug(HTTPStatus.INTERNAL_SERVER_ERROR) if known is None else _word(known)
+
+
+def _word(cls: type[SemblanceError]) -> str:
+    return cls.__name__.removesuffix("Error").lower()
+
+
+# Those of our own errors; those of the framework have its words for their status.
+REASONS = tuple(_word(cls) for cls in STATUS)
 
 
 def _known(error: Exception) -> type[SemblanceError] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -27,9 +28,14 @@ def check_writable(folder: Path) -> None:
 def lock(folder: Path, note: str) -> TextIO:
     """Hold the folder until the returned file is closed or the process ends, however it ends.
 
-    Raises StorageError, naming the process that has it.
+    Raises StorageError, naming the process that has it, or what keeps this one from writing there.
     """
-    file = (folder / "lock").open("a+", encoding="utf-8")
+    try:
+        file = (folder / "lock").open("a+", encoding="utf-8")
+    except OSError as error:
+        raise StorageError(
+            f"{folder} cannot be written to ({error.strerror}); make it writable, or use another"
+        ) from error
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -38,9 +44,9 @@ def lock(folder: Path, note: str) -> TextIO:
         raise StorageError(
             f"{folder} is in use by another process{f' ({holder})' if holder else ''}: stop it, or use another folder"
         ) from error
-    file.truncate(0)
-    file.write(note)
-    file.flush()
+    with suppress(OSError):  # a full disk has no room to say who it is, and no need to keep a server from starting
+        file.truncate(0)
+        os.write(file.fileno(), note.encode())
     return file
 
 

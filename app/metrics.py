@@ -12,6 +12,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from app.errors import REASONS
 from models.errors import SemblanceError
 
 if TYPE_CHECKING:
@@ -45,6 +46,8 @@ class Metrics:
         self.rejections = Counter(
             "semblance_rejections", "Problems answered, by their type", ("reason",), registry=self.registry
         )
+        for kind in REASONS:  # what begins with the first refusals has risen by none, and alerts nobody
+            self.rejections.labels(kind)
         self.decode = seconds("semblance_decode_seconds", "One picture, from bytes to what the model takes", ("model",))
         self.cache = Counter(
             "semblance_cache_requests",

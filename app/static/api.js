@@ -103,7 +103,10 @@ export async function* events(path, options) {
   const decoder = new TextDecoder();
   let rest = "";
   for (;;) {
-    const { done, value } = await reader.read();
+    const { done, value } = await reader.read().catch((error) => {
+      if (options.signal?.aborted) throw error;
+      throw new Problem(0, "The server's answer broke off: it was stopped, or the connection was lost.", "");
+    });
     if (done) return;
     rest += decoder.decode(value, { stream: true });
     const parts = rest.split("\n\n");

@@ -12,17 +12,31 @@ import { address, go, here } from "./route.js";
  * @typedef {object} Shown
  * @property {string} id
  * @property {string} collection
- * @property {Set<string>} hidden ids that are not shown, for they are about to be deleted
- * @property {() => void} changed called when `hidden` has changed
+ * @property {() => void} changed called when `isLeaving` has changed
+ * @property {() => void} deleted called when the server has deleted it
  */
 
 const UNDO = 8; // seconds in which a delete can be taken back; the server hears of it afterwards
 
 /** @type {{ id: string, dialog: HTMLDialogElement, stop: AbortController } | null} */
 let open = null;
-/** @type {Map<string, () => void>} */
+/** @type {Map<string, () => Promise<void>>} the paths of items that can still be taken back */
 const pending = new Map();
+/** @type {Map<string, Promise<void>>} the paths of items whose delete the server has not answered */
+const asked = new Map();
 window.addEventListener("pagehide", () => pending.forEach((commit) => commit()));
+
+/** Whether an item is not to be shown, for it is about to be deleted. @param {string} collection @param {string} id */
+export function isLeaving(collection, id) {
+  const place = path("collections", collection, "items", id);
+  return pending.has(place) || asked.has(place);
+}
+
+/** Until every delete is answered: an item that is added again must not be deleted by the one before. */
+export async function settleDeletes() {
+  for (const commit of pending.values()) commit();
+  await Promise.all(asked.values());
+}
 
 /** Shows an item, or none. @param {Shown | null} item */
 export function detail(item) {
@@ -65,14 +79,15 @@ async function draw(shown, frame, body, signal) {
   const item = /** @type {import("./types.js").Item} */ (await call(place, { signal }));
   const image = h("img", { alt: item.caption ?? `Picture ${item.id}` });
   if (item.url) show(image, item.url);
+  const like = written({ weight: 1, kind: "item", value: item.id });
   const facts = Object.entries(item.metadata).map(([key, value]) => {
-    const only = new URLSearchParams({ c: collection, filter: `${key}:${value}` });
+    const only = new URLSearchParams({ c: collection, with: like, filter: `${key}:${value}` });
     return [
       h("dt", {}, key),
-      h("dd", {}, h("a", { href: address("search", only), title: "Only these" }, String(value))),
+      h("dd", {}, h("a", { href: address("search", only), title: "Only these, nearest first" }, String(value))),
     ];
   });
-  const similar = new URLSearchParams({ c: collection, with: written({ weight: 1, kind: "item", value: item.id }) });
+  const similar = new URLSearchParams({ c: collection, with: like });
   const near = h("ul.near", { "aria-label": "Nearest to it" });
   const use = (/** @type {string} */ room) => async () => {
     const file = await (await request(item.url ?? "", { signal })).blob();
@@ -98,9 +113,19 @@ async function draw(shown, frame, body, signal) {
       near,
     ),
   );
-  const answer = await call("/search", { json: { query: [{ item: item.id }], collection, k: 9 }, signal });
+  /** @type {any} */
+  let answer;
+  try {
+    answer = await call("/search", { json: { query: [{ item: item.id }], collection, k: 9 }, signal });
+  } catch (error) {
+    if (signal.aborted) return;
+    const told = h("li.told");
+    fill(near, told);
+    explain(told, error);
+    return;
+  }
   const others = /** @type {Hit[]} */ (answer.hits)
-    .filter(({ id }) => id !== item.id && !shown.hidden.has(id))
+    .filter(({ id }) => id !== item.id && !isLeaving(collection, id))
     .slice(0, 8);
   fill(
     near,
@@ -117,25 +142,33 @@ async function draw(shown, frame, body, signal) {
 
 /** Hides it at once, and deletes it when it is too late to take that back. @param {Shown} shown @param {string} place @param {HTMLDialogElement} frame */
 function remove(shown, place, frame) {
-  shown.hidden.add(shown.id);
-  frame.close();
-  shown.changed();
-  const commit = () => {
+  const send = async () => {
     clearTimeout(timer);
+    told();
     pending.delete(place);
-    call(place, { method: "DELETE", keepalive: true, patience: 5 }).catch((error) => {
-      shown.hidden.delete(shown.id);
+    try {
+      await call(place, { method: "DELETE", keepalive: true, patience: 5 });
+      asked.delete(place);
+      shown.deleted();
+    } catch (error) {
+      asked.delete(place);
       shown.changed();
-      toast(`${shown.id} was not deleted: ${error.message}`);
-    });
+      toast(`${shown.id} was not deleted: ${error instanceof Error ? error.message : error}`);
+    }
+  };
+  const commit = () => {
+    const sent = send();
+    asked.set(place, sent);
+    return sent;
   };
   const timer = window.setTimeout(commit, UNDO * 1000);
   pending.set(place, commit);
   const undo = () => {
     clearTimeout(timer);
     pending.delete(place);
-    shown.hidden.delete(shown.id);
     shown.changed();
   };
-  toast(`${shown.id} will be deleted.`, { label: "Undo", act: undo }, UNDO);
+  const told = toast(`${shown.id} will be deleted.`, { label: "Undo", act: undo }, UNDO);
+  frame.close();
+  shown.changed();
 }

@@ -57,31 +57,34 @@ export function mount(root, signal) {
   const bar = h("progress", { max: 1, value: 0, hidden: true, "aria-label": "Drawn" });
   const grid = h("ul.grid.drawings", { "aria-label": "Drawings" });
   const changing = field("Of the picture, draw anew ", sliders.change.input, sliders.change.output);
+  const options = h(
+    "details.options",
+    {},
+    h("summary", {}, "How to draw"),
+    h(
+      "div.fields",
+      {},
+      field("Pictures ", sliders.n.input, sliders.n.output),
+      field("Guidance ", sliders.guidance_scale.input, sliders.guidance_scale.output),
+      field("Temperature ", sliders.temperature.input, sliders.temperature.output),
+      field("Top p ", sliders.top_p.input, sliders.top_p.output),
+      field("Top k, 0 for all", topK),
+      field("Seed", seed),
+      h("label.check", {}, lock, "Keep this seed"),
+      h("label.check", {}, rerank, "Best first, by CLIP"),
+      styles,
+      changing,
+    ),
+  );
+  // What is wrong in there has to be seen: a browser does not send the form, and can point at nothing that is hidden.
+  options.addEventListener("invalid", () => (options.open = true), true);
   root.append(
     h(
       "form.search",
       { onsubmit: submit },
       h("div.line", {}, prompt, draw, cancel),
       start,
-      h(
-        "details.options",
-        {},
-        h("summary", {}, "How to draw"),
-        h(
-          "div.fields",
-          {},
-          field("Pictures ", sliders.n.input, sliders.n.output),
-          field("Guidance ", sliders.guidance_scale.input, sliders.guidance_scale.output),
-          field("Temperature ", sliders.temperature.input, sliders.temperature.output),
-          field("Top p ", sliders.top_p.input, sliders.top_p.output),
-          field("Top k, 0 for all", topK),
-          field("Seed", seed),
-          h("label.check", {}, lock, "Keep this seed"),
-          h("label.check", {}, rerank, "Best first, by CLIP"),
-          styles,
-          changing,
-        ),
-      ),
+      options,
       h(
         "div.tools",
         {},
@@ -121,8 +124,9 @@ export function mount(root, signal) {
   async function from(files) {
     if (!files.length) return;
     try {
-      const params = new URLSearchParams(here().params);
-      params.set("picture", await keep(files[0]));
+      const picture = await keep(files[0]);
+      const params = form(); // with what was written and set, and is in no address yet
+      params.set("picture", picture);
       go("generate", params);
     } catch (error) {
       fail(error);
@@ -153,7 +157,7 @@ export function mount(root, signal) {
     const value = (/** @type {keyof typeof DEFAULTS} */ name) => Number(params.get(name) ?? DEFAULTS[name]);
     const image = kept(params.get("picture") ?? "");
     return {
-      prompt: params.get("q") ?? "",
+      ...(params.get("q") ? { prompt: params.get("q") } : {}),
       n: value("n"),
       seed: Number(params.get("seed")),
       temperature: value("temperature"),
@@ -170,12 +174,12 @@ export function mount(root, signal) {
   function asked() {
     const { params } = here();
     if (!params.get("q") && !params.get("picture")) return null;
-    const { prompt: text, image, ...options } = /** @type {Record<string, any>} */ (body(params));
+    const { prompt: text = "", image, ...others } = /** @type {Record<string, any>} */ (body(params));
     const first = image ? `, image=Path("picture.jpg")` : "";
     return {
       path: pathOf(text),
       json: body(params),
-      python: `client.generate(${python(text)}${first}${keywords(options)})`,
+      python: `client.generate(${python(text)}${first}${keywords(others)})`,
     };
   }
 
@@ -218,7 +222,7 @@ export function mount(root, signal) {
     bar.hidden = cancel.hidden = false;
     bar.value = 0;
     try {
-      for await (const event of events(pathOf(asked.prompt), {
+      for await (const event of events(pathOf(asked.prompt ?? ""), {
         json: { ...asked, stream: true, partial_images: PARTIAL },
         signal: stop.signal,
         patience: 5,
@@ -307,7 +311,7 @@ export function mount(root, signal) {
   }
 
   return (params) => {
-    if (document.activeElement !== prompt) prompt.value = params.get("q") ?? "";
+    prompt.value = params.get("q") ?? "";
     for (const [name, { input, output }] of Object.entries(sliders)) {
       input.value = params.get(name) ?? Reflect.get(DEFAULTS, name);
       fill(output, input.value);
@@ -321,7 +325,7 @@ export function mount(root, signal) {
     const source = kept(name ?? "");
     changing.hidden = source === null;
     const without = () => {
-      const changed = new URLSearchParams(here().params);
+      const changed = form();
       changed.delete("picture");
       go("generate", changed);
     };

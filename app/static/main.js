@@ -49,7 +49,14 @@ onArrival(async ({ room, params }) => {
       else link.removeAttribute("aria-current");
     }
     update = () => {};
-    const { mount } = await load();
+    /** @type {import("./types.js").Mount} */
+    let mount;
+    try {
+      ({ mount } = await load());
+    } catch {
+      if (!signal.aborted) unloaded(title);
+      return;
+    }
     if (signal.aborted) return; // the reader has gone on
     const place = h("div.room");
     fill(root, h("h1.hidden", {}, title), place);
@@ -72,6 +79,15 @@ document.addEventListener("keydown", (event) => {
   if (event.key === "?") help();
 });
 
+/** Says that a room's file did not come; browsers do not ask for one twice. @param {string} title */
+function unloaded(title) {
+  current = "";
+  const again = h("button", { type: "button", onclick: () => location.reload() }, "Load the page again");
+  const told =
+    "This room could not be loaded: the server does not answer. Is it running, and can this machine reach it?";
+  fill(root, h("h1.hidden", {}, title), h("p.status", { role: "status" }, told), again);
+}
+
 function help() {
   dialog(
     "Keys",
@@ -86,7 +102,13 @@ function help() {
 /** @param {string} message @returns {Promise<string>} */
 function askKey(message) {
   return new Promise((resolve, reject) => {
-    const input = h("input", { type: "password", autocomplete: "off", required: true });
+    const input = h("input", {
+      type: "password",
+      autocomplete: "off",
+      required: true,
+      pattern: " *[\\x21-\\x7e]+ *", // no header holds another, and the browser would not even ask
+      title: "A key has letters, digits and signs of ASCII, and no space",
+    });
     const form = h(
       "form",
       {

@@ -25,6 +25,7 @@ export function mount(root, signal) {
   let points = new Float32Array();
   let shownFor = "";
   let askedFor = "";
+  let keysOf = "";
   let pointed = -1;
 
   const canvas = h("canvas.map", { tabindex: 0, role: "img", "aria-label": "Map of the collection" });
@@ -53,11 +54,7 @@ export function mount(root, signal) {
   const button = (/** @type {string} */ label, /** @type {string} */ face, /** @type {() => void} */ onclick) =>
     h("button", { type: "button", "aria-label": label, onclick }, face);
   root.append(
-    h(
-      "form.search",
-      { onsubmit: (/** @type {Event} */ event) => (event.preventDefault(), change({ q: box.value.trim() })) },
-      box,
-    ),
+    h("form.search", { onsubmit: submit }, box),
     h("div.fields", {}, field("Collection", picked), field("Laid out by", method), field("Coloured by", colour)),
     h(
       "div.tools",
@@ -88,7 +85,15 @@ export function mount(root, signal) {
     },
     signal,
   );
-  const listed = listCollections(picked, signal);
+  /** @type {ReturnType<typeof listCollections> | null} */
+  let listed = null;
+
+  /** @param {Event} event */
+  function submit(event) {
+    event.preventDefault();
+    change({ q: box.value.trim() });
+    if (!shownFor) arrive(here().params); // it failed: the same is asked again
+  }
 
   /** @param {Record<string, string>} values */
   function change(values) {
@@ -250,12 +255,15 @@ export function mount(root, signal) {
   function fail(error) {
     if (signal.aborted) return;
     bar.hidden = true;
+    listed = null; // whatever is done next asks for all of it again
+    shownFor = askedFor = "";
     explain(status, error);
   }
 
   /** @param {URLSearchParams} params */
   async function arrive(params) {
     try {
+      listed ??= listCollections(picked, signal);
       const wanted = params.get("c") || (await listed)[0]?.name || "";
       if (signal.aborted) return;
       if (!wanted) {
@@ -263,9 +271,13 @@ export function mount(root, signal) {
         return;
       }
       await listed;
-      if (wanted !== collection) {
-        collection = wanted;
-        listKeys().catch(fail);
+      collection = wanted;
+      if (keysOf !== collection) {
+        keysOf = collection;
+        listKeys().catch((error) => {
+          keysOf = "";
+          if (!signal.aborted) explain(status, error);
+        });
       }
       picked.value = collection;
       method.value = params.get("by") === "umap" ? "umap" : "";

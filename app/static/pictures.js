@@ -1,7 +1,7 @@
 /** The reader's own pictures: chosen, pasted or dropped. An address names one, and this tab keeps it until it closes. */
 
 import { Problem } from "./api.js";
-import { h, hex } from "./dom.js";
+import { h, hex, number, toast } from "./dom.js";
 
 const SIDE = 1024; // pixels; models look at fewer, and a phone's photograph would take its time to travel
 const SMALL = 500_000; // bytes of a file that is sent as it is
@@ -27,7 +27,11 @@ export async function keep(file) {
 
 /** A kept picture as a data: URI; null if this tab never had it. @param {string} name */
 export function kept(name) {
-  return memory.get(name) ?? sessionStorage.getItem(`picture:${name}`);
+  try {
+    return memory.get(name) ?? sessionStorage.getItem(`picture:${name}`);
+  } catch {
+    return null; // a browser that lets no site store anything refuses the look, too
+  }
 }
 
 /**
@@ -72,7 +76,9 @@ export function receive(element, take, signal) {
       if (!event.dataTransfer?.types.includes("Files")) return;
       event.preventDefault();
       element.classList.remove("over");
-      take(await dropped(event.dataTransfer));
+      const { found, unread } = await dropped(event.dataTransfer);
+      if (unread.length) toast(`${number(unread.length)} of what was dropped cannot be read: ${unread[0]}`);
+      take(found);
     },
     { signal },
   );
@@ -87,15 +93,17 @@ export function receive(element, take, signal) {
 }
 
 /**
- * Every file of what was dropped, those in folders too.
+ * Every file of what was dropped, those in folders too, and the paths of what the browser may not read.
  * @param {DataTransfer} transfer
- * @returns {Promise<File[]>}
+ * @returns {Promise<{ found: File[], unread: string[] }>}
  */
 async function dropped(transfer) {
   const entries = Array.from(transfer.items, (item) => item.webkitGetAsEntry());
-  if (!entries.some((entry) => entry?.isDirectory)) return Array.from(transfer.files);
+  if (!entries.some((entry) => entry?.isDirectory)) return { found: Array.from(transfer.files), unread: [] };
   /** @type {File[]} */
   const found = [];
+  /** @type {string[]} */
+  const unread = [];
   const walk = async (/** @type {FileSystemEntry | null} */ entry) => {
     if (entry?.isFile) {
       const file = await new Promise((resolve, reject) =>
@@ -108,12 +116,14 @@ async function dropped(transfer) {
       for (;;) {
         const some = await new Promise((resolve, reject) => reader.readEntries(resolve, reject));
         if (!some.length) break; // a reader gives a hundred at a time
-        for (const each of some) await walk(each);
+        for (const each of some) await safely(each);
       }
     }
   };
-  for (const entry of entries) await walk(entry);
-  return found;
+  const safely = (/** @type {FileSystemEntry | null} */ entry) =>
+    walk(entry).catch(() => unread.push(entry?.fullPath.slice(1) ?? ""));
+  for (const entry of entries) await safely(entry);
+  return { found, unread };
 }
 
 /** @param {Blob} file @returns {Promise<string>} */

@@ -2,7 +2,7 @@
 
 import { Problem, call, explain, listCollections, path } from "./api.js";
 import { drawChips } from "./chips.js";
-import { detail } from "./detail.js";
+import { detail, isLeaving } from "./detail.js";
 import { counted, field, fill, h, number, settled, toast } from "./dom.js";
 import { resultGrid } from "./grid.js";
 import { chooser, keep, receive } from "./pictures.js";
@@ -36,8 +36,6 @@ export function mount(root, signal) {
   /** @type {string | null} where a page that is no search goes on */
   let after = "";
   let more = false;
-  /** @type {Set<string>} deleted here, but perhaps not by the server yet */
-  const hidden = new Set();
   /** @type {Map<string, string>} item -> the first of its group of near-duplicates */
   let groups = new Map();
   let groupsOf = "";
@@ -110,7 +108,10 @@ export function mount(root, signal) {
   const typed = settled(160, () => box.value !== (here().params.get("q") ?? "") && change({}, true));
   box.addEventListener("input", typed);
   box.addEventListener("keydown", (event) => {
-    if (event.key === "Enter") change({});
+    if (event.key === "Enter") {
+      change({});
+      if (shownFor === null) arrive(here().params).catch(fail); // it failed: the same is asked again
+    }
     if (event.key !== "ArrowDown") return;
     event.preventDefault();
     grid.focus(0);
@@ -135,8 +136,8 @@ export function mount(root, signal) {
     watcher.disconnect();
     asking?.abort();
   });
-  const listed = list();
-  listed.catch(fail);
+  /** @type {Promise<void> | null} */
+  let listed = null;
 
   /** What the address says, and what was typed since. */
   function current() {
@@ -203,6 +204,15 @@ export function mount(root, signal) {
     collections = await listCollections(picked, signal);
   }
 
+  /** Until the collections are known; a server that did not say is asked again the next time. */
+  function known() {
+    listed ??= list().catch((error) => {
+      listed = null;
+      throw error;
+    });
+    return listed;
+  }
+
   /** What can be asked of a collection's metadata; a large one takes its time to tell. @param {string} collection */
   async function suggest(collection) {
     fill(keys);
@@ -238,11 +248,15 @@ export function mount(root, signal) {
       );
       return;
     }
+    if (!isAsked(query) && (query.filters.length || query.target !== "any" || query.least > 0)) {
+      settle("What is under “More to ask” bounds a search: describe a picture, or mix something in.");
+      return;
+    }
     await page(asking.signal);
   }
 
   function next() {
-    if (asking) page(asking.signal);
+    if (asking && more) page(asking.signal);
   }
 
   /** The next page of hits or, where nothing is asked, of the collection. @param {AbortSignal} stop */
@@ -261,12 +275,19 @@ export function mount(root, signal) {
       draw(found.hits, first);
       const told = isAsked(query) ? `${counted(hits.length, "result")} in ${number(found.took, 1)} ms` : "";
       const place = collections.find(({ name }) => name === found.collection);
-      fill(status, told || (place ? `${counted(place.count, "item")} in ${place.name}` : ""));
+      fill(
+        status,
+        told || (place ? `${counted(query.ids.length ? hits.length : place.count, "item")} in ${place.name}` : ""),
+      );
       if (first && !hits.length) nothing();
       else if (first && isAsked(query) && !query.filters.length && !query.ids.length && query.least <= 0)
-        await judge(stop);
+        await judge(stop).catch(() => {}); // it is only a remark
     } catch (error) {
-      if (!stop.aborted) fail(error);
+      if (!stop.aborted && !hits.length) fail(error);
+      else if (!stop.aborted) {
+        more = true; // what is shown stays, and the button asks again
+        explain(status, error);
+      }
     } finally {
       if (!stop.aborted) grid.element.removeAttribute("aria-busy");
     }
@@ -331,14 +352,14 @@ export function mount(root, signal) {
   /** Adds to what is shown, or shows it from the start. @param {Hit[]} fresh @param {boolean} first */
   function draw(fresh, first) {
     if (first) grid.clear();
-    const visible = fresh.filter(({ id }) => !hidden.has(id));
+    const visible = fresh.filter(({ id }) => !isLeaving(query.collection, id));
     grid.add(visible, params, params.get("fold") === null ? null : groups);
     empty.hidden = true;
     moreButton.hidden = !more;
   }
 
   function nothing() {
-    if (!collections.length || (!isAsked(query) && !hits.length)) {
+    if (!isAsked(query) || !collections.find(({ name }) => name === query.collection)?.count) {
       settle("");
       empty.hidden = false;
       fill(
@@ -367,6 +388,7 @@ export function mount(root, signal) {
   /** @param {unknown} error */
   function fail(error) {
     if (signal.aborted) return;
+    shownFor = null;
     settle("");
     explain(status, error);
   }
@@ -381,7 +403,7 @@ export function mount(root, signal) {
     fill(leastShown, query.least > 0 ? String(query.least) : "any");
     fold.checked = params.get("fold") !== null;
     drawChips(chips, query, replace);
-    await listed;
+    await known();
     if (query.collection && !collections.some(({ name }) => name === query.collection)) await list(); // it may be new
     if (params !== arrived || signal.aborted) return;
     query.collection ||= collections[0]?.name ?? "";
@@ -392,7 +414,9 @@ export function mount(root, signal) {
     }
     run(anyway);
     const open = params.get("item");
-    detail(open === null ? null : { id: open, collection: query.collection, hidden, changed: () => draw(hits, true) });
+    const { collection } = query;
+    const deleted = () => (hits = hits.filter(({ id }) => id !== open || collection !== query.collection));
+    detail(open === null ? null : { id: open, collection, changed: () => draw(hits, true), deleted });
   }
 
   return (arrived) => arrive(arrived).catch(fail);

@@ -51,6 +51,7 @@ function open(asked) {
   const key = hasKey() ? `, api_key=os.environ["SEMBLANCE_API_KEY"]` : "";
   const script = [
     hasKey() ? "import os\n" : "",
+    asked.python.includes("Path(") ? "from pathlib import Path\n\n" : "",
     "from app.client import Client\n\n",
     `with Client("${origin}"${key}) as client:\n    print(${asked.python})`,
   ].join("");

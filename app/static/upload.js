@@ -1,6 +1,7 @@
 /** Adding the reader's pictures to a collection: in batches, told as they go, with the reason for each one left out. */
 
 import { Problem, call, path } from "./api.js";
+import { settleDeletes } from "./detail.js";
 import { counted, dialog, fill, h, hex, number } from "./dom.js";
 
 const FILES = 16; // of one call
@@ -54,6 +55,7 @@ export async function upload(collection, files) {
 
   tell();
   try {
+    await settleDeletes();
     if (pictures.length)
       await call(path("collections", collection), { method: "PUT", signal: stop.signal, patience: 5 });
     await Promise.all(Array.from({ length: AT_ONCE }, send));
@@ -79,12 +81,21 @@ export async function upload(collection, files) {
  * @returns {Promise<number>}
  */
 async function sent(collection, batch, skip, signal) {
-  let files = batch;
+  /** @type {Map<File, string>} */
+  const ids = new Map();
+  for (const file of batch) {
+    try {
+      ids.set(file, await idOf(file));
+    } catch {
+      skip(file, "cannot be read; was it moved or changed?");
+    }
+  }
+  let files = [...ids.keys()];
   while (files.length) {
     const form = new FormData();
     for (const file of files) {
       form.append("file", file);
-      form.append("id", await idOf(file));
+      form.append("id", ids.get(file) ?? "");
       form.append("metadata", JSON.stringify({ path: nameOf(file) }));
     }
     try {

@@ -205,6 +205,7 @@ def test_drawings_come_on_their_way_and_whole(server: str, demo: Client) -> None
     assert [each.png for each in seen[4:]] == [each.png for each in made]
     again = demo.generate("a red star", image=made[0].png, change=0.2, seed=1)
     assert again[0].png != made[0].png
+    assert demo.generate("", image=made[0].png, change=0.2, seed=1)[0].seed == 1
     stream = demo.drawing("a red star", n=4)
     next(stream)
     stream.close()  # the server is left before the pictures are whole

@@ -18,6 +18,7 @@ import apsw
 import pytest
 from support import new_item, unit_rows, wait_for
 
+from app.locking import lock
 from app.migration import reading
 from app.sqlite_collections import SQLiteCollections
 from models.errors import NotFoundError, StorageError
@@ -338,3 +339,9 @@ def test_what_was_to_take_the_place_of_a_collection_never_outlives_it(
         assert collections.staged(name) is None
         collections.delete(name)
         assert collections.names() == []
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "lock").mkdir()  # as a read-only one, which root may write to
+    with pytest.raises(StorageError, match=r"cannot be written to \(Is a directory\); make it writable"):
+        lock(tmp_path, "")

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -236,6 +236,30 @@ def test_a_store_that_does_not_sync_is_found_out(disk: Callable[..., Path]) -> N
             lost += 1
             image = disk()
     assert lost
+
+
+def test_row_35_a_start_and_a_delete_succeed_on_a_full_disk(disk: Callable[..., Path], tmp_path: Path) -> None:
+    from app.database import Database
+    from app.locking import lock
+
+    with mounted(disk(16), tmp_path / "mounted") as place:
+        database = Database(place / "store.db")
+        rows = [(number,) for number in range(100)]
+        database.write(lambda connection: connection.execute("CREATE TABLE numbers (number)") and None)
+        database.write(lambda connection: connection.executemany("INSERT INTO numbers VALUES (?)", rows) and None)
+        assert (place / "store.reserve").exists()
+        database.close()
+        with suppress(OSError), (place / "filled").open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(1024))
+        lock(place, "who it is").close()
+        with closing(Database(place / "store.db")) as database:  # SQLite wants room beside the file
+            with database.read() as connection:
+                assert len(list(connection.execute("SELECT * FROM numbers"))) == 100
+            with pytest.raises(StorageError, match=r"nothing of it kept: .*full"):
+                # So much that SQLite ends the transaction itself, before its end.
+                database.write(lambda connection: connection.execute("INSERT INTO numbers VALUES (zeroblob(9000000))"))
+            database.write(lambda connection: connection.execute("DELETE FROM numbers WHERE number < 9"), frees=True)
 
 
 def test_row_35_a_disk_that_is_full_refuses_the_write_and_recovers(disk: Callable[..., Path], tmp_path: Path) -> None:
