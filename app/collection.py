@@ -182,8 +182,17 @@ class Collection(ABC):
         return np.stack(stored)
 
     @abstractmethod
-    def page(self, limit: int, after: str = "", ids: Sequence[str] | None = None) -> list[Item]:
-        """The first `limit` items whose ids come after `after`, in the order of their ids; only `ids`, if given."""
+    def page(
+        self,
+        limit: int,
+        after: str = "",
+        *,
+        target: Target = "any",
+        filters: Sequence[Condition] = (),
+        ids: Sequence[str] | None = None,
+    ) -> list[Item]:
+        """The first `limit` items whose ids come after `after`, in the order of their ids, of those that a search with
+        the same options could return."""
 
     def version(self, item: Item) -> str:
         """What changes when an item's picture does. Raises NotFoundError for an item without one."""

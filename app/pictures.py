@@ -75,18 +75,25 @@ class Pictures:
         folder.mkdir(parents=True, exist_ok=True)
 
     def put(self, content: bytes | Path) -> str:
-        """Store a picture durably, or note its place, and give its name. Raises StorageError when the disk refuses."""
+        """Store a picture durably, or note its place, and give its name. One that is there and damaged is mended.
+
+        Raises StorageError when the disk refuses.
+        """
         name = name_of(content)
+        if isinstance(content, bytes) and (file := self._file(name)).is_file() and not _holds(file, content):
+            self._write(name, content)
+            for thumbnail in file.parent.glob(f"{name}.*"):
+                thumbnail.unlink(missing_ok=True)
         self.ensure(name, content)
         return name
 
     def ensure(self, digest: str, content: bytes | Path) -> None:
         """Store it unless it is there."""
-        if isinstance(content, Path):
-            return
+        if isinstance(content, bytes) and not self._file(digest).is_file():
+            self._write(digest, content)
+
+    def _write(self, digest: str, content: bytes) -> None:
         file = self._file(digest)
-        if file.is_file():
-            return
         temporary = file.parent / f".{uuid.uuid4().hex}"
         try:
             file.parent.mkdir(exist_ok=True)
@@ -154,6 +161,13 @@ class Pictures:
 
     def _file(self, digest: str) -> Path:
         return file_of(self._folder, digest)
+
+
+def _holds(file: Path, content: bytes) -> bool:
+    try:
+        return file.stat().st_size == len(content) and file.read_bytes() == content
+    except OSError:
+        return False
 
 
 def _content(file: Path) -> bytes:

@@ -231,10 +231,18 @@ class PostgresCollection(Collection):
             raise self._missing(id)
         self._remove(sorted(gone))
 
-    def page(self, limit: int, after: str = "", ids: Sequence[str] | None = None) -> list[Item]:
-        among, given = ("", ()) if ids is None else ("AND id = ANY(%s)", (list(ids),))
-        statement = f"SELECT {{}} FROM {{}} WHERE id > %s {among} ORDER BY id LIMIT %s"
-        return [item_of(row) for row in self._rows(statement, after, *given, limit)]
+    def page(
+        self,
+        limit: int,
+        after: str = "",
+        *,
+        target: Target = "any",
+        filters: Sequence[Condition] = (),
+        ids: Sequence[str] | None = None,
+    ) -> list[Item]:
+        conditions, values = self._conditions(target, filters, ids)
+        statement = f"SELECT {{}} FROM {{}} WHERE {' AND '.join([*conditions, 'id > %s'])} ORDER BY id LIMIT %s"
+        return [item_of(row) for row in self._rows(statement, *values, after, limit)]
 
     def sample(self, limit: int) -> tuple[list[Item], Vectors]:
         known = [number for (number,) in self._rows("SELECT number FROM {1} ORDER BY number")]
@@ -298,6 +306,13 @@ class PostgresCollection(Collection):
     def _where(
         self, target: Target, filters: Iterable[Condition], ids: Sequence[str] | None
     ) -> tuple[sql.Composable, list[Any]]:
+        conditions, values = self._conditions(target, filters, ids)
+        # The conditions are this program's own, whatever was asked is in the values.
+        return sql.SQL(f"WHERE {' AND '.join(conditions)}") if conditions else NOTHING, values
+
+    def _conditions(
+        self, target: Target, filters: Iterable[Condition], ids: Sequence[str] | None
+    ) -> tuple[list[str], list[Any]]:
         conditions, values = list[str](), list[Any]()
         if target != "any":
             conditions.append("kind = %s")
@@ -308,8 +323,7 @@ class PostgresCollection(Collection):
         for condition, asked in (each.postgres() for each in filters):
             conditions.append(condition)
             values += asked
-        # The conditions are this program's own, whatever was asked is in the values.
-        return sql.SQL(f"WHERE {' AND '.join(conditions)}") if conditions else NOTHING, values
+        return conditions, values
 
     def _forget(self, connection: Connection[Any], ids: Sequence[str]) -> list[tuple[int, str | None]]:
         """Delete items, in one order for all, so that two who delete the same wait for one another and no more; gives

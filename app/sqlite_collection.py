@@ -97,14 +97,19 @@ class SQLiteCollection(Collection):
 
         self._database.write(change, after, frees=True)
 
-    def page(self, limit: int, after: str = "", ids: Sequence[str] | None = None) -> list[Item]:
-        among, given = ("", ()) if ids is None else (f" AND {_AMONG}", (json.dumps(ids),))
+    def page(
+        self,
+        limit: int,
+        after: str = "",
+        *,
+        target: Target = "any",
+        filters: Sequence[Condition] = (),
+        ids: Sequence[str] | None = None,
+    ) -> list[Item]:
+        where, values = self._where(target, filters, ids)
         with self._database.read() as connection:
-            found = rows(
-                connection,
-                f"SELECT {_ITEM} FROM items WHERE collection = ? AND id > ?{among} ORDER BY id LIMIT ?",
-                *(self.key, after, *given, limit),
-            )
+            statement = f"SELECT {_ITEM} FROM items WHERE {where} AND id > ? ORDER BY id LIMIT ?"
+            found = rows(connection, statement, *values, after, limit)
             if not found:  # which of one that went meanwhile is no end of its items
                 self._check_there(connection)
         return [item_of(row) for row in found]
@@ -142,24 +147,31 @@ class SQLiteCollection(Collection):
             return {row: item_of(rest) for row, *rest in found}
 
     def _allowed(self, target: Target, filters: Iterable[Condition], ids: Sequence[str] | None = None) -> Ids | None:
+        filters = list(filters)
         with self._database.read() as connection:
-            conditions = ["collection = ?"]
-            values: list[Any] = [self.key]
-            if target != "any" and rows(
-                connection, "SELECT 1 FROM items WHERE collection = ? AND kind <> ? LIMIT 1", self.key, target
-            ):
-                conditions.append("kind = ?")
-                values.append(target)
-            if ids is not None:
-                conditions.append(_AMONG)
-                values.append(json.dumps(ids))
-            for condition, asked in (each.sql() for each in filters):
-                conditions.append(condition)
-                values += asked
-            if len(conditions) == 1:
+            others = "SELECT 1 FROM items WHERE collection = ? AND kind <> ? LIMIT 1"
+            if target != "any" and not rows(connection, others, self.key, target):
+                target = "any"
+            if target == "any" and not filters and ids is None:
                 return None
-            allowed = rows(connection, f"SELECT row FROM items WHERE {' AND '.join(conditions)}", *values)
+            where, values = self._where(target, filters, ids)
+            allowed = rows(connection, f"SELECT row FROM items WHERE {where}", *values)
             return np.array([row[0] for row in allowed], np.int64)
+
+    def _where(self, target: Target, filters: Iterable[Condition], ids: Sequence[str] | None) -> tuple[str, list[Any]]:
+        """A condition on rows of `items`, and its values."""
+        conditions = ["collection = ?"]
+        values: list[Any] = [self.key]
+        if target != "any":
+            conditions.append("kind = ?")
+            values.append(target)
+        if ids is not None:
+            conditions.append(_AMONG)
+            values.append(json.dumps(ids))
+        for condition, asked in (each.sql() for each in filters):
+            conditions.append(condition)
+            values += asked
+        return " AND ".join(conditions), values
 
     def _picture_bytes(self) -> int:
         of_each = "SELECT DISTINCT picture, size FROM items WHERE collection = ?"

@@ -17,6 +17,7 @@ from starlette.responses import Response
 from app import images
 from app.batching import late
 from app.collection import Collection, Item, NewItem, SearchHit, Target
+from app.conditions import condition_of
 from app.engine import ServedEngine
 from app.forms import Form
 from app.index import Vectors
@@ -284,11 +285,14 @@ async def list_items(
     after: Annotated[str, Query(max_length=128)] = "",
     embeddings: Annotated[bool, Query(description="with each item's embedding")] = False,
     id: Annotated[tuple[ItemId, ...], Query(max_length=MAX_IDS, description="only these")] = (),
+    target: Annotated[Target, Query()] = "any",
+    filter: Annotated[tuple[Text, ...], Query(description="as GET /search takes it")] = (),
 ) -> Response:
-    """Items by id, a page at a time."""
+    """Items by id, a page at a time; with options only those that a search with them could return."""
+    filters = [condition_of(entry) for entry in filter]
 
     def look(collection: Collection) -> tuple[list[Item], Sequence[Any]]:
-        found = collection.page(limit, after, id or None)
+        found = collection.page(limit, after, target=target, filters=filters, ids=id or None)
         return found, collection.embeddings(found) if embeddings else ()
 
     items, vectors = await service.in_collection(name, look)

@@ -2,43 +2,30 @@
 
 from __future__ import annotations
 
-import math
-import re
 import time
 from contextlib import suppress
 from functools import partial
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from fastapi import APIRouter, Depends, Query
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    Field,
-    ValidationError,
-    ValidatorFunctionWrapHandler,
-    WrapValidator,
-)
+from pydantic import BaseModel, BeforeValidator, Field
 from starlette.responses import Response
 
 from app.backends import Array
 from app.collection import Collection, Target
+from app.conditions import Entry, condition_of
 from app.engine import ServedEngine
-from app.filters import Condition, Sign, number_of, values_of
 from app.inputs import (
-    A_NUMBER,
     MAX_IDS,
-    PLAIN,
     Body,
     Input,
     ItemId,
-    Number,
     Text,
     WeightedInput,
     as_list,
     body_of,
     check_inputs,
-    in_a_sentence,
     known_query,
     request_body,
 )
@@ -46,40 +33,6 @@ from app.service import Served, Service, describe_item, json_response
 from models.errors import InputError, NotFoundError
 
 router = APIRouter(tags=["search"], dependencies=[Depends(known_query)])
-
-
-Bound = Annotated[
-    Number | Text, WrapValidator(in_a_sentence(f"a text that is not empty and has no NUL, or {A_NUMBER},"))
-]
-Value = Annotated[bool | Number | Text | Literal[""] | None, PLAIN]
-
-
-class Filter(Body):
-    """in: any of these values, 2 and "2" being two. gte, gt, lte, lt: bounds, numbers for numbers and texts for texts,
-    such as dates."""
-
-    key: Annotated[Text, Field(max_length=64)]
-    any_of: list[Value] | None = Field(None, alias="in", min_length=1, max_length=1000)
-    gte: Bound | None = None
-    gt: Bound | None = None
-    lte: Bound | None = None
-    lt: Bound | None = None
-
-    def condition(self) -> Condition:
-        """The same for the store. Raises InputError if it asks for nothing."""
-        given: list[tuple[Sign, Any]] = [(">=", self.gte), (">", self.gt), ("<=", self.lte), ("<", self.lt)]
-        bounds = tuple((sign, bound) for sign, bound in given if bound is not None)
-        if not (self.any_of or bounds):
-            raise InputError(f"filter {self.key[:80]!r} needs one of in, gte, gt, lte, lt")
-        return Condition(self.key, tuple(self.any_of or ()), bounds)
-
-
-_a_text = in_a_sentence("key:value, key>=number, or an object with key and in, gte, gt, lte or lt, all without NUL,")
-
-
-def _entry(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
-    # What is wrong with an object is said of its fields, and not that it is no text.
-    return Filter.model_validate(value) if isinstance(value, dict) else _a_text(value, handler)
 
 
 class Options(Body):
@@ -90,9 +43,7 @@ class Options(Body):
     k: int = Field(10, ge=1)
     collection: str | None = None
     target: Target = "any"
-    filter: Annotated[list[Annotated[Text | Filter, WrapValidator(_entry)]], BeforeValidator(as_list)] = Field(
-        default_factory=list
-    )
+    filter: Annotated[list[Entry], BeforeValidator(as_list)] = Field(default_factory=list)
     ids: Annotated[list[ItemId], Field(min_length=1, max_length=MAX_IDS)] | None = None
     group_by: Annotated[Text, Field(max_length=64)] | None = None
     min_score: float = Field(-1.0, ge=-1, le=1)
@@ -169,7 +120,7 @@ async def _search(service: Served, query: list[WeightedInput], options: Options)
     for name, value, limit in (("k", options.k, service.settings.max_k), ("offset", options.offset, 100_000)):
         if value > limit:
             raise InputError(f"{name} is {value}, at most {limit} is served")
-    filters = [_condition(entry) for entry in options.filter]
+    filters = [condition_of(entry) for entry in options.filter]
     while True:
         collection = await service.collection(options.collection)
         served = service.engine_of(collection)
@@ -229,27 +180,3 @@ def _mixed(vectors: Array, query: list[WeightedInput]) -> Array:
     if norm < 1e-6:
         raise InputError("the weighted queries cancel out: give weights that leave a direction to search in")
     return (vector / norm).astype(np.float32)
-
-
-_WRITTEN = re.compile(r"([^:<>]+)(?:(:)(.*)|([<>]=?)((?!=).+))", re.DOTALL)
-
-
-def _condition(entry: str | Filter) -> Condition:
-    """One entry of `filter`, as it comes in a query or a body."""
-    if isinstance(entry, Filter):
-        return entry.condition()
-    if entry.startswith("{"):
-        try:
-            return Filter.model_validate_json(entry).condition()
-        except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            said = [".".join(str(part)[:64] for part in first["loc"]), first["msg"].removeprefix("Value error, ")]
-            raise InputError(f"filter {entry[:80]!r}: {': '.join(filter(None, said))}") from error
-    if (parts := _WRITTEN.fullmatch(entry)) is None:
-        raise InputError(f"filter {entry[:80]!r} must be key:value, key>=number or an object with key and in")
-    key, colon, value, sign, bound = parts.groups()
-    if colon:
-        return Condition(key, values_of(value))
-    if (number := number_of(bound)) is not None and not math.isfinite(number):
-        raise InputError(f"filter {entry[:80]!r}: a bound must be a finite number or a text")
-    return Condition(key, bounds=((cast(Sign, sign), bound if number is None else number),))

@@ -3,7 +3,7 @@
 import { call, explain, path, request, show } from "./api.js";
 import { dialog, fill, h, toast } from "./dom.js";
 import { keep } from "./pictures.js";
-import { written } from "./query.js";
+import { equals, written } from "./query.js";
 import { address, go, here } from "./route.js";
 
 /** @typedef {import("./types.js").Hit} Hit */
@@ -81,7 +81,7 @@ async function draw(shown, frame, body, signal) {
   if (item.url) show(image, item.url);
   const like = written({ weight: 1, kind: "item", value: item.id });
   const facts = Object.entries(item.metadata).map(([key, value]) => {
-    const only = new URLSearchParams({ c: collection, with: like, filter: `${key}:${value}` });
+    const only = new URLSearchParams({ c: collection, with: like, filter: equals(key, value) });
     return [
       h("dt", {}, key),
       h("dd", {}, h("a", { href: address("search", only), title: "Only these, nearest first" }, String(value))),

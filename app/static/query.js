@@ -48,6 +48,18 @@ export function isAsked(query) {
   return query.text.trim() !== "" || query.parts.length > 0;
 }
 
+/** Whether not all of a collection is listed, where nothing is searched for. @param {Query} query */
+export function isNarrowed(query) {
+  return query.ids.length > 0 || query.filters.length > 0 || query.target !== "any";
+}
+
+/** The filter for a value of the metadata. @param {string} key @param {unknown} value */
+export function equals(key, value) {
+  // As a text it would be of another key, or no filter.
+  if (/[:<>]|^{/.test(key)) return JSON.stringify({ key, in: [value] });
+  return `${key}:${value}`;
+}
+
 /** The pictures this tab does not have (any more). @param {Query} query */
 export function missing(query) {
   return query.parts.filter(({ kind, value }) => kind === "picture" && kept(value) === null);

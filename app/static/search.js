@@ -6,7 +6,7 @@ import { detail, isLeaving } from "./detail.js";
 import { counted, field, fill, h, number, settled, toast } from "./dom.js";
 import { resultGrid } from "./grid.js";
 import { chooser, keep, receive } from "./pictures.js";
-import { isAsked, missing, pythonOf, queryOf, requestOf, written } from "./query.js";
+import { equals, isAsked, isNarrowed, missing, pythonOf, queryOf, requestOf, written } from "./query.js";
 import { go, here } from "./route.js";
 import { copier } from "./snippets.js";
 import { upload } from "./upload.js";
@@ -222,7 +222,7 @@ export function mount(root, signal) {
       fill(
         keys,
         metadata.flatMap((/** @type {import("./types.js").KeyStatistics} */ { key, frequent, min }) => [
-          ...frequent.map(({ value }) => h("option", { value: `${key}:${value}` })),
+          ...frequent.map(({ value }) => h("option", { value: equals(key, value) })),
           min === null ? null : h("option", { value: `${key}>=${min}` }),
         ]),
       );
@@ -248,8 +248,8 @@ export function mount(root, signal) {
       );
       return;
     }
-    if (!isAsked(query) && (query.filters.length || query.target !== "any" || query.least > 0)) {
-      settle("What is under “More to ask” bounds a search: describe a picture, or mix something in.");
+    if (!isAsked(query) && query.least > 0) {
+      settle("A least cosine bounds a search: describe a picture, or mix something in.");
       return;
     }
     await page(asking.signal);
@@ -273,12 +273,8 @@ export function mount(root, signal) {
       const first = hits.length === 0;
       hits.push(...found.hits);
       draw(found.hits, first);
-      const told = isAsked(query) ? `${counted(hits.length, "result")} in ${number(found.took, 1)} ms` : "";
-      const place = collections.find(({ name }) => name === found.collection);
-      fill(
-        status,
-        told || (place ? `${counted(query.ids.length ? hits.length : place.count, "item")} in ${place.name}` : ""),
-      );
+      if (isAsked(query)) fill(status, `${counted(hits.length, "result")} in ${number(found.took, 1)} ms`);
+      else tellCount();
       if (first && !hits.length) nothing();
       else if (first && isAsked(query) && !query.filters.length && !query.ids.length && query.least <= 0)
         await judge(stop).catch(() => {}); // it is only a remark
@@ -291,6 +287,15 @@ export function mount(root, signal) {
     } finally {
       if (!stop.aborted) grid.element.removeAttribute("aria-busy");
     }
+  }
+
+  /** How many items are shown of a collection, or can be. */
+  function tellCount() {
+    const place = collections.find(({ name }) => name === query.collection);
+    const told = isNarrowed(query)
+      ? `${more ? "at least " : ""}${counted(hits.length, "item")}`
+      : counted(place?.count ?? 0, "item");
+    fill(status, place ? `${told} in ${place.name}` : "");
   }
 
   /** @param {AbortSignal} stop */
@@ -309,8 +314,9 @@ export function mount(root, signal) {
   async function browsed(stop) {
     const { collection } = query;
     if (!collection) return { hits: [], collection, took: 0 };
-    const search = new URLSearchParams({ limit: String(PAGE), after: after ?? "" });
+    const search = new URLSearchParams({ limit: String(PAGE), after: after ?? "", target: query.target });
     for (const id of query.ids) search.append("id", id);
+    for (const filter of query.filters) search.append("filter", filter);
     const url = `${path("collections", collection, "items")}?${search}`;
     const answer = await call(url, { signal: stop });
     after = answer.next;
@@ -359,7 +365,8 @@ export function mount(root, signal) {
   }
 
   function nothing() {
-    if (!isAsked(query) || !collections.find(({ name }) => name === query.collection)?.count) {
+    const some = collections.find(({ name }) => name === query.collection)?.count;
+    if (!some || !(isAsked(query) || isNarrowed(query))) {
       settle("");
       empty.hidden = false;
       fill(
@@ -415,7 +422,13 @@ export function mount(root, signal) {
     run(anyway);
     const open = params.get("item");
     const { collection } = query;
-    const deleted = () => (hits = hits.filter(({ id }) => id !== open || collection !== query.collection));
+    const deleted = () => {
+      const place = collections.find(({ name }) => name === collection);
+      if (place) place.count--;
+      if (collection !== query.collection) return;
+      hits = hits.filter(({ id }) => id !== open);
+      if (!isAsked(query)) tellCount();
+    };
     detail(open === null ? null : { id: open, collection, changed: () => draw(hits, true), deleted });
   }
 

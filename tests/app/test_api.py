@@ -295,6 +295,8 @@ def test_filters_by_value_by_bounds_and_by_one_of_several(filled: TestClient) ->
         ids = set(_ids(filled.post("/search", json=asked)))
         written = [entry if isinstance(entry, str) else json.dumps(entry) for entry in entries]
         assert set(_ids(filled.get("/search", params={"q": "a", "filter": written, "k": 100}))) == ids
+        listed = filled.get("/collections/default/items", params={"filter": written}).json()["items"]
+        assert [item["id"] for item in listed] == sorted(ids)
         return " ".join(sorted(ids))
 
     assert found("i>=2", "i<4") == "p2 p3"

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from opentelemetry.trace import get_current_span
 
 from app import inputs, tracing
+from app.conditions import Filter, condition_of
 from app.fetching import Fetcher
 from app.filters import Condition
 from app.inputs import Body, image_bytes, vector_of, written
@@ -29,7 +30,7 @@ from app.routes.collections import CollectionRequest, ItemsRequest
 from app.routes.embed import EmbedRequest
 from app.routes.generate import GenerateRequest
 from app.routes.rank import RankRequest
-from app.routes.search import Filter, SearchRequest, _condition
+from app.routes.search import SearchRequest
 from app.routes.similarity import SimilarityRequest
 from app.routes.zero_shot import ZeroShotRequest
 from app.settings import Settings
@@ -93,21 +94,21 @@ def test_vectors_are_written_and_read(numbers: list[float]) -> None:
 @example('{"key": "a"}')
 def test_a_filter_is_a_condition_or_refused(text: str) -> None:
     try:
-        assert isinstance(_condition(text), Condition)
+        assert isinstance(condition_of(text), Condition)
     except SemblanceError:
         return
 
 
 @given(st.text(min_size=1).filter(lambda key: not set(key) & set(":<>") and not key.startswith("{")), st.text())
 def test_a_filter_says_key_and_value_as_they_were_written(key: str, value: str) -> None:
-    condition = _condition(f"{key}:{value}")
+    condition = condition_of(f"{key}:{value}")
     assert (condition.key, condition.values[0]) == (key, value)
 
 
 @given(st.sampled_from([">=", ">", "<=", "<"]), NUMBERS)
 @example(">=", 2**53 + 1)
 def test_a_bound_is_exact_in_a_text_too(sign: Any, bound: float) -> None:
-    assert _condition(f"a{sign}{bound}") == Condition("a", bounds=((sign, bound),))
+    assert condition_of(f"a{sign}{bound}") == Condition("a", bounds=((sign, bound),))
 
 
 FILTERED = given(
@@ -138,7 +139,7 @@ def test_a_text_finds_itself_and_what_it_is(connection: psycopg.Connection[Any],
     among = [*EITHER, *NOTHING_ELSE, *EITHER.values(), 2**53, 1e-8, 1]
     items = [*({"a": value} for value in among), {"b": text}, {}]
     asked = {"key": "a", "in": [text, EITHER[text]] if text in EITHER else [text]}
-    condition = _condition(f"a:{text}")
+    condition = condition_of(f"a:{text}")
     assert _found(items, condition) == _found_by_postgresql(connection, items, condition) == _passing(items, asked)
 
 

@@ -20,6 +20,7 @@ from support import new_item, unit_rows, wait_for
 
 from app.locking import lock
 from app.migration import reading
+from app.pictures import file_of
 from app.sqlite_collections import SQLiteCollections
 from models.errors import NotFoundError, StorageError
 from models.retrieval import Hit
@@ -206,6 +207,20 @@ def test_pictures_that_nothing_refers_to_are_swept_up(store: Path) -> None:
     with SQLiteCollections(store) as collections:
         assert not (stray / "abandoned").exists()
         assert collections.get("c").picture("i1") == b"picture 1"
+
+
+@pytest.mark.parametrize("damaged", [b"", b"picture", b"picture 0"])
+def test_a_damaged_picture_is_mended_by_whoever_adds_it_again(store: Path, damaged: bytes) -> None:
+    with SQLiteCollections(store) as collections:
+        made = _create(collections)
+        made.add([new_item(1)])
+        digest = made.get("i1").picture
+        file = file_of(store / "pictures", digest)
+        file.write_bytes(damaged)
+        file.with_suffix(".64").write_bytes(b"of what was damaged")
+        made.add([new_item(1, id="again")])
+        assert made.picture("i1") == b"picture 1"
+        assert sorted(file.parent.iterdir()) == [file]
 
 
 def test_thumbnails_are_made_once_and_go_with_their_picture(store: Path) -> None:

@@ -81,18 +81,29 @@ def test_an_item_is_shown_where_what_is_near_it_is_not(page: Page, wrong: list[s
 
 
 def test_only_these_are_only_these(page: Page, server: Server) -> None:
-    items = [{"id": name, "text": f"{name} star", "metadata": {"kind": name}} for name in ("red", "blue")]
+    items = [{"id": name, "text": f"{name} star", "metadata": {"kind": name, "of:a": 1}} for name in ("red", "blue")]
     httpx.put(f"{server.url}/collections/kinds", json={"model": "clip"}).raise_for_status()
     httpx.post(f"{server.url}/collections/kinds/items", json={"items": items}).raise_for_status()
     page.goto("/#search?c=kinds&item=red")
     page.get_by_role("link", name="red", exact=True).click()
     expect(page.locator(".grid li")).to_have_count(1)
     expect(page.locator(".grid li")).to_contain_text("red star")
-    page.goto("/#search?c=kinds&filter=kind:red")  # a filter of nothing that is asked
+    page.goto("/#search?c=kinds&item=red")
+    page.get_by_role("link", name="1", exact=True).click()  # of a key that no short filter can name
+    expect(page.locator(".status")).to_contain_text("2 results")
+    page.goto("/#search?c=kinds&filter=kind:red")  # where nothing is asked the collection is narrowed
+    expect(page.locator(".status")).to_have_text("1 item in kinds")
+    expect(page.locator(".grid li")).to_contain_text(["red star"])
+    page.locator("#box").fill("a star")
+    expect(page.locator(".status")).to_contain_text("1 result in")
+    page.goto("/#search?c=kinds&target=image")
+    expect(page.locator(".status")).to_contain_text("take one away")
+    page.goto("/#search?c=kinds&min=0.5")
     expect(page.locator(".status")).to_contain_text("bounds a search")
     expect(page.locator(".grid li")).to_have_count(0)
-    page.locator("#box").fill("a star")
-    expect(page.locator(".grid li")).to_have_count(1)
+    page.goto("/#search?c=kinds&item=red")
+    page.get_by_role("button", name="Delete").click()
+    expect(page.locator(".status")).to_have_text("1 item in kinds", timeout=15_000)  # once it cannot be taken back
     page.goto("about:blank")
     httpx.delete(f"{server.url}/collections/kinds")
 
