@@ -7,7 +7,6 @@ import asyncio
 import base64
 import json
 import logging
-import math
 import signal
 import sys
 import time
@@ -143,15 +142,13 @@ def _collection_commands(commands: Any) -> list[argparse.ArgumentParser]:
 
 def _serve(options: argparse.Namespace) -> int:
     # Imported here: `--help` and the other commands need none of it.
-    import uvicorn
-
     from app import logs, tracing
     from app.address import bound, listen
     from app.demo import fill_demo
     from app.keys import keys_to_serve
     from app.loading import load_engines, load_generators, settle
     from app.main import create_app
-    from app.protocol import DrainingServer, punctual
+    from app.protocol import DrainingServer, config_of
     from app.stores import open_collections
 
     settings = settings_of(options)
@@ -178,19 +175,8 @@ def _serve(options: argparse.Namespace) -> int:
         # uvicorn raises the signal again when it has drained, and the default handler would make that a failure.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
         app = create_app(settings, engines, collections, generators, keys)
-        config = uvicorn.Config(
-            app,
-            http=punctual(settings.head_seconds, settings.body_seconds),
-            log_config=None,
-            log_level="warning",
-            access_log=False,
-            timeout_graceful_shutdown=math.ceil(settings.drain_seconds),
-            # Longer than clients and load balancers keep an idle connection (httpx 5 s, AWS 60): if both give up at the
-            # same time, a request that is just on its way is hung up on.
-            timeout_keep_alive=75,
-        )
         settle()
-        DrainingServer(config, app.state.service.drain).run(sockets)
+        DrainingServer(config_of(app, settings), app.state.service.drain).run(sockets)
     return 0
 
 

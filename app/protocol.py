@@ -4,6 +4,7 @@ head may be, and what a signal to end begins."""
 from __future__ import annotations
 
 import asyncio
+import math
 import uuid
 from collections.abc import Callable
 from types import FrameType
@@ -11,9 +12,11 @@ from types import FrameType
 import httptools
 import uvicorn
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from app.errors import problem
+from app.settings import Settings
 
 _PROGRESS = 16_384  # bytes of a body; who sends fewer in the time given is taken to have stalled
 _HEAD = 65_536  # bytes of a request's head, or of what is neither head nor body
@@ -115,6 +118,24 @@ class _Punctual(HttpToolsProtocol):
             self._expect(self.body_seconds)
         elif not self.transport.is_closing():
             self.transport.close()
+
+
+def config_of(app: ASGIApp, settings: Settings) -> uvicorn.Config:
+    """How a server with these settings runs an application."""
+    return uvicorn.Config(
+        app,
+        http=punctual(settings.head_seconds, settings.body_seconds),
+        log_config=None,
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=math.ceil(settings.drain_seconds),
+        # Longer than clients and load balancers keep an idle connection (httpx 5 s, AWS 60): if both give up at the
+        # same time, a request that is just on its way is hung up on.
+        timeout_keep_alive=75,
+        # Else the callers behind a proxy are one, and share what one may have.
+        proxy_headers=bool(settings.proxies),
+        forwarded_allow_ips=list(settings.proxies),
+    )
 
 
 class DrainingServer(uvicorn.Server):

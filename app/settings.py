@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, SecretStr
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from models.errors import ForbiddenError
@@ -31,6 +31,13 @@ def _split(value: Any) -> Any:
     return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
 
+def _addresses(values: tuple[str, ...]) -> tuple[str, ...]:
+    for each in values:
+        if each != "*":
+            ipaddress.ip_network(each, strict=False)  # a ValueError that says what is wrong with it
+    return values
+
+
 class Settings(BaseSettings):
     """Defaults suit a laptop: loopback only, small limits, every processor core."""
 
@@ -47,6 +54,11 @@ class Settings(BaseSettings):
     hosts: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)] = Field(
         (),
         description="names by which clients may call this server; none: on a loopback address its own names, else any",
+    )
+
+    proxies: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split), AfterValidator(_addresses)] = Field(
+        (),
+        description="addresses or networks of proxies whose X-Forwarded-For says who calls; * for any; none: not asked",
     )
 
     checkpoints: Path = Field(Path("checkpoints/demo"), description="every subfolder with a config.json is a model")

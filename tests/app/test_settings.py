@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
+from starlette.types import Scope
 
 from app.connection import connect
+from app.protocol import config_of
 from app.settings import Settings
 
 
@@ -40,6 +42,23 @@ def test_the_key_that_commands_bring_is_none_that_a_server_takes(monkeypatch: py
 
 
 @pytest.mark.parametrize(
+    ("proxies", "caller"),
+    [("", "10.1.2.3"), ("10.1.0.0/16,::1", "203.0.113.7"), ("10.2.0.0/16", "10.1.2.3"), ("*", "203.0.113.7")],
+)
+def test_who_calls_is_asked_of_the_proxies_that_are_named_alone(proxies: str, caller: str) -> None:
+    seen = []
+
+    async def app(scope: Scope, *_: object) -> None:
+        seen.append(scope["client"][0])
+
+    config = config_of(app, Settings(proxies=proxies))  # type: ignore[arg-type]
+    config.load()
+    told = {"type": "http", "client": ("10.1.2.3", 9), "headers": [(b"x-forwarded-for", b"203.0.113.7")]}
+    asyncio.run(config.loaded_app(told, None, None))
+    assert seen == [caller]
+
+
+@pytest.mark.parametrize(
     ("name", "value"),
     [
         ("port", 70000),
@@ -47,6 +66,8 @@ def test_the_key_that_commands_bring_is_none_that_a_server_takes(monkeypatch: py
         ("deadline", -1),
         ("drain_seconds", "inf"),
         ("deadline", "nan"),
+        ("proxies", "a.name"),
+        ("proxies", "10.0.0.0/99"),
         ("unknown", 1),
     ],
 )
