@@ -31,8 +31,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return result
     except KeyboardInterrupt:
         return 130
-    except (SemblanceError, OSError) as error:
+    except SemblanceError as error:
         return _fail(str(error))
+    except OSError as error:
+        return _fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
     except ValidationError as error:
         wrong = error.errors(include_url=False)[0]
         return _fail(f"setting {'.'.join(map(str, wrong['loc']))}: {wrong['msg']}")

@@ -90,6 +90,9 @@ def _data_folder(settings: Settings) -> Iterator[Finding]:
 
     store = settings.store
     where = next(folder for folder in (store, *store.absolute().parents) if folder.exists())
+    if not where.is_dir():
+        yield Finding("bad", "data folder", f"{where} is a file: give a folder for the collections by --data")
+        return
     if not os.access(where, os.W_OK):
         yield Finding("bad", "data folder", f"{where} cannot be written by this user: give another one by --data")
         return

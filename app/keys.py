@@ -138,6 +138,8 @@ class Keyring:
         except FileNotFoundError:
             self._kept = []
             return
+        except OSError as error:  # and nobody is let in as if there were none
+            raise StorageError(f"{self.folder} cannot be read ({error.strerror}): make it readable") from error
         self._required = True
         if seen == self._seen:
             return

@@ -150,6 +150,17 @@ def test_what_another_user_owns_is_named_as_by_a_server(
     assert found(settings)["data folder"] == Finding("bad", "data folder", str(refused.value))
 
 
+def test_a_file_in_the_place_of_the_folder_is_named(
+    settings: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "photos.tar"
+    file.touch()
+    finding = found(settings.model_copy(update={"store": file}))["data folder"]
+    assert (finding.verdict, finding.text) == ("bad", f"{file} is a file: give a folder for the collections by --data")
+    assert main(["keys", "create", "a", "--data", str(file)]) == 1
+    assert capsys.readouterr().err == f"semblance: {file}/keys: Not a directory\n"
+
+
 def test_a_damaged_key_is_named(settings: Settings) -> None:
     Keyring(settings.store).create("site")
     assert found(settings)["keys"].text == "1 in the data folder, 0 in the settings"
