@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -350,3 +351,41 @@ def test_an_export_of_nothing_says_why(
         with pytest.raises(SystemExit, match="2"):
             main(["export", "simclr", "--to", "torch", "--samples", samples, *place])
         assert f"argument --samples: {samples} is not 2 or more" in capsys.readouterr().err
+
+
+def test_a_second_interruption_ends_a_command_at_once() -> None:
+    """What the first has begun, here the end of a thread's work, may take long."""
+    script = """if True:
+        import asyncio, sys, time
+        from contextlib import asynccontextmanager
+        import app.connection
+        from app.__main__ import main
+
+        @asynccontextmanager
+        async def connect(*_):
+            try:
+                print("connected", flush=True)
+                await asyncio.sleep(60)
+                yield
+            finally:
+                await asyncio.to_thread(end)
+
+        def end():
+            print("interrupted", flush=True)
+            time.sleep(60)
+
+        app.connection.connect = connect
+        sys.exit(main(["models"]))
+    """
+    command = [sys.executable, "-c", script]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stderr is not None
+            for said in ("connected", "interrupted"):
+                assert process.stdout.readline().strip() == said
+                process.send_signal(signal.SIGINT)
+            assert process.wait(20) == 130
+            assert not process.stderr.read()
+        finally:
+            process.kill()
