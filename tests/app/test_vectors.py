@@ -231,6 +231,45 @@ def test_a_dump_that_another_model_comes_into_leaves_no_file(
     assert not list(tmp_path.glob("*c.parquet*"))
 
 
+def test_two_dumps_to_one_file_at_once_are_both_whole(
+    start: Callable[..., TestClient], engines: dict[str, Engine], tmp_path: Path
+) -> None:
+    client = start(engines)
+    client.put("/collections/c")
+    items = [{"id": f"i{place}", "text": f"text {place}"} for place in range(12)]
+    assert client.post("/collections/c/items", json={"items": items}).status_code == 200
+    both = asyncio.Barrier(2)
+
+    async def answer(request: httpx.Request) -> httpx.Response:
+        if request.url.path.endswith("/items"):
+            await both.wait()  # until both have begun to write
+        found = client.request(request.method, str(request.url))
+        return httpx.Response(found.status_code, content=found.content)
+
+    async def dump() -> int:
+        transport = httpx.MockTransport(answer)
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as through:
+            return [count async for count in dump_vectors(through, "c", tmp_path / "c.parquet")][-1]
+
+    async def twice() -> list[int]:
+        return await asyncio.gather(dump(), dump())
+
+    assert asyncio.run(twice()) == [12, 12]
+    assert [file.name for file in tmp_path.glob("*c.parquet*")] == ["c.parquet"]
+    assert pyarrow.parquet.read_metadata(tmp_path / "c.parquet").num_rows == 12
+
+
+def test_a_dump_names_the_file_that_it_cannot_write(run: Run, tmp_path: Path) -> None:
+    out = tmp_path / "no folder" / "c.parquet"
+    run(
+        "index",
+        _table(tmp_path / "rows.parquet", [{"embedding": unit_rows(1, size=24)[0].tolist()}]),
+        "--collection",
+        "c",
+    )
+    assert f"{out} cannot be written: No such file or directory" in run("dump", str(out), "--collection", "c", status=1)
+
+
 def test_a_dump_of_another_model_is_refused_by_name(run: Run, encoded: Encoded, tmp_path: Path) -> None:
     run("index", str(_photos(tmp_path / "photos", encoded)))
     run("dump", str(tmp_path / "a.parquet"))
