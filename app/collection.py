@@ -168,10 +168,6 @@ class Collection(ABC):
             raise self._missing(id)
         return found[0]
 
-    def embeddings(self, items: Sequence[Item]) -> list[Vectors | None]:
-        """The stored vector (D,) of each; None for an item that has been deleted or replaced since."""
-        return self._stored([item.id for item in items])
-
     def vectors(self, ids: Sequence[str]) -> Vectors:
         """The stored vectors (N, D) of items. Raises NotFoundError for an id that is not there."""
         stored = []
@@ -184,6 +180,12 @@ class Collection(ABC):
     @abstractmethod
     def page(self, limit: int, after: str = "", ids: Sequence[str] | None = None) -> list[Item]:
         """The first `limit` items whose ids come after `after`, in the order of their ids; only `ids`, if given."""
+
+    @abstractmethod
+    def page_with_vectors(
+        self, limit: int, after: str = "", ids: Sequence[str] | None = None
+    ) -> list[tuple[Item, Vectors]]:
+        """As `page`, each with its vector (D,): read at one moment, for an item may be replaced at any."""
 
     def version(self, item: Item) -> str:
         """What changes when an item's picture does. Raises NotFoundError for an item without one."""

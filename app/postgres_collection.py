@@ -232,9 +232,18 @@ class PostgresCollection(Collection):
         self._remove(sorted(gone))
 
     def page(self, limit: int, after: str = "", ids: Sequence[str] | None = None) -> list[Item]:
+        return [item_of(row) for row in self._page("{}", limit, after, ids)]
+
+    def page_with_vectors(
+        self, limit: int, after: str = "", ids: Sequence[str] | None = None
+    ) -> list[tuple[Item, Vectors]]:
+        found = self._page("vector, {}", limit, after, ids)
+        vectors = numbers_of([vector for vector, *_ in found], self.dimensions)
+        return list(zip([item_of(rest) for _, *rest in found], vectors, strict=True))
+
+    def _page(self, what: str, limit: int, after: str, ids: Sequence[str] | None) -> list[tuple[Any, ...]]:
         among, given = ("", ()) if ids is None else ("AND id = ANY(%s)", (list(ids),))
-        statement = f"SELECT {{}} FROM {{}} WHERE id > %s {among} ORDER BY id LIMIT %s"
-        return [item_of(row) for row in self._rows(statement, after, *given, limit)]
+        return self._rows(f"SELECT {what} FROM {{}} WHERE id > %s {among} ORDER BY id LIMIT %s", after, *given, limit)
 
     def sample(self, limit: int) -> tuple[list[Item], Vectors]:
         known = [number for (number,) in self._rows("SELECT number FROM {1} ORDER BY number")]

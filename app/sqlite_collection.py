@@ -98,16 +98,14 @@ class SQLiteCollection(Collection):
         self._database.write(change, after, frees=True)
 
     def page(self, limit: int, after: str = "", ids: Sequence[str] | None = None) -> list[Item]:
-        among, given = ("", ()) if ids is None else (f" AND {_AMONG}", (json.dumps(ids),))
-        with self._database.read() as connection:
-            found = rows(
-                connection,
-                f"SELECT {_ITEM} FROM items WHERE collection = ? AND id > ?{among} ORDER BY id LIMIT ?",
-                *(self.key, after, *given, limit),
-            )
-            if not found:  # which of one that went meanwhile is no end of its items
-                self._check_there(connection)
-        return [item_of(row) for row in found]
+        return [item_of(row) for row in self._page(f"{_ITEM} FROM items", limit, after, ids)]
+
+    def page_with_vectors(
+        self, limit: int, after: str = "", ids: Sequence[str] | None = None
+    ) -> list[tuple[Item, Vectors]]:
+        found = self._page(f"vector, {_ITEM} FROM items JOIN vectors USING (row)", limit, after, ids)
+        vectors = vectors_of([vector for vector, *_ in found], self.dimensions, self._database.file)
+        return list(zip([item_of(rest) for _, *rest in found], vectors, strict=True))
 
     def sample(self, limit: int) -> tuple[list[Item], Vectors]:
         with self._database.read() as connection:
@@ -121,6 +119,18 @@ class SQLiteCollection(Collection):
             )
         vectors = vectors_of([vector for vector, *_ in found], self.dimensions, self._database.file)
         return [item_of(rest) for _, *rest in found], vectors
+
+    def _page(self, what: str, limit: int, after: str, ids: Sequence[str] | None) -> list[tuple[Any, ...]]:
+        among, given = ("", ()) if ids is None else (f" AND {_AMONG}", (json.dumps(ids),))
+        with self._database.read() as connection:
+            found = rows(
+                connection,
+                f"SELECT {what} WHERE collection = ? AND id > ?{among} ORDER BY id LIMIT ?",
+                *(self.key, after, *given, limit),
+            )
+            if not found:  # which of one that went meanwhile is no end of its items
+                self._check_there(connection)
+        return found
 
     def _stored(self, ids: Sequence[str]) -> list[Vectors | None]:
         with self._database.read() as connection:

@@ -287,19 +287,16 @@ async def list_items(
 ) -> Response:
     """Items by id, a page at a time."""
 
-    def look(collection: Collection) -> tuple[list[Item], Sequence[Any]]:
-        found = collection.page(limit, after, id or None)
-        return found, collection.embeddings(found) if embeddings else ()
+    def look(collection: Collection) -> list[tuple[Item, Any]]:
+        if embeddings:
+            return list(collection.page_with_vectors(limit, after, id or None))
+        return [(item, None) for item in collection.page(limit, after, id or None)]
 
-    items, vectors = await service.in_collection(name, look)
-    following = items[-1].id if len(items) == limit else None
-    shown = [describe_item(name, item) for item in items]
-    if embeddings:
-        shown = [
-            item | {"embedding": written(vector)}
-            for item, vector in zip(shown, vectors, strict=True)
-            if vector is not None  # deleted since
-        ]
+    items = await service.in_collection(name, look)
+    following = items[-1][0].id if len(items) == limit else None
+    shown = [
+        describe_item(name, item) | ({} if vector is None else {"embedding": written(vector)}) for item, vector in items
+    ]
     return json_response({"items": shown, "next": following})
 
 

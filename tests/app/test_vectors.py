@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,32 @@ def test_an_error_of_the_model_names_the_item_that_it_is(client: TestClient, enc
     assert problem(answer, 422)["input"] == 2
 
 
+def test_items_are_listed_with_their_own_embeddings_while_they_are_replaced(client: TestClient) -> None:
+    client.put("/collections/c")
+    rows, ended = unit_rows(2, size=24), threading.Event()
+
+    def put(turn: int) -> None:
+        item = {"id": "i", "embedding": _base64(rows[turn % 2]), "metadata": {"row": turn % 2}}
+        assert client.post("/collections/c/items", json={"items": [item]}).status_code == 200
+
+    def replace() -> None:
+        for turn in range(1, 1000):
+            if ended.is_set():
+                return
+            put(turn)
+
+    put(0)
+    writer = threading.Thread(target=replace)
+    writer.start()
+    try:
+        for _ in range(200):
+            (item,) = _listed(client).values()
+            assert np.allclose(item["embedding"], rows[item["metadata"]["row"]], atol=1e-6)
+    finally:
+        ended.set()
+        writer.join()
+
+
 def _photos(folder: Path, encoded: Encoded) -> Path:
     for index in range(5):
         folder.mkdir(exist_ok=True)
@@ -128,7 +155,7 @@ def test_a_dump_is_all_there_is_of_a_collection(run: Run, encoded: Encoded, tmp_
         assert [(i.id, i.kind, i.caption, i.metadata) for i in after.page(10)] == [
             (i.id, i.kind, i.caption, i.metadata) for i in items
         ]
-        assert np.allclose(before.embeddings(items), after.embeddings(after.page(10)), atol=1e-7)
+        assert np.allclose(*(kept.vectors([item.id for item in items]) for kept in (before, after)), atol=1e-7)
         assert len(before.picture(items[0].id)) > 100
         assert after.picture(items[0].id)[:2] == b"\xff\xd8"
     run("dump", str(tmp_path / "small.parquet"), "--collection", "a")
