@@ -105,8 +105,8 @@ async def load_vectors(
     Rows that cannot be read, or that the server refuses, are in the report with their file and row (from 1 on), as are
     pictures without which a row was stored.
 
-    Raises ConflictError for a dump of another model's, DataError for a file that cannot be read or is of another
-    model's, AnswerError when the server refuses more than single rows.
+    Raises ConflictError for a dump of another model's, and if another's takes the collection's place, DataError for a
+    file that cannot be read or is of another model's, AnswerError when the server refuses more than single rows.
     """
     made = await call(client, "PUT", collection_url(collection), json={} if model is None else {"model": model})
     _check_model(Path(source), made)
@@ -114,6 +114,8 @@ async def load_vectors(
     items = _items(_rows(Path(source), made["dimensions"]), known, report, progress)
 
     async def send(batch: list[_Item]) -> None:
+        # As they could not be told apart where another model's has as many dimensions.
+        await _check_same(client, made, "no more was stored; load embeddings of that model")
         content = b'{"items":[' + b",".join(item.body for item in batch) + b"]}"
         headers = {"Content-Type": "application/json"}
         await call(client, "POST", f"{collection_url(collection)}/items", content=content, headers=headers)
@@ -172,12 +174,12 @@ async def dump_vectors(
                         item["image"] = await _picture(client, collection, item, lost)
                     page.append({name: item[name] for name in schema.names})
                     if len(page) == 1000:
-                        await _check_same(client, info)
+                        await _check_same(client, info, "nothing was written; dump it again")
                         writer.write_table(arrow.Table.from_pylist(page, schema))
                         count += len(page)
                         page = []
                         yield count
-                await _check_same(client, info)
+                await _check_same(client, info, "nothing was written; dump it again")
                 writer.write_table(arrow.Table.from_pylist(page, schema))
             sync(unfinished)
             unfinished.replace(target)
@@ -187,13 +189,14 @@ async def dump_vectors(
     yield count + len(page)
 
 
-async def _check_same(client: httpx.AsyncClient, before: dict[str, Any]) -> None:
-    """What was read since `before` is of one model only if the collection still is that model's."""
+async def _check_same(client: httpx.AsyncClient, before: dict[str, Any], so: str) -> None:
+    """What was read or written since `before` is of one model only if the collection still is that model's. so: what
+    becomes of it otherwise."""
     now = await call(client, "GET", collection_url(before["name"]))
     if now["fingerprint"] != before["fingerprint"]:
         raise ConflictError(
-            f"collection {before['name']!r} was of model {before['model']!r} ({before['fingerprint']}) when this dump "
-            f"began and is of {now['model']!r} ({now['fingerprint']}) now, so nothing was written; dump it again"
+            f"collection {before['name']!r} was of model {before['model']!r} ({before['fingerprint']}) when this began "
+            f"and is of {now['model']!r} ({now['fingerprint']}) now, so {so}"
         )
 
 

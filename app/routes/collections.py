@@ -39,7 +39,7 @@ from app.inputs import (
 )
 from app.keys import needs
 from app.service import Served, decoded, describe_item, json_response
-from models.errors import InputError, NotFoundError, TooLargeError
+from models.errors import ConflictError, InputError, NotFoundError, TooLargeError
 
 router = APIRouter(tags=["collections"], dependencies=[Depends(known_query)])
 MAX_METADATA = 16_384  # bytes of an item's metadata as JSON
@@ -256,8 +256,13 @@ async def add_items(
     settings = service.settings
     places = await service.store(lambda: [item.place(settings, index) for index, item in enumerate(body.items)])
     pictures: list[bytes | Path | None] = []
+    first = collection = await service.collection(name)
     while True:
-        collection = await service.collection(name)
+        if collection.fingerprint != first.fingerprint and any(item.embedding is not None for item in body.items):
+            raise ConflictError(
+                f"collection {name!r} was made again with model {collection.model!r} meanwhile, and embeddings were "
+                f"given, which can be of model {first.model!r} alone: nothing was stored; send embeddings of the other"
+            )
         served = service.engine_of(collection)
         if not served.engine.takes_text and any(_needs_text(item) for item in body.items):
             service.engine(served.engine.name, text=True)  # raises, naming the models that take text
@@ -272,7 +277,8 @@ async def add_items(
         try:
             return json_response({"ids": await service.store(collection.add, items)})
         except NotFoundError:
-            if await service.collection(name) is collection:  # else another model's has taken its place
+            tried, collection = collection, await service.collection(name)
+            if collection is tried:  # else another model's has taken its place
                 raise
 
 

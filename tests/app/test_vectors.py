@@ -258,6 +258,28 @@ def test_a_dump_that_another_model_comes_into_leaves_no_file(
     assert not list(tmp_path.glob("*c.parquet*"))
 
 
+def test_embeddings_are_not_loaded_into_the_collection_of_a_model_that_came_meanwhile(
+    start: Callable[..., TestClient], engines: dict[str, Engine], tmp_path: Path
+) -> None:
+    client = start({**engines, "other": _Other()})
+    source = _table(
+        tmp_path / "rows.parquet", [{"id": f"i{n}", "embedding": unit_rows(1, n, 24)[0].tolist()} for n in range(40)]
+    )
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        sent = {"Content-Type": "application/json"}
+        found = client.request(request.method, request.url.raw_path.decode(), content=request.content, headers=sent)
+        if request.method == "PUT":
+            begun = client.post("/collections/c/reindex", json={"model": "other"})
+            assert begun.status_code == 202, begun.text
+            wait_for(lambda: client.get("/collections/c/reindex").json()["state"] == "done")
+        return httpx.Response(found.status_code, content=found.content)
+
+    with pytest.raises(ConflictError, match=r"is of 'other' \(of another model\) now, so no more was stored"):
+        _load_through(answer, source)
+    assert _listed(client) == {}
+
+
 def test_two_dumps_to_one_file_at_once_are_both_whole(
     start: Callable[..., TestClient], engines: dict[str, Engine], tmp_path: Path
 ) -> None:
