@@ -274,6 +274,7 @@ async def add_items(
             NewItem(_kind(item), vector, item.id, item.caption or item.text, item.metadata, picture)
             for item, vector, picture in zip(body.items, vectors, pictures, strict=True)
         ]
+        await service.writable(name)
         try:
             return json_response({"ids": await service.store(collection.add, items)})
         except NotFoundError:

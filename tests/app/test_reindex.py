@@ -128,6 +128,44 @@ def test_searches_and_writes_go_on_and_nothing_of_them_is_lost(
 
 
 @pytest.mark.of_every_store
+def test_it_ends_though_items_are_replaced_all_the_time(
+    start: Start, engines: dict[str, Engine], encoded: Encoded
+) -> None:
+    client = start({**engines, "other": Slow()})
+    _fill(client, "c", encoded, 40)
+    stored, failed, ended = dict[str, int](), list[str](), threading.Event()
+
+    def write(writer: int) -> None:
+        for turn in range(100_000):
+            if ended.is_set():
+                return
+            id = f"w{writer}-{turn % 10}"
+            item = {"id": id, "text": f"text {turn}", "metadata": {"turn": turn}}
+            answer = client.post("/collections/c/items", json={"items": [item]})
+            stored[id] = turn
+            failed.extend([] if answer.status_code == 200 else [answer.text])
+            if turn % 7 == 0:
+                client.delete(f"/collections/c/items/{id}")
+                del stored[id]
+
+    writers = [threading.Thread(target=write, args=(writer,)) for writer in range(6)]
+    for writer in writers:
+        writer.start()
+    try:
+        wait_for(lambda: len(stored) > 40)
+        client.post("/collections/c/reindex", json={"model": "other"})
+        wait_for(lambda: client.get("/collections/c/reindex").json()["state"] == "done")
+    finally:
+        ended.set()
+        for writer in writers:
+            writer.join()
+    assert not failed
+    assert client.get("/collections/c").json()["model"] == "other"
+    listed = client.get("/collections/c/items?limit=1000").json()["items"]
+    assert {item["id"]: item["metadata"]["turn"] for item in listed if item["id"].startswith("w")} == stored
+
+
+@pytest.mark.of_every_store
 def test_a_picture_is_looked_for_with_the_model_that_came_while_it_was_embedded(
     start: Start, engines: dict[str, Engine], encoded: Encoded, monkeypatch: pytest.MonkeyPatch
 ) -> None:
