@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import io
 import json
 import os
@@ -21,6 +23,7 @@ from support import open_clip_folder, running, tiny_dalle
 from tiny import encoder
 
 from app.__main__ import main
+from app.calls import IN_FLIGHT, AnswerError, send_all
 from app.ingest import count
 from app.locking import lock_note
 from app.sqlite_collections import SQLiteCollections
@@ -389,3 +392,19 @@ def test_a_second_interruption_ends_a_command_at_once() -> None:
             assert not process.stderr.read()
         finally:
             process.kill()
+
+
+def test_of_batches_that_fail_together_one_error_is_said_and_none_printed(caplog: pytest.LogCaptureFixture) -> None:
+    async def send_them() -> None:
+        met = asyncio.Barrier(IN_FLIGHT)
+
+        async def send(_: int) -> None:
+            await met.wait()
+            raise AnswerError("the server has gone", 0)
+
+        with pytest.raises(AnswerError, match="has gone"):
+            await send_all(iter(range(1, 9)), send)
+
+    asyncio.run(send_them())
+    gc.collect()
+    assert not caplog.records
