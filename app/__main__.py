@@ -18,7 +18,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from app.commandline import MODEL, add_command, add_settings, settings_of
+from app.commandline import MODEL, add_command, add_settings, run_to_end, settings_of
 from app.operations import operator_commands
 from models.errors import SemblanceError
 
@@ -195,7 +195,7 @@ def _with_client(options: argparse.Namespace, work: Callable[..., Coroutine[Any,
         async with connect(settings_of(options), options.server) as client:
             return await work(client)
 
-    return asyncio.run(run())
+    return run_to_end(run())
 
 
 def _index(options: argparse.Namespace) -> int:

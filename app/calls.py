@@ -135,7 +135,7 @@ async def send_all(batches: Iterator[T], send: Callable[[T], Coroutine[Any, Any,
     """Send every batch, several at once; the next one is made in a thread meanwhile, for it reads files. The first
     error ends them all."""
     pending: set[asyncio.Task[None]] = set()
-
+    done: set[asyncio.Task[None]] = set()
     try:
         while (batch := await asyncio.to_thread(next, batches, None)) is not None:
             pending.add(asyncio.create_task(send(batch)))
@@ -147,6 +147,8 @@ async def send_all(batches: Iterator[T], send: Callable[[T], Coroutine[Any, Any,
     finally:
         for task in pending:
             task.cancel()
+        # Where a server goes, all end with an error: one is raised, and asyncio prints what nobody has asked for.
+        await asyncio.gather(*pending, *done, return_exceptions=True)
 
 
 async def _answer(

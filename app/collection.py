@@ -168,10 +168,6 @@ class Collection(ABC):
             raise self._missing(id)
         return found[0]
 
-    def embeddings(self, items: Sequence[Item]) -> list[Vectors | None]:
-        """The stored vector (D,) of each; None for an item that has been deleted or replaced since."""
-        return self._stored([item.id for item in items])
-
     def vectors(self, ids: Sequence[str]) -> Vectors:
         """The stored vectors (N, D) of items. Raises NotFoundError for an id that is not there."""
         stored = []
@@ -181,7 +177,6 @@ class Collection(ABC):
             stored.append(vector)
         return np.stack(stored)
 
-    @abstractmethod
     def page(
         self,
         limit: int,
@@ -193,6 +188,19 @@ class Collection(ABC):
     ) -> list[Item]:
         """The first `limit` items whose ids come after `after`, in the order of their ids, of those that a search with
         the same options could return."""
+        return self._page(limit, after, target, filters, ids, vectors=False)[0]
+
+    def page_with_vectors(
+        self,
+        limit: int,
+        after: str = "",
+        *,
+        target: Target = "any",
+        filters: Sequence[Condition] = (),
+        ids: Sequence[str] | None = None,
+    ) -> list[tuple[Item, Vectors]]:
+        """As `page`, each with its vector (D,): read at one moment, for an item may be replaced at any."""
+        return list(zip(*self._page(limit, after, target, filters, ids, vectors=True), strict=True))
 
     def version(self, item: Item) -> str:
         """What changes when an item's picture does. Raises NotFoundError for an item without one."""
@@ -274,6 +282,19 @@ class Collection(ABC):
     @abstractmethod
     def _put(self, ids: Sequence[str], items: Sequence[NewItem], vectors: Vectors) -> None:
         """Store items under these ids, all or none; unit vectors (N, D), N > 0."""
+
+    @abstractmethod
+    def _page(
+        self,
+        limit: int,
+        after: str,
+        target: Target,
+        filters: Sequence[Condition],
+        ids: Sequence[str] | None,
+        *,
+        vectors: bool,
+    ) -> tuple[list[Item], Vectors]:
+        """What `page` gives, and its vectors (N, D), or none (0, D), in one statement."""
 
     @abstractmethod
     def _stored(self, ids: Sequence[str]) -> list[Vectors | None]:

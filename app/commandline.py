@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import asyncio
+import os
+import signal
+import threading
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 from app.settings import Settings
@@ -52,3 +56,34 @@ def settings_of(options: argparse.Namespace) -> Settings:
         if getattr(options, flag, False):
             given[flag] = True
     return Settings(**given)
+
+
+def run_to_end(work: Coroutine[Any, Any, int]) -> int:
+    """asyncio.run, of which a first Ctrl-C ends the work in good order, and a second one the process at once, with 130.
+
+    What it would interrupt is that order: threads would go on in an interpreter that is taken apart beneath them. All
+    that was acknowledged is on the disk, as for any process that is killed.
+    """
+    if threading.current_thread() is not threading.main_thread() or (
+        signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+    ):  # Ctrl-C is somebody else's, for asyncio too
+        return asyncio.run(work)
+
+    def at_once(*_: Any) -> None:
+        os._exit(130)
+
+    async def run() -> int:
+        cancel: Any = signal.getsignal(signal.SIGINT)  # asyncio's, which is there by now
+
+        def interrupted(number: int, frame: Any) -> None:
+            signal.signal(signal.SIGINT, at_once)
+            cancel(number, frame)
+
+        signal.signal(signal.SIGINT, interrupted)
+        return await work
+
+    try:
+        return asyncio.run(run())
+    finally:
+        if signal.getsignal(signal.SIGINT) is not at_once:
+            signal.signal(signal.SIGINT, signal.default_int_handler)

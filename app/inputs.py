@@ -241,10 +241,13 @@ def body_of(model: type[B], *, optional: bool = False) -> Callable[[Request], Aw
 
     async def read(request: Request) -> B:
         kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
-        if kind == "multipart/form-data":
-            return await _from_form(model, request)
-        if kind != "application/json" and not kind.endswith("+json"):
+        form = kind == "multipart/form-data"
+        if not form and kind != "application/json" and not kind.endswith("+json"):
             raise MediaTypeError("the body must be application/json or multipart/form-data")
+        if (coding := request.headers.get("content-encoding", "identity").strip().lower()) not in ("", "identity"):
+            raise MediaTypeError(f"the body is sent with Content-Encoding {coding[:64]!r}; only plain bodies are read")
+        if form:
+            return await _from_form(model, request)
         body = b"".join([part async for part in request.stream()])  # request.body() would hold it until the answer
         if optional and not body:
             return model()

@@ -17,7 +17,7 @@ from app.collections import Collections
 from app.engine import Engine, RemoteEngine
 from app.generator import RemoteGenerator
 from app.keys import Keyring
-from app.middleware import OPEN_PATHS, BodyLimit, Envelope, Gate, Presence
+from app.middleware import OPEN_PATHS, BodyLimit, Envelope, Gate, Head, Presence
 from app.service import Service
 from app.settings import Settings
 from models.dalle import DALLETransformer
@@ -64,6 +64,7 @@ def create_app(
         app.include_router(router, responses=errors.problem_responses())
     page.install(app)
     # The last one added is the outermost.
+    app.add_middleware(Head)
     app.add_middleware(Presence)
     app.add_middleware(BodyLimit, limit=settings.max_body)
     app.add_middleware(Gate, service=service)

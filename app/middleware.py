@@ -174,6 +174,23 @@ class Gate:
         return key
 
 
+class Head:
+    """Answers HEAD as GET, of which the server sends no body: probes and caches ask so, and routes know GET alone."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "HEAD":
+            await self.app(scope, receive, send)
+            return
+        asked = {**scope, "method": "GET"}  # the server goes by its own
+        try:
+            await self.app(asked, receive, send)
+        finally:
+            scope["route"] = asked.get("route")  # for metrics and the log
+
+
 class BodyLimit:
     """Refuses bodies over `limit` bytes, by what arrives and not only by what Content-Length says."""
 

@@ -119,12 +119,11 @@ def _compare(source: Collection, copy: Collection) -> Pass:
 def _digested(collection: Collection) -> Iterator[tuple[Item, Vectors, bytes]]:
     """Every item by id, with its vector and a digest of all there is of it; a picture is in its name."""
     after = ""
-    while items := collection.page(_PAGE, after):
-        after = items[-1].id
-        for item, vector in zip(items, collection.embeddings(items), strict=True):
-            if vector is not None:  # else deleted since
-                said = json.dumps([item.id, item.kind, item.caption, item.metadata, item.picture])
-                yield item, vector, hashlib.sha256(said.encode() + vector.astype("<f4").tobytes()).digest()
+    while items := collection.page_with_vectors(_PAGE, after):
+        after = items[-1][0].id
+        for item, vector in items:
+            said = json.dumps([item.id, item.kind, item.caption, item.metadata, item.picture])
+            yield item, vector, hashlib.sha256(said.encode() + vector.astype("<f4").tobytes()).digest()
 
 
 def _write(source: Collection, copy: Collection, items: list[tuple[Item, Vectors]]) -> int:

@@ -231,18 +231,22 @@ class PostgresCollection(Collection):
             raise self._missing(id)
         self._remove(sorted(gone))
 
-    def page(
+    def _page(
         self,
         limit: int,
-        after: str = "",
+        after: str,
+        target: Target,
+        filters: Sequence[Condition],
+        ids: Sequence[str] | None,
         *,
-        target: Target = "any",
-        filters: Sequence[Condition] = (),
-        ids: Sequence[str] | None = None,
-    ) -> list[Item]:
+        vectors: bool,
+    ) -> tuple[list[Item], Vectors]:
         conditions, values = self._conditions(target, filters, ids)
-        statement = f"SELECT {{}} FROM {{}} WHERE {' AND '.join([*conditions, 'id > %s'])} ORDER BY id LIMIT %s"
-        return [item_of(row) for row in self._rows(statement, *values, after, limit)]
+        where = " AND ".join([*conditions, "id > %s"])
+        statement = f"SELECT {'vector' if vectors else 'NULL'}, {{}} FROM {{}} WHERE {where} ORDER BY id LIMIT %s"
+        found = self._rows(statement, *values, after, limit)
+        stored = [vector for vector, *_ in found] if vectors else []
+        return [item_of(rest) for _, *rest in found], numbers_of(stored, self.dimensions)
 
     def sample(self, limit: int) -> tuple[list[Item], Vectors]:
         known = [number for (number,) in self._rows("SELECT number FROM {1} ORDER BY number")]

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -38,6 +40,8 @@ _PART = 32  # items embedded at once
 _PATIENCE = 600.0  # seconds that a part may wait for its embeddings
 _BAD = 100  # items that cannot be embedded, until it is no use to look for more
 _SHOWN = 10  # of them that the error names
+_BRIEF, _CHASES = 1.0, 5  # after so many passes of fewer seconds each, writes wait for the next
+_HELD = 5.0  # seconds that a write waits at most
 
 
 @dataclass
@@ -57,6 +61,8 @@ class Reindexing:
     def __init__(self, service: Service, name: str, served: ServedEngine, total: int) -> None:
         self._service, self._name, self._served = service, name, served
         self.progress = Progress(served.engine.name, "running", 0, total)
+        self._writable = asyncio.Event()
+        self._writable.set()
 
     def start(self) -> None:
         """Begin; the progress tells the rest."""
@@ -66,6 +72,13 @@ class Reindexing:
         """End it where it is, if it has not ended."""
         self._task.cancel()
         await asyncio.wait([self._task])
+
+    async def writable(self) -> None:
+        """Until the collection may be written to: what is written to again and again would never be the same in both,
+        so near the end of a run writes have to wait a little."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_HELD):
+                await self._writable.wait()
 
     async def _run(self) -> None:
         CALLER.set("reindexing")  # has its share of the batches, as any caller
@@ -80,6 +93,8 @@ class Reindexing:
         except Exception:
             log.exception("collection %r could not be made with another model", self._name)
             self.progress.state, self.progress.error = "failed", "it failed; the server's log has more"
+        finally:
+            self._writable.set()
 
     async def _fill_and_switch(self) -> None:
         store, collections = self._whole, self._service.collections
@@ -87,8 +102,9 @@ class Reindexing:
         staged: Collection = await store(
             partial(collections.stage, self._name, engine.name, engine.fingerprint, engine.embed_dim)
         )
+        chases = 0
         while True:
-            after, moved = "", False
+            after, moved, began = "", False, time.monotonic()
             bad: dict[str, str] = {}
             while len(bad) < _BAD and (items := await store(collections.lacking, self._name, after, _PART)):
                 if made := await self._made(items, bad):
@@ -99,6 +115,11 @@ class Reindexing:
                 raise ConflictError(_unmade(bad))
             if not moved and await store(collections.switch, self._name):
                 return
+            chases = chases + 1 if time.monotonic() - began < _BRIEF else 0
+            if chases % (2 * _CHASES) < _CHASES:  # others may write, too: servers of the same database
+                self._writable.set()
+            else:
+                self._writable.clear()
 
     async def _whole(self, call: Callable[..., T], *args: Any) -> T:
         """A call of the store, to its end even if the run is stopped: what it made would outlive what was deleted."""

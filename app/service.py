@@ -225,6 +225,11 @@ class Service:
         made, whole = await asyncio.gather(self.store(staged.info), self.store(collection.info))
         return Progress(staged.model, "interrupted", made.count, whole.count)
 
+    async def writable(self, name: str) -> None:
+        """Until a collection may be written to, which has to wait where another model's is about to take its place."""
+        if (run := self._reindexing.get(name)) is not None:
+            await run.writable()
+
     async def stop_reindexing(self, name: str) -> None:
         """End it and forget what was made. Raises NotFoundError."""
         await self.collection(name)
@@ -298,6 +303,8 @@ class Service:
 
         Raises NotFoundError, and what the call does.
         """
+        if writes:
+            await self.writable(name)
         while True:
             collection = await self.collection(name)
             try:

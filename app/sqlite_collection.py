@@ -97,23 +97,6 @@ class SQLiteCollection(Collection):
 
         self._database.write(change, after, frees=True)
 
-    def page(
-        self,
-        limit: int,
-        after: str = "",
-        *,
-        target: Target = "any",
-        filters: Sequence[Condition] = (),
-        ids: Sequence[str] | None = None,
-    ) -> list[Item]:
-        where, values = self._where(target, filters, ids)
-        with self._database.read() as connection:
-            statement = f"SELECT {_ITEM} FROM items WHERE {where} AND id > ? ORDER BY id LIMIT ?"
-            found = rows(connection, statement, *values, after, limit)
-            if not found:  # which of one that went meanwhile is no end of its items
-                self._check_there(connection)
-        return [item_of(row) for row in found]
-
     def sample(self, limit: int) -> tuple[list[Item], Vectors]:
         with self._database.read() as connection:
             known = rows(connection, "SELECT row FROM items WHERE collection = ? ORDER BY row", self.key)
@@ -126,6 +109,26 @@ class SQLiteCollection(Collection):
             )
         vectors = vectors_of([vector for vector, *_ in found], self.dimensions, self._database.file)
         return [item_of(rest) for _, *rest in found], vectors
+
+    def _page(
+        self,
+        limit: int,
+        after: str,
+        target: Target,
+        filters: Sequence[Condition],
+        ids: Sequence[str] | None,
+        *,
+        vectors: bool,
+    ) -> tuple[list[Item], Vectors]:
+        where, values = self._where(target, filters, ids)
+        what = f"vector, {_ITEM} FROM items JOIN vectors USING (row)" if vectors else f"NULL, {_ITEM} FROM items"
+        with self._database.read() as connection:
+            statement = f"SELECT {what} WHERE {where} AND id > ? ORDER BY id LIMIT ?"
+            found = rows(connection, statement, *values, after, limit)
+            if not found:  # which of one that went meanwhile is no end of its items
+                self._check_there(connection)
+        stored = [vector for vector, *_ in found] if vectors else []
+        return [item_of(rest) for _, *rest in found], vectors_of(stored, self.dimensions, self._database.file)
 
     def _stored(self, ids: Sequence[str]) -> list[Vectors | None]:
         with self._database.read() as connection:

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice, repeat
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import httpx
@@ -25,7 +27,8 @@ from safetensors.numpy import load_file
 from app.calls import AnswerError, call, collection_url, content_of, packed, send_all, send_sound
 from app.ingest import Report, item_id, items_of
 from app.inputs import vector_of, written
-from models.errors import ConflictError, DataError
+from models.errors import ConflictError, DataError, StorageError
+from models.files import sync
 from models.readers import pyarrow_for
 
 OWN = b"semblance"  # what the schema of a dump or a part says of it
@@ -102,8 +105,8 @@ async def load_vectors(
     Rows that cannot be read, or that the server refuses, are in the report with their file and row (from 1 on), as are
     pictures without which a row was stored.
 
-    Raises ConflictError for a dump of another model's, DataError for a file that cannot be read or is of another
-    model's, AnswerError when the server refuses more than single rows.
+    Raises ConflictError for a dump of another model's, and if another's takes the collection's place, DataError for a
+    file that cannot be read or is of another model's, AnswerError when the server refuses more than single rows.
     """
     made = await call(client, "PUT", collection_url(collection), json={} if model is None else {"model": model})
     _check_model(Path(source), made)
@@ -111,6 +114,8 @@ async def load_vectors(
     items = _items(_rows(Path(source), made["dimensions"]), known, report, progress)
 
     async def send(batch: list[_Item]) -> None:
+        # As they could not be told apart where another model's has as many dimensions.
+        await _check_same(client, made, "no more was stored; load embeddings of that model")
         content = b'{"items":[' + b",".join(item.body for item in batch) + b"]}"
         headers = {"Content-Type": "application/json"}
         await call(client, "POST", f"{collection_url(collection)}/items", content=content, headers=headers)
@@ -146,7 +151,8 @@ async def dump_vectors(
 
     pictures: with a column `image` of JPEGs, so that the file is all there is of the items.
     lost: told of each item that is written without its picture, for the server has that no more, and why.
-    Raises ConflictError if another model's takes the collection's place meanwhile, AnswerError.
+    Raises ConflictError if another model's takes the collection's place meanwhile, StorageError if the file cannot be
+    written, AnswerError.
     """
     arrow = pyarrow_for(Path(out))
     info = await call(client, "GET", collection_url(collection))
@@ -155,37 +161,42 @@ async def dump_vectors(
     columns += [("metadata", arrow.string()), ("embedding", arrow.list_(arrow.float32(), info["dimensions"]))]
     schema = arrow.schema(columns + [("image", arrow.binary())] * pictures, metadata={OWN: json.dumps(kept)})
     target, count = Path(out), 0
-    unfinished = target.with_name(f".{target.name}.part")
     try:
-        with arrow.parquet.ParquetWriter(unfinished, schema) as writer:
-            page: list[dict[str, Any]] = []
-            async for item in items_of(client, collection, embeddings=True):
-                item["metadata"] = json.dumps(item["metadata"])
-                item["embedding"] = vector_of(item["embedding"])
-                if pictures:
-                    item["image"] = await _picture(client, collection, item, lost)
-                page.append({name: item[name] for name in schema.names})
-                if len(page) == 1000:
-                    await _check_same(client, info)
-                    writer.write_table(arrow.Table.from_pylist(page, schema))
-                    count += len(page)
-                    page = []
-                    yield count
-            await _check_same(client, info)
-            writer.write_table(arrow.Table.from_pylist(page, schema))
-        unfinished.replace(target)
-    finally:
-        unfinished.unlink(missing_ok=True)
+        # In a folder of its own, so that of two that write one file at once neither writes into the other's.
+        with TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
+            unfinished = Path(folder) / "part"
+            with arrow.parquet.ParquetWriter(unfinished, schema) as writer:
+                page: list[dict[str, Any]] = []
+                async for item in items_of(client, collection, embeddings=True):
+                    item["metadata"] = json.dumps(item["metadata"])
+                    item["embedding"] = vector_of(item["embedding"])
+                    if pictures:
+                        item["image"] = await _picture(client, collection, item, lost)
+                    page.append({name: item[name] for name in schema.names})
+                    if len(page) == 1000:
+                        await _check_same(client, info, "nothing was written; dump it again")
+                        writer.write_table(arrow.Table.from_pylist(page, schema))
+                        count += len(page)
+                        page = []
+                        yield count
+                await _check_same(client, info, "nothing was written; dump it again")
+                writer.write_table(arrow.Table.from_pylist(page, schema))
+            sync(unfinished)
+            unfinished.replace(target)
+    except OSError as error:
+        why = os.strerror(error.errno) if error.errno else error  # pyarrow's own words name the draft
+        raise StorageError(f"{target} cannot be written: {why}") from error
     yield count + len(page)
 
 
-async def _check_same(client: httpx.AsyncClient, before: dict[str, Any]) -> None:
-    """What was read since `before` is of one model only if the collection still is that model's."""
+async def _check_same(client: httpx.AsyncClient, before: dict[str, Any], so: str) -> None:
+    """What was read or written since `before` is of one model only if the collection still is that model's. so: what
+    becomes of it otherwise."""
     now = await call(client, "GET", collection_url(before["name"]))
     if now["fingerprint"] != before["fingerprint"]:
         raise ConflictError(
-            f"collection {before['name']!r} was of model {before['model']!r} ({before['fingerprint']}) when this dump "
-            f"began and is of {now['model']!r} ({now['fingerprint']}) now, so nothing was written; dump it again"
+            f"collection {before['name']!r} was of model {before['model']!r} ({before['fingerprint']}) when this began "
+            f"and is of {now['model']!r} ({now['fingerprint']}) now, so {so}"
         )
 
 

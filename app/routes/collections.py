@@ -40,7 +40,7 @@ from app.inputs import (
 )
 from app.keys import needs
 from app.service import Served, decoded, describe_item, json_response
-from models.errors import InputError, NotFoundError, TooLargeError
+from models.errors import ConflictError, InputError, NotFoundError, TooLargeError
 
 router = APIRouter(tags=["collections"], dependencies=[Depends(known_query)])
 MAX_METADATA = 16_384  # bytes of an item's metadata as JSON
@@ -257,8 +257,13 @@ async def add_items(
     settings = service.settings
     places = await service.store(lambda: [item.place(settings, index) for index, item in enumerate(body.items)])
     pictures: list[bytes | Path | None] = []
+    first = collection = await service.collection(name)
     while True:
-        collection = await service.collection(name)
+        if collection.fingerprint != first.fingerprint and any(item.embedding is not None for item in body.items):
+            raise ConflictError(
+                f"collection {name!r} was made again with model {collection.model!r} meanwhile, and embeddings were "
+                f"given, which can be of model {first.model!r} alone: nothing was stored; send embeddings of the other"
+            )
         served = service.engine_of(collection)
         if not served.engine.takes_text and any(_needs_text(item) for item in body.items):
             service.engine(served.engine.name, text=True)  # raises, naming the models that take text
@@ -270,10 +275,12 @@ async def add_items(
             NewItem(_kind(item), vector, item.id, item.caption or item.text, item.metadata, picture)
             for item, vector, picture in zip(body.items, vectors, pictures, strict=True)
         ]
+        await service.writable(name)
         try:
             return json_response({"ids": await service.store(collection.add, items)})
         except NotFoundError:
-            if await service.collection(name) is collection:  # else another model's has taken its place
+            tried, collection = collection, await service.collection(name)
+            if collection is tried:  # else another model's has taken its place
                 raise
 
 
@@ -291,19 +298,17 @@ async def list_items(
     """Items by id, a page at a time; with options only those that a search with them could return."""
     filters = [condition_of(entry) for entry in filter]
 
-    def look(collection: Collection) -> tuple[list[Item], Sequence[Any]]:
-        found = collection.page(limit, after, target=target, filters=filters, ids=id or None)
-        return found, collection.embeddings(found) if embeddings else ()
+    def look(collection: Collection) -> list[tuple[Item, Any]]:
+        among: Any = {"target": target, "filters": filters, "ids": id or None}
+        if embeddings:
+            return list(collection.page_with_vectors(limit, after, **among))
+        return [(item, None) for item in collection.page(limit, after, **among)]
 
-    items, vectors = await service.in_collection(name, look)
-    following = items[-1].id if len(items) == limit else None
-    shown = [describe_item(name, item) for item in items]
-    if embeddings:
-        shown = [
-            item | {"embedding": written(vector)}
-            for item, vector in zip(shown, vectors, strict=True)
-            if vector is not None  # deleted since
-        ]
+    items = await service.in_collection(name, look)
+    following = items[-1][0].id if len(items) == limit else None
+    shown = [
+        describe_item(name, item) | ({} if vector is None else {"embedding": written(vector)}) for item, vector in items
+    ]
     return json_response({"items": shown, "next": following})
 
 

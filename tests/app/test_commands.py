@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import io
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -20,6 +23,7 @@ from support import open_clip_folder, running, tiny_dalle
 from tiny import encoder
 
 from app.__main__ import main
+from app.calls import IN_FLIGHT, AnswerError, send_all
 from app.ingest import count
 from app.locking import lock_note
 from app.sqlite_collections import SQLiteCollections
@@ -350,3 +354,57 @@ def test_an_export_of_nothing_says_why(
         with pytest.raises(SystemExit, match="2"):
             main(["export", "simclr", "--to", "torch", "--samples", samples, *place])
         assert f"argument --samples: {samples} is not 2 or more" in capsys.readouterr().err
+
+
+def test_a_second_interruption_ends_a_command_at_once() -> None:
+    """What the first has begun, here the end of a thread's work, may take long."""
+    script = """if True:
+        import asyncio, sys, time
+        from contextlib import asynccontextmanager
+        import app.connection
+        from app.__main__ import main
+
+        @asynccontextmanager
+        async def connect(*_):
+            try:
+                print("connected", flush=True)
+                await asyncio.sleep(60)
+                yield
+            finally:
+                await asyncio.to_thread(end)
+
+        def end():
+            print("interrupted", flush=True)
+            time.sleep(60)
+
+        app.connection.connect = connect
+        sys.exit(main(["models"]))
+    """
+    command = [sys.executable, "-c", script]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stderr is not None
+            for said in ("connected", "interrupted"):
+                assert process.stdout.readline().strip() == said
+                process.send_signal(signal.SIGINT)
+            assert process.wait(20) == 130
+            assert not process.stderr.read()
+        finally:
+            process.kill()
+
+
+def test_of_batches_that_fail_together_one_error_is_said_and_none_printed(caplog: pytest.LogCaptureFixture) -> None:
+    async def send_them() -> None:
+        met = asyncio.Barrier(IN_FLIGHT)
+
+        async def send(_: int) -> None:
+            await met.wait()
+            raise AnswerError("the server has gone", 0)
+
+        with pytest.raises(AnswerError, match="has gone"):
+            await send_all(iter(range(1, 9)), send)
+
+    asyncio.run(send_them())
+    gc.collect()
+    assert not caplog.records

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from starlette.testclient import TestClient
-from support import problem, tiny_clip, wait_for
+from support import problem, tiny_clip, unit_rows, wait_for
 
 from app.__main__ import main
 from app.engine import Engine, ModelEngine, ServedEngine
@@ -128,6 +128,44 @@ def test_searches_and_writes_go_on_and_nothing_of_them_is_lost(
 
 
 @pytest.mark.of_every_store
+def test_it_ends_though_items_are_replaced_all_the_time(
+    start: Start, engines: dict[str, Engine], encoded: Encoded
+) -> None:
+    client = start({**engines, "other": Slow()})
+    _fill(client, "c", encoded, 40)
+    stored, failed, ended = dict[str, int](), list[str](), threading.Event()
+
+    def write(writer: int) -> None:
+        for turn in range(100_000):
+            if ended.is_set():
+                return
+            id = f"w{writer}-{turn % 10}"
+            item = {"id": id, "text": f"text {turn}", "metadata": {"turn": turn}}
+            answer = client.post("/collections/c/items", json={"items": [item]})
+            stored[id] = turn
+            failed.extend([] if answer.status_code == 200 else [answer.text])
+            if turn % 7 == 0:
+                client.delete(f"/collections/c/items/{id}")
+                del stored[id]
+
+    writers = [threading.Thread(target=write, args=(writer,)) for writer in range(6)]
+    for writer in writers:
+        writer.start()
+    try:
+        wait_for(lambda: len(stored) > 40)
+        client.post("/collections/c/reindex", json={"model": "other"})
+        wait_for(lambda: client.get("/collections/c/reindex").json()["state"] == "done")
+    finally:
+        ended.set()
+        for writer in writers:
+            writer.join()
+    assert not failed
+    assert client.get("/collections/c").json()["model"] == "other"
+    listed = client.get("/collections/c/items?limit=1000").json()["items"]
+    assert {item["id"]: item["metadata"]["turn"] for item in listed if item["id"].startswith("w")} == stored
+
+
+@pytest.mark.of_every_store
 def test_a_picture_is_looked_for_with_the_model_that_came_while_it_was_embedded(
     start: Start, engines: dict[str, Engine], encoded: Encoded, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -153,6 +191,33 @@ def test_a_picture_is_looked_for_with_the_model_that_came_while_it_was_embedded(
     (hit,) = answer.json()["hits"]
     assert hit["id"] == "i2"
     assert hit["score"] == pytest.approx(1, abs=0.02)
+
+
+@pytest.mark.of_every_store
+def test_a_given_embedding_is_not_stored_with_those_of_the_model_that_came_meanwhile(
+    start: Start, engines: dict[str, Engine], encoded: Encoded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = start({**engines, "other": Slow()})
+    _fill(client, "c", encoded, 4)
+    embed, models = Service.embed, []
+
+    async def then_switch(self: Service, engine: ServedEngine, inputs: Sequence[Input]) -> Embedded:
+        models.append(engine.engine.name)
+        await self.reindex("c", "other")
+        while (await self.reindexing("c")).state == "running":  # type: ignore[union-attr]
+            await asyncio.sleep(0.01)
+        return await embed(self, engine, inputs)
+
+    monkeypatch.setattr(Service, "embed", then_switch)
+    given = base64.b64encode(unit_rows(1, size=24)[0].tobytes()).decode()
+    items = [{"id": "new", "embedding": given}, _item(5, encoded)]
+    answer = client.post("/collections/c/items", json={"items": items})
+    said = problem(answer, 409)
+    assert "made again with model 'other' meanwhile" in said["detail"]
+    assert models == ["clip"]
+    monkeypatch.undo()
+    listed = client.get("/collections/c/items").json()["items"]
+    assert [item["id"] for item in listed] == ["i0", "i1", "i2", "i3"]
 
 
 @pytest.mark.of_every_store

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import gzip
 import re
 import shutil
 import signal
@@ -162,6 +163,27 @@ def test_row_20_what_is_unknown_names_what_exists(searchable: TestClient) -> Non
     problem(searchable.get("/collections/default/items/nope"), 404, "holds 2")
     problem(searchable.get("/nowhere"), 404)
     problem(searchable.put("/search"), 405)
+
+
+def test_head_is_answered_as_get_without_the_body(server: Server) -> None:
+    with httpx.Client(base_url=server.url) as client:  # one connection, which a body would confuse
+        for path in ("/healthz", "/readyz", "/", "/models", "/collections", "/openapi.json", "/collections/nope"):
+            told, found = client.head(path), client.get(path)
+            assert (told.status_code, told.content) == (found.status_code, b""), path
+            assert told.headers["content-type"] == found.headers["content-type"]
+            assert told.headers["content-length"] == found.headers["content-length"]
+        assert client.head("/embed").status_code == 405
+        metrics = client.get("/metrics").text
+    assert 'method="HEAD",route="/collections",status="200"' in metrics
+
+
+def test_a_compressed_body_is_refused_by_its_name(searchable: TestClient) -> None:
+    body = gzip.compress(b'{"input": "a"}')
+    for kind in ("application/json", "multipart/form-data; boundary=b"):
+        headers = {"Content-Type": kind, "Content-Encoding": "gzip"}
+        problem(searchable.post("/embed", content=body, headers=headers), 415, "Content-Encoding 'gzip'")
+    plain = {"Content-Type": "application/json", "Content-Encoding": "identity"}
+    assert searchable.post("/embed", content=b'{"input": "a"}', headers=plain).status_code == 200
 
 
 @pytest.mark.parametrize("name", ["..%2f..%2fetc", "%2e%2e", "a%00b", "%ff", "a%2fb", "x" * 200])

@@ -256,7 +256,10 @@ def test_pages_vectors_and_samples(opened: Open) -> None:
         items, vectors = made.sample(4)
         assert [item.id for item in items] == ["a", "ä", "0", "aa"]
         assert vectors == pytest.approx(np.stack([unit_rows(1, i)[0] for i in (0, 2, 4, 6)]), abs=1e-6)
-        assert made.embeddings([*items[:1], made.get("B")])[1] is not None
+        shown = made.page_with_vectors(2, after="Z", ids=["ä", "B", "a", "_", "aa"])
+        assert [item for item, _ in shown] == [made.get("_"), made.get("a")]
+        assert np.array_equal([vector for _, vector in shown], made.vectors(["_", "a"]))
+        assert made.page_with_vectors(2, after="ä") == []
 
 
 def test_duplicates_and_statistics(opened: Open) -> None:
@@ -327,7 +330,7 @@ def test_writers_of_the_same_items_leave_each_whole(opened: Open) -> None:
         assert not failures
         there = made.page(100)
         assert made.info().count == len(there) == len({item.id for item in there})
-        for item, vector in zip(there, made.embeddings(there), strict=True):
+        for item, vector in made.page_with_vectors(100):
             seed = int(made.picture(item.id).split()[-1])
             assert vector == pytest.approx(unit_rows(1, seed)[0], abs=1e-6)
         assert {hit.item.id for hit in made.search(unit_rows(1)[0], 100)} == {item.id for item in there}

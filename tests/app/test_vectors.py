@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,32 @@ def test_an_error_of_the_model_names_the_item_that_it_is(client: TestClient, enc
     assert problem(answer, 422)["input"] == 2
 
 
+def test_items_are_listed_with_their_own_embeddings_while_they_are_replaced(client: TestClient) -> None:
+    client.put("/collections/c")
+    rows, ended = unit_rows(2, size=24), threading.Event()
+
+    def put(turn: int) -> None:
+        item = {"id": "i", "embedding": _base64(rows[turn % 2]), "metadata": {"row": turn % 2}}
+        assert client.post("/collections/c/items", json={"items": [item]}).status_code == 200
+
+    def replace() -> None:
+        for turn in range(1, 1000):
+            if ended.is_set():
+                return
+            put(turn)
+
+    put(0)
+    writer = threading.Thread(target=replace)
+    writer.start()
+    try:
+        for _ in range(200):
+            (item,) = _listed(client).values()
+            assert np.allclose(item["embedding"], rows[item["metadata"]["row"]], atol=1e-6)
+    finally:
+        ended.set()
+        writer.join()
+
+
 def _photos(folder: Path, encoded: Encoded) -> Path:
     for index in range(5):
         folder.mkdir(exist_ok=True)
@@ -128,7 +155,7 @@ def test_a_dump_is_all_there_is_of_a_collection(run: Run, encoded: Encoded, tmp_
         assert [(i.id, i.kind, i.caption, i.metadata) for i in after.page(10)] == [
             (i.id, i.kind, i.caption, i.metadata) for i in items
         ]
-        assert np.allclose(before.embeddings(items), after.embeddings(after.page(10)), atol=1e-7)
+        assert np.allclose(*(kept.vectors([item.id for item in items]) for kept in (before, after)), atol=1e-7)
         assert len(before.picture(items[0].id)) > 100
         assert after.picture(items[0].id)[:2] == b"\xff\xd8"
     run("dump", str(tmp_path / "small.parquet"), "--collection", "a")
@@ -229,6 +256,67 @@ def test_a_dump_that_another_model_comes_into_leaves_no_file(
     with pytest.raises(ConflictError, match=r"is of 'other' \(of another model\) now, .* dump it again"):
         asyncio.run(dump())
     assert not list(tmp_path.glob("*c.parquet*"))
+
+
+def test_embeddings_are_not_loaded_into_the_collection_of_a_model_that_came_meanwhile(
+    start: Callable[..., TestClient], engines: dict[str, Engine], tmp_path: Path
+) -> None:
+    client = start({**engines, "other": _Other()})
+    source = _table(
+        tmp_path / "rows.parquet", [{"id": f"i{n}", "embedding": unit_rows(1, n, 24)[0].tolist()} for n in range(40)]
+    )
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        sent = {"Content-Type": "application/json"}
+        found = client.request(request.method, request.url.raw_path.decode(), content=request.content, headers=sent)
+        if request.method == "PUT":
+            begun = client.post("/collections/c/reindex", json={"model": "other"})
+            assert begun.status_code == 202, begun.text
+            wait_for(lambda: client.get("/collections/c/reindex").json()["state"] == "done")
+        return httpx.Response(found.status_code, content=found.content)
+
+    with pytest.raises(ConflictError, match=r"is of 'other' \(of another model\) now, so no more was stored"):
+        _load_through(answer, source)
+    assert _listed(client) == {}
+
+
+def test_two_dumps_to_one_file_at_once_are_both_whole(
+    start: Callable[..., TestClient], engines: dict[str, Engine], tmp_path: Path
+) -> None:
+    client = start(engines)
+    client.put("/collections/c")
+    items = [{"id": f"i{place}", "text": f"text {place}"} for place in range(12)]
+    assert client.post("/collections/c/items", json={"items": items}).status_code == 200
+    both = asyncio.Barrier(2)
+
+    async def answer(request: httpx.Request) -> httpx.Response:
+        if request.url.path.endswith("/items"):
+            await both.wait()  # until both have begun to write
+        found = client.request(request.method, str(request.url))
+        return httpx.Response(found.status_code, content=found.content)
+
+    async def dump() -> int:
+        transport = httpx.MockTransport(answer)
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as through:
+            return [count async for count in dump_vectors(through, "c", tmp_path / "c.parquet")][-1]
+
+    async def twice() -> list[int]:
+        return await asyncio.gather(dump(), dump())
+
+    assert asyncio.run(twice()) == [12, 12]
+    assert [file.name for file in tmp_path.glob("*c.parquet*")] == ["c.parquet"]
+    assert pyarrow.parquet.read_metadata(tmp_path / "c.parquet").num_rows == 12
+
+
+def test_a_dump_names_the_file_that_it_cannot_write(run: Run, tmp_path: Path) -> None:
+    out = tmp_path / "no folder" / "c.parquet"
+    run(
+        "index",
+        _table(tmp_path / "rows.parquet", [{"embedding": unit_rows(1, size=24)[0].tolist()}]),
+        "--collection",
+        "c",
+    )
+    assert f"{out} cannot be written: No such file or directory" in run("dump", str(out), "--collection", "c", status=1)
 
 
 def test_a_dump_of_another_model_is_refused_by_name(run: Run, encoded: Encoded, tmp_path: Path) -> None:
