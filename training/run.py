@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import zlib
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,6 +23,7 @@ from training.options import EncoderOptions, RunOptions
 from training.pictures import open_source
 from training.progress import history
 from training.provenance import provenance
+from training.state import has_state
 from training.trainer import Evaluate, Trainer, choose_device
 
 log = logging.getLogger(__name__)
@@ -97,9 +99,10 @@ def run_training(
     run, out = run_folder(options), Path(options.out)
     # Now, for the code on the disk may be another when the run ends.
     record = provenance(name, options, data.described, getattr(model, "provenance", {}))
-    if rank() == 0:
+    if rank() == 0 and not has_state(run):  # what goes with a state stays with it, though this run be refused
         save_checkpoint(model, run / SKELETON, provenance=record)
-    trainer = Trainer(method, batches, options.trainer, run, evaluate=evaluate, extra=_identity(options))
+    identity = _identity(options) | {"pictures": data.described, "vocabulary": _vocabulary(model)}
+    trainer = Trainer(method, batches, options.trainer, run, evaluate=evaluate, extra=identity)
     trained = trainer.fit()
     if rank() != 0:
         return out
@@ -122,6 +125,12 @@ def _figures(out: Path, options: RunOptions) -> dict[str, float]:
         except DataError as error:  # pictures without classes train an encoder and cannot judge it
             log.warning("left out of the figures: %s", error)
     return metrics
+
+
+def _vocabulary(model: Any) -> int | None:
+    """Tells the tokenizer of one run from that of another, whose tokens would be other texts to the same weights."""
+    tokenizer = getattr(model, "tokenizer", None)
+    return None if tokenizer is None else zlib.crc32(tokenizer.to_json().encode())
 
 
 def _identity(options: RunOptions) -> dict[str, Any]:

@@ -77,6 +77,11 @@ def find_state(run: Path) -> Path | None:
     return None if found[0] is None else Path(found[0])
 
 
+def has_state(run: Path) -> bool:
+    """Whether a run has a whole state to go on from, by what this process sees."""
+    return bool(_complete(run / "state"))
+
+
 def facts_of(state: Path) -> dict[str, Any]:
     """What `save_state` was told beside the tensors, and `step`."""
     facts: dict[str, Any] = json.loads((state / _FACTS).read_text())

@@ -35,6 +35,7 @@ from training.sharding import average_whole, clip_gradients, gathered, shard
 from training.state import facts_of, find_state, load_tensors, save_state, tensors_in
 
 Evaluate = Callable[[nn.Module], dict[str, float]]
+_TOLD_SINCE = ("pictures", "vocabulary")  # what the states of earlier versions do not tell of their runs
 
 
 @dataclass(frozen=True)
@@ -318,9 +319,10 @@ class Trainer:
             return
         facts, kept = facts_of(state), tensors_in(state)
         mine, theirs = json.loads(json.dumps(self._identity())), facts["config"]
+        theirs = {key: mine[key] for key in _TOLD_SINCE if key in mine} | theirs
         if changed := sorted(key for key in mine if mine[key] != theirs.get(key)):
             raise CheckpointError(
-                f"{self.run} is of a run with other {', '.join(changed)}: give the same options to go on, "
+                f"{self.run} is of a run with other {', '.join(changed)}: give the same options and data to go on, "
                 "or another --run-dir to begin anew"
             )
         moments = Moments(self.method, self.optimizer)

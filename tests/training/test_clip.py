@@ -8,12 +8,13 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from support import tiny_clip
 
 from models.checkpoint import load_checkpoint, save_checkpoint
@@ -260,3 +261,25 @@ def test_named_sets_need_their_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SEMBLANCE_DATA", raising=False)
     with pytest.raises(DataError, match="set SEMBLANCE_DATA"):
         evaluate_clip(tiny_clip(), data=("emoji",))
+
+
+def test_what_belongs_to_a_runs_state_is_that_runs(tmp_path: Path) -> None:
+    """A run that is refused leaves it as it was; one whose pictures or captions are others since is refused."""
+    table = tmp_path / "pictures.csv"
+    for index in range(8):
+        Image.new("RGB", (32, 32), (30 * index, 0, 0)).save(tmp_path / f"{index}.png")
+
+    def trained(words: Sequence[str], **changes: object) -> Path:
+        table.write_text("path,caption\n" + "".join(f"{i}.png,{word}\n" for i, word in enumerate(words)))
+        return train_clip(_options(tmp_path, data=(str(table),), evaluate=False, **changes))
+
+    words = ["red", "rose", "rust", "ruby", "robin", "rhubarb", "radish", "raspberry"]
+    trained(words)
+    with pytest.raises(CheckpointError, match="other embed_dim, vocab_size:"):
+        trained(words, embed_dim=32, vocab_size=280)
+    assert load_checkpoint(export_run(tmp_path / "run", tmp_path / "exported")).embed_dim == 16
+    with pytest.raises(CheckpointError, match="other vocabulary: give the same options and data"):
+        trained([*words[:7], "sky"])
+    with pytest.raises(CheckpointError, match="other pictures, vocabulary:"):
+        trained(words[:7])
+    trained(words)
