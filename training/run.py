@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from models.checkpoint import load_checkpoint, save_checkpoint
+from models.checkpoint import check_target, load_checkpoint, save_checkpoint
 from models.errors import CheckpointError, DataError
 from models.readers import BadRows
 from training.data import Batches, Source
@@ -97,6 +97,11 @@ def run_training(
     """
     model = method.export()
     run, out = run_folder(options), Path(options.out)
+    check_target(out)  # now, and not when all is trained
+    if run.resolve().is_relative_to(out.resolve()):
+        raise CheckpointError(
+            f"--run-dir {run} lies in --out {out}, which a checkpoint replaces: give it another place"
+        )
     # Now, for the code on the disk may be another when the run ends.
     record = provenance(name, options, data.described, getattr(model, "provenance", {}))
     if rank() == 0 and not has_state(run):  # what goes with a state stays with it, though this run be refused

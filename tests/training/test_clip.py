@@ -283,3 +283,17 @@ def test_what_belongs_to_a_runs_state_is_that_runs(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="other pictures, vocabulary:"):
         trained(words[:7])
     trained(words)
+
+
+def test_pictures_or_a_run_in_the_checkpoints_place_are_kept(tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for index in range(8):
+        Image.new("RGB", (32, 32), (30 * index, 0, 0)).save(photos / f"{index}.png")
+    with pytest.raises(CheckpointError, match="photos is there and is no checkpoint folder"):
+        train_clip(replace(_options(tmp_path), data=(str(photos),), out=str(photos)))
+    assert not (tmp_path / "run").exists()  # it is said before anything is trained
+    assert len(list(photos.iterdir())) == 8
+    for run in ("out", "out/run"):
+        with pytest.raises(CheckpointError, match="lies in --out"):
+            train_clip(replace(_options(tmp_path), run_dir=str(tmp_path / run)))
