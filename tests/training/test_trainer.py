@@ -288,3 +288,14 @@ def test_the_history_that_a_checkpoint_keeps(tmp_path: Path) -> None:
     assert steps == sorted(set(steps))
     assert 80 < len(steps) <= 100
     assert {b - a for a, b in itertools.pairwise(steps)} == {12}
+
+
+def test_a_log_line_that_broke_off_costs_that_line_alone(tmp_path: Path) -> None:
+    _train(tmp_path)
+    lines = (tmp_path / "log.jsonl").read_text().splitlines()
+    (tmp_path / "log.jsonl").write_text("\n".join(["", "3", *lines[:6], lines[6][:20]]))
+    shutil.rmtree(tmp_path / "state")
+    _train(tmp_path, replace(CONFIG, steps=8))
+    assert [row.split(",")[0] for row in history(tmp_path).split("\n")] == ["step", *map(str, range(1, 9))]
+    (tmp_path / "log.jsonl").write_text("\n".join(lines[:3]) + "\n\0\0\0")
+    assert len(history(tmp_path).split("\n")) == 4
