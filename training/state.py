@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -33,9 +35,23 @@ _FACTS = "run.json"
 
 
 def save_state(run: Path, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-    """Write the state of a step; all processes call it. tensors: by their names, whole or this process's shards."""
-    states = run / "state"
-    staged = states / "next"
+    """Write the state of a step; all processes call it. tensors: by their names, whole or this process's shards.
+
+    Raises CheckpointError if it cannot be written; what was saved before is kept.
+    """
+    staged = run / "state" / "next"
+    try:
+        _write_state(staged, step, tensors, facts)
+    except (CheckpointException, OSError) as error:
+        shutil.rmtree(staged, ignore_errors=True)
+        raise CheckpointError(
+            f"the state of step {step} cannot be written to {staged.parent}: {_reason(error)}. Free some space there "
+            "and start again with the same options, to go on from the state that was saved before"
+        ) from error
+
+
+def _write_state(staged: Path, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+    states = staged.parent
     if rank() == 0:
         shutil.rmtree(staged, ignore_errors=True)
         staged.mkdir(parents=True)
@@ -53,6 +69,28 @@ def save_state(run: Path, step: int, tensors: Mapping[str, Tensor], facts: Mappi
         sync(states)
         for folder in before:
             shutil.rmtree(folder)
+
+
+def _reason(error: BaseException) -> str:
+    """Why it failed, in the words of the system where it said any: they lie below what torch makes of them."""
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    below: BaseException | None = error
+    while below is not None and not isinstance(below, OSError):
+        below = below.__cause__ or below.__context__
+    return str(below or error).partition("\n")[0]
+
+
+@contextmanager
+def _readable(state: Path) -> Iterator[None]:
+    """What is read here may be damaged."""
+    try:
+        yield
+    except (CheckpointException, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"{state} cannot be read, or is of another model: {_reason(error) or type(error).__name__}. Bring it back "
+            f"from a copy, or delete {state.parent} to begin anew"
+        ) from error
 
 
 def find_state(run: Path) -> Path | None:
@@ -84,19 +122,21 @@ def has_state(run: Path) -> bool:
 
 def facts_of(state: Path) -> dict[str, Any]:
     """What `save_state` was told beside the tensors, and `step`."""
-    facts: dict[str, Any] = json.loads((state / _FACTS).read_text())
-    return facts
+    with _readable(state):
+        facts: dict[str, Any] = json.loads((state / _FACTS).read_text())
+        return facts
 
 
 def tensors_in(state: Path) -> dict[str, TensorStorageMetadata]:
     """The names of a state's tensors, and their shapes and types."""
-    kept = FileSystemReader(state).read_metadata().state_dict_metadata
+    with _readable(state):
+        kept = FileSystemReader(state).read_metadata().state_dict_metadata
     return {name: each for name, each in kept.items() if isinstance(each, TensorStorageMetadata)}
 
 
 def load_tensors(state: Path, into: dict[str, Tensor]) -> None:
     """Read tensors, or this process's shards of them, in place; all processes call it."""
-    with _unwarned():
+    with _unwarned(), _readable(state):
         load(into, storage_reader=FileSystemReader(state))
 
 
