@@ -23,7 +23,7 @@ from training.options import EncoderOptions, RunOptions
 from training.pictures import open_source
 from training.progress import history
 from training.provenance import provenance
-from training.state import has_state
+from training.state import alone_in, has_state
 from training.trainer import Evaluate, Trainer, choose_device
 
 log = logging.getLogger(__name__)
@@ -95,13 +95,21 @@ def run_training(
 
     evaluate: for the log, while training. -> the checkpoint folder. Raises what Trainer.fit raises.
     """
-    model = method.export()
     run, out = run_folder(options), Path(options.out)
     check_target(out)  # now, and not when all is trained
     if run.resolve().is_relative_to(out.resolve()):
         raise CheckpointError(
             f"--run-dir {run} lies in --out {out}, which a checkpoint replaces: give it another place"
         )
+    with alone_in(run):
+        return _trained(name, options, method, batches, data, evaluate)
+
+
+def _trained(
+    name: str, options: RunOptions, method: Method, batches: Batches, data: RunData, evaluate: Evaluate | None
+) -> Path:
+    model = method.export()
+    run, out = run_folder(options), Path(options.out)
     # Now, for the code on the disk may be another when the run ends.
     record = provenance(name, options, data.described, getattr(model, "provenance", {}))
     if rank() == 0 and not has_state(run):  # what goes with a state stays with it, though this run be refused

@@ -7,6 +7,7 @@ so a run's folder is to be trusted as code is; checkpoint folders hold none.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import pickle
@@ -113,6 +114,29 @@ def find_state(run: Path) -> Path | None:
             f"{old} is the state of a run of an earlier version: end it with that version, or give another --run-dir"
         )
     return None if found[0] is None else Path(found[0])
+
+
+@contextmanager
+def alone_in(run: Path) -> Iterator[None]:
+    """Keep a run's folder from other trainings on this machine. Raises CheckpointError if one has it.
+
+    A lone process asks; those of torchrun do not, for one that hangs may outlive the start of those after it. The lock
+    is the process's and not the file's, so that a killed one's loader workers, which outlive it a while, have no part.
+    """
+    if world_size() > 1:
+        yield
+        return
+    run.mkdir(parents=True, exist_ok=True)
+    with (run / "lock").open("a") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            raise CheckpointError(
+                f"another process trains in {run}: wait for its end, or give this run another --run-dir (and --out)"
+            ) from error
+        except OSError:  # a disk without locks
+            pass
+        yield
 
 
 def has_state(run: Path) -> bool:

@@ -297,3 +297,18 @@ def test_pictures_or_a_run_in_the_checkpoints_place_are_kept(tmp_path: Path) -> 
     for run in ("out", "out/run"):
         with pytest.raises(CheckpointError, match="lies in --out"):
             train_clip(replace(_options(tmp_path), run_dir=str(tmp_path / run)))
+
+
+def test_two_trainings_do_not_write_into_one_run(tmp_path: Path) -> None:
+    """The second is refused as long as the first lives, however that ends."""
+    code = "import sys; from pathlib import Path; from training.state import alone_in\n"
+    code += "with alone_in(Path(sys.argv[1])): print('here', flush=True); sys.stdin.read()"
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / "run")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as first:
+        assert first.stdout is not None
+        assert first.stdout.readline() == b"here\n"
+        with pytest.raises(CheckpointError, match="another process trains in"):
+            train_clip(_options(tmp_path))
+        first.kill()
+    train_clip(_options(tmp_path))
