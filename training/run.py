@@ -96,6 +96,9 @@ def run_training(
     evaluate: for the log, while training. -> the checkpoint folder. Raises what Trainer.fit raises.
     """
     run, out = run_folder(options), Path(options.out)
+    model: Any = method.export()
+    if isinstance(options, EncoderOptions) and (longer := [n for n in options.matryoshka if n > model.embed_dim]):
+        raise ValueError(f"--matryoshka {longer[0]}: embeddings of this model have {model.embed_dim} numbers")
     check_target(out)  # now, and not when all is trained
     if run.resolve().is_relative_to(out.resolve()):
         raise CheckpointError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -312,3 +313,32 @@ def test_two_trainings_do_not_write_into_one_run(tmp_path: Path) -> None:
             train_clip(_options(tmp_path))
         first.kill()
     train_clip(_options(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("clip --steps -3", "--steps -3: must be at least 0"),
+        ("clip --lr nan", "--lr nan: must be at least 0"),
+        ("clip --ema-decay 1", "--ema-decay 1.0: must be at least 0 and below 1"),
+        ("clip --batch-size 0", "--batch-size 0: must be at least 1"),
+        ("clip --chunk-size -2", "--chunk-size -2: must be at least 1"),
+        ("clip --matryoshka 16 0", "--matryoshka 0: must be at least 1"),
+        ("clip --matryoshka 16 9999", "--matryoshka 9999: embeddings of this model have 256 numbers"),
+        ("simclr --views 1", "--views 1: must be at least 2"),
+        ("simclr --crop 1.5", "--crop 1.5: must be above 0 and at most 1"),
+        ("dvae --quantizer vq --codes 0", "--codes 0: must be at least 2"),
+        ("clip --device nowhere", "--device nowhere: "),
+        ("clip --encoder timm:nope", "image encoder 'timm:nope' cannot be made: Unknown model"),
+        ("clip --encoder-options 3", "argument --encoder-options: '3' is no JSON object"),
+    ],
+)
+def test_values_that_cannot_work_are_refused_by_the_options_name(
+    tmp_path: Path, arguments: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    places = ["--out", str(tmp_path / "o"), "--run-dir", str(tmp_path / "r"), "--steps", "1", "--batch-size", "2"]
+    method, *given = arguments.split()
+    with contextlib.suppress(SystemExit):  # argparse's, of what is no value at all
+        assert main([method, *places, *given]) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "o").exists()
