@@ -51,8 +51,10 @@ def save_checkpoint(
 
     provenance: {data, license, command, commit, seed, hardware, metrics}; metrics end up in the model card.
     card: text for the card before the figures. dtype: in which floating weights are stored (float16 halves the file).
+    Raises CheckpointError, as check_target does, where something else than a checkpoint lies there.
     """
     target = Path(folder)
+    check_target(target)
     architecture = getattr(model, "architecture", None)
     if architecture not in ARCHITECTURES:
         raise CheckpointError(f"{type(model).__name__} is no architecture of this format; known: {_known()}")
@@ -81,6 +83,24 @@ def save_checkpoint(
         shutil.rmtree(staging, ignore_errors=True)
         raise
     return target
+
+
+def check_target(folder: str | Path) -> None:
+    """Whether a checkpoint may be written there: in place of nothing, of an empty folder or of another checkpoint.
+
+    Raises CheckpointError for anything else, for what is replaced is deleted: pictures, say, named by mistake.
+    """
+    target = Path(folder)
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return
+    try:
+        config = json.loads((target / "config.json").read_bytes())
+    except (OSError, ValueError):
+        config = None
+    if not isinstance(config, dict) or not {"architecture", "files"} <= config.keys():
+        raise CheckpointError(
+            f"{target} is there and is no checkpoint folder: name another folder for the checkpoint, or move this away"
+        )
 
 
 def load_checkpoint(folder: str | Path) -> Any:

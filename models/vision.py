@@ -181,6 +181,8 @@ def _build(name: str, image_size: int, options: dict[str, Any]) -> tuple[nn.Modu
             return backbone, int(backbone.num_features)
     except TypeError as error:
         raise ValueError(f"image encoder {name!r} does not take these options: {error}") from error
+    except RuntimeError as error:  # timm's, of a name that it does not know
+        raise ValueError(f"image encoder {name!r} cannot be made: {error}") from error
     known = ", ".join(["conv", *RESNETS, *VIT_SIZES])
     raise ValueError(f"unknown image encoder {name!r}; choose one of {known}, or timm:<name>")
 

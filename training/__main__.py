@@ -181,9 +181,16 @@ def _kind(name: str, hint: Any, value: Any) -> dict[str, Any]:
         number = get_args(hint)[0]
         return {"nargs": "+", "type": number, "metavar": name.upper()}
     if isinstance(value, dict):
-        return {"type": json.loads, "metavar": "JSON"}
+        return {"type": _json_object, "metavar": "JSON"}
     numeric = next(kind for kind in (int, float, str) if kind in (hint, *get_args(hint)))
     return {"type": numeric, "metavar": {int: "N", float: "X", str: "NAME"}[numeric]}
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        return dict(json.loads(text))
+    except (ValueError, TypeError):
+        raise argparse.ArgumentTypeError(f"{text!r} is no JSON object, such as '{{\"channels\": 48}}'") from None
 
 
 def _shown(value: Any) -> str:

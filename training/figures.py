@@ -28,6 +28,7 @@ from training.pictures import (
     coarse_grocery,
     data_root,
     fine_grocery,
+    name_and_weight,
     own_label,
     records_of,
     species_usda,
@@ -70,7 +71,7 @@ def evaluate_model(
     model, judge = (load_model(each) if isinstance(each, (str, Path)) else each for each in (model, judge))
     metrics: dict[str, float] = {}
     for spec in data:
-        name = spec.partition("=")[0]
+        name = name_and_weight(spec)[0]
         metrics |= evaluate_data(model, name, data_root, seed)
         if judge is not None:
             metrics |= _judged(model, judge, name, data_root, seed, statistics)

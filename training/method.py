@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import operator
 import pkgutil
 from abc import ABC, abstractmethod
-from dataclasses import field
+from collections.abc import Callable
+from dataclasses import field, fields
 from types import ModuleType
 from typing import Any
 
@@ -38,12 +40,32 @@ class Method(nn.Module, ABC):
         return self.get_submodule(self.exported)
 
 
-def option(default: Any, help: str) -> Any:
-    """A field of an options dataclass; the command line shows `help`."""
-    metadata = {"help": help}
+# What a bound of an option is called, and whether a value keeps it; NaN keeps none.
+_BOUNDS: dict[str, tuple[str, Callable[[float, float], bool]]] = {
+    "least": ("at least", operator.ge),
+    "above": ("above", operator.gt),
+    "most": ("at most", operator.le),
+    "below": ("below", operator.lt),
+}
+
+
+def option(default: Any, help: str, **bounds: float) -> Any:
+    """A field of an options dataclass; the command line shows `help`. bounds: least, above, most, below."""
+    metadata = {"help": help, "bounds": bounds}
     if isinstance(default, dict):
         return field(default_factory=lambda: dict(default), metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+def check_bounds(options: Any) -> None:
+    """Whether every value of an options dataclass keeps its bounds. Raises ValueError by the option's name."""
+    for item in fields(options):
+        given = getattr(options, item.name)
+        bounds = item.metadata.get("bounds", {})
+        for value in given if isinstance(given, tuple) else (given,):
+            if value is not None and not all(_BOUNDS[bound][1](value, limit) for bound, limit in bounds.items()):
+                wanted = " and ".join(f"{_BOUNDS[bound][0]} {limit}" for bound, limit in bounds.items())
+                raise ValueError(f"--{item.name.replace('_', '-')} {value}: must be {wanted}")
 
 
 def discover() -> dict[str, ModuleType]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import zlib
 from collections.abc import Callable
@@ -143,6 +144,20 @@ def unseen_drawing(record: Record) -> bool:
     return zlib.crc32(record.meta["key"].encode()) % 20 == 0
 
 
+def name_and_weight(spec: str) -> tuple[str, float | None]:
+    """What "name[=weight]" says; a file or folder may have = in its own name. Raises DataError for a wrong weight."""
+    if "=" not in spec or Path(spec).expanduser().exists():
+        return spec, None
+    name, _, share = spec.rpartition("=")
+    try:
+        weight = float(share)
+    except ValueError:
+        weight = math.nan
+    if not 0 < weight < math.inf:
+        raise DataError(f"{spec!r} is no file or folder, and the weight after = must be a number above 0")
+    return name, weight
+
+
 def open_source(
     spec: str, size: int, bad: BadRows, root: str | None = None, hold: float = 4.0, *, captioned: bool = True
 ) -> tuple[Source, float]:
@@ -152,11 +167,7 @@ def open_source(
     hold: gigabytes of decoded pictures that are held; a larger set is decoded as it is drawn. captioned: a picture
     without a caption is a bad row.
     """
-    name, _, share = spec.partition("=") if "=" in spec else (spec, "", "")
-    try:
-        weight = float(share) if share else None
-    except ValueError as error:
-        raise DataError(f"{spec!r}: the weight after = must be a number") from error
+    name, weight = name_and_weight(spec)
     if name == "scenes":
         return SceneSource(), weight or SCENES_WEIGHT
     if name in SETS:

@@ -28,13 +28,15 @@ class PretrainingOptions(EncoderOptions):
     """Options of every method that learns from views of pictures without labels."""
 
     held_size: int = option(
-        0, "side at which pictures are held, 0: a quarter above image_size, so that crops are sharp"
+        0, "side at which pictures are held, 0: a quarter above image_size, so that crops are sharp", least=0
     )
-    hidden_dim: int = option(0, "width of the heads' hidden layers, 0: that of the features")
-    projection_dim: int = option(128, "length of the projections that the loss sees")
-    crop: float | None = option(None, "smallest share of the area that a view may show (default: the recipe's)")
-    colour: float = option(1.0, "how much of the recipe's colour changes is taken")
-    blur: float | None = option(None, "probability of a blur (default: the recipe's)")
+    hidden_dim: int = option(0, "width of the heads' hidden layers, 0: that of the features", least=0)
+    projection_dim: int = option(128, "length of the projections that the loss sees", least=1)
+    crop: float | None = option(
+        None, "smallest share of the area that a view may show (default: the recipe's)", above=0, most=1
+    )
+    colour: float = option(1.0, "how much of the recipe's colour changes is taken", least=0)
+    blur: float | None = option(None, "probability of a blur (default: the recipe's)", least=0, most=1)
 
     def recipes(self, *recipes: Recipe) -> tuple[Recipe, ...]:
         """A method's recipes as these options change them."""

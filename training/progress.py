@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,12 @@ def history(run: Path) -> str:
     where it was not taken. At most 100 rows of training and 100 of evaluation, evenly spread; "" without a log."""
     file = run / "log.jsonl"
     kinds: dict[str, dict[int, dict[str, float]]] = {}
-    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
-        record = json.loads(line)
-        step, kind = record.pop("step"), record.pop("kind")
-        del record["time"]
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else ():
+        try:
+            record = dict(json.loads(line))
+            step, kind, _ = record.pop("step"), record.pop("kind"), record.pop("time")
+        except (ValueError, TypeError, KeyError):  # a line that a full disk, a kill or a power cut broke off
+            continue
         kinds.setdefault(kind, {})[step] = record  # a step that was done again after a resume counts once
     rows: dict[int, dict[str, float]] = {}
     for taken in kinds.values():
@@ -47,6 +50,8 @@ class Journal:
             return
         run.mkdir(parents=True, exist_ok=True)
         self._file = (run / "log.jsonl").open("a", encoding="utf-8")
+        if self._broken_off():
+            self._file.write("\n")  # or the next line would be part of it
         self._board = _summary_writer(run / "tensorboard")
         self._console = Console(stderr=True)
         self._progress = Progress(
@@ -60,6 +65,13 @@ class Journal:
         self._task = self._progress.add_task("starting", total=steps)
         self._progress.start()
         self._last: tuple[int, float] | None = None
+
+    def _broken_off(self) -> bool:
+        """Whether the log's last line has no end."""
+        with Path(self._file.name).open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - 1))
+            return file.read() not in (b"", b"\n")
 
     def log(self, step: int, values: dict[str, float], rows: int, alert: str | None = None) -> None:
         """One line of figures; rows: pictures a step, for the rate."""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from training.options import RunOptions
-from training.pictures import SETS
+from training.pictures import SETS, name_and_weight
 
 
 def provenance(method: str, options: RunOptions, data: Sequence[str], origin: Mapping[str, Any]) -> dict[str, Any]:
@@ -21,7 +21,7 @@ def provenance(method: str, options: RunOptions, data: Sequence[str], origin: Ma
 
     origin: the provenance of the model it goes on from, whose data and licences are this one's too; else empty.
     """
-    names = [spec.partition("=")[0] for spec in options.data]
+    names = [name_and_weight(spec)[0] for spec in options.data]
     licences = [SETS[name].license for name in names if name in SETS]
     licences += ["scenes: made by training/scenes.py"] if "scenes" in names else []
     licences = licences or ["that of your pictures"]

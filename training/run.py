@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import zlib
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from models.checkpoint import load_checkpoint, save_checkpoint
+from models.checkpoint import check_target, load_checkpoint, save_checkpoint
 from models.errors import CheckpointError, DataError
 from models.readers import BadRows
 from training.data import Batches, Source
@@ -22,6 +23,7 @@ from training.options import EncoderOptions, RunOptions
 from training.pictures import open_source
 from training.progress import history
 from training.provenance import provenance
+from training.state import alone_in, has_state
 from training.trainer import Evaluate, Trainer, choose_device
 
 log = logging.getLogger(__name__)
@@ -93,13 +95,30 @@ def run_training(
 
     evaluate: for the log, while training. -> the checkpoint folder. Raises what Trainer.fit raises.
     """
+    run, out = run_folder(options), Path(options.out)
+    model: Any = method.export()
+    if isinstance(options, EncoderOptions) and (longer := [n for n in options.matryoshka if n > model.embed_dim]):
+        raise ValueError(f"--matryoshka {longer[0]}: embeddings of this model have {model.embed_dim} numbers")
+    check_target(out)  # now, and not when all is trained
+    if run.resolve().is_relative_to(out.resolve()):
+        raise CheckpointError(
+            f"--run-dir {run} lies in --out {out}, which a checkpoint replaces: give it another place"
+        )
+    with alone_in(run):
+        return _trained(name, options, method, batches, data, evaluate)
+
+
+def _trained(
+    name: str, options: RunOptions, method: Method, batches: Batches, data: RunData, evaluate: Evaluate | None
+) -> Path:
     model = method.export()
     run, out = run_folder(options), Path(options.out)
     # Now, for the code on the disk may be another when the run ends.
     record = provenance(name, options, data.described, getattr(model, "provenance", {}))
-    if rank() == 0:
+    if rank() == 0 and not has_state(run):  # what goes with a state stays with it, though this run be refused
         save_checkpoint(model, run / SKELETON, provenance=record)
-    trainer = Trainer(method, batches, options.trainer, run, evaluate=evaluate, extra=_identity(options))
+    identity = _identity(options) | {"pictures": data.described, "vocabulary": _vocabulary(model)}
+    trainer = Trainer(method, batches, options.trainer, run, evaluate=evaluate, extra=identity)
     trained = trainer.fit()
     if rank() != 0:
         return out
@@ -122,6 +141,12 @@ def _figures(out: Path, options: RunOptions) -> dict[str, float]:
         except DataError as error:  # pictures without classes train an encoder and cannot judge it
             log.warning("left out of the figures: %s", error)
     return metrics
+
+
+def _vocabulary(model: Any) -> int | None:
+    """Tells the tokenizer of one run from that of another, whose tokens would be other texts to the same weights."""
+    tokenizer = getattr(model, "tokenizer", None)
+    return None if tokenizer is None else zlib.crc32(tokenizer.to_json().encode())
 
 
 def _identity(options: RunOptions) -> dict[str, Any]:

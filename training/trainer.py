@@ -28,45 +28,51 @@ from training.data import batches_from
 from training.distributed import process_group, rank, world_size
 from training.ema import update_ema
 from training.memory import memory_kept
-from training.method import Batch, Method, option
+from training.method import Batch, Method, check_bounds, option
 from training.optim import Moments, build_optimizer, warmup_cosine
 from training.progress import Journal, health
 from training.sharding import average_whole, clip_gradients, gathered, shard
 from training.state import facts_of, find_state, load_tensors, save_state, tensors_in
 
 Evaluate = Callable[[nn.Module], dict[str, float]]
+_TOLD_SINCE = ("pictures", "vocabulary")  # what the states of earlier versions do not tell of their runs
 
 
 @dataclass(frozen=True)
 class TrainerConfig:
     """How to train. Sizes count pictures of all processes together."""
 
-    steps: int = option(1000, "optimizer steps")
-    lr: float = option(1e-3, "peak learning rate")
-    weight_decay: float = option(0.1, "decay of weights (not of norms, biases and scales)")
-    warmup: int = option(100, "steps of linear warm-up; half a cosine follows")
+    steps: int = option(1000, "optimizer steps", least=0)
+    lr: float = option(1e-3, "peak learning rate", least=0)
+    weight_decay: float = option(0.1, "decay of weights (not of norms, biases and scales)", least=0)
+    warmup: int = option(100, "steps of linear warm-up; half a cosine follows", least=0)
     optimizer: Literal["adamw", "lars", "sgd"] = option("adamw", "adamw, lars or sgd")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = option(
         "auto", "auto (bf16 where the device has it in hardware, else fp32), fp32, bf16 or fp16"
     )
-    accumulate: int = option(1, "batches whose gradients make one step")
-    clip_norm: float = option(1.0, "largest norm of the gradient, 0 for any")
-    ema_decay: float = option(0.0, "decay of the averaged weights that are evaluated and exported, 0 for none")
+    accumulate: int = option(1, "batches whose gradients make one step", least=1)
+    clip_norm: float = option(1.0, "largest norm of the gradient, 0 for any", least=0)
+    ema_decay: float = option(
+        0.0, "decay of the averaged weights that are evaluated and exported, 0 for none", least=0, below=1
+    )
     compile: bool = option(False, "compile the method with torch.compile")
     shard: bool = option(
         False, "of several processes, each keeps a share of weights, gradients and optimizer state (FSDP2)"
     )
-    patience: float = option(600.0, "seconds after which a process that waits for others gives up")
+    patience: float = option(600.0, "seconds after which a process that waits for others gives up", above=0)
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
-    seed: int = option(0, "of everything that is drawn")
-    workers: int = option(0, "processes that prepare batches")
-    threads: int = option(0, "of torch on the CPU, 0 for its own choice")
-    log_every: int = option(20, "steps between log lines")
-    save_every: int = option(500, "steps between saved states, 0 for the end only")
-    evaluate_every: int = option(0, "steps between evaluations, 0 for the end only")
+    seed: int = option(0, "of everything that is drawn", least=0)
+    workers: int = option(0, "processes that prepare batches", least=0)
+    threads: int = option(0, "of torch on the CPU, 0 for its own choice", least=0)
+    log_every: int = option(20, "steps between log lines", least=0)
+    save_every: int = option(500, "steps between saved states, 0 for the end only", least=0)
+    evaluate_every: int = option(0, "steps between evaluations, 0 for the end only", least=0)
     time_limit: float = option(
-        0.0, "seconds after which the run ends, its schedule with it (the rate follows the clock); 0 for none"
+        0.0, "seconds after which the run ends, its schedule with it (the rate follows the clock); 0 for none", least=0
     )
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
 
 
 @dataclass
@@ -318,9 +324,10 @@ class Trainer:
             return
         facts, kept = facts_of(state), tensors_in(state)
         mine, theirs = json.loads(json.dumps(self._identity())), facts["config"]
+        theirs = {key: mine[key] for key in _TOLD_SINCE if key in mine} | theirs
         if changed := sorted(key for key in mine if mine[key] != theirs.get(key)):
             raise CheckpointError(
-                f"{self.run} is of a run with other {', '.join(changed)}: give the same options to go on, "
+                f"{self.run} is of a run with other {', '.join(changed)}: give the same options and data to go on, "
                 "or another --run-dir to begin anew"
             )
         moments = Moments(self.method, self.optimizer)
@@ -368,6 +375,11 @@ class Trainer:
 def choose_device(name: str = "auto") -> torch.device:
     """ "auto": this process's CUDA device if there is one, else the CPU."""
     if name != "auto":
+        try:
+            torch.empty(0, device=name)  # a name that torch knows, of a device that is there
+        except (RuntimeError, AssertionError) as error:
+            why = str(error).partition("\n")[0]
+            raise ValueError(f"--device {name}: {why}; choose auto, cpu, cuda or cuda:<number>") from error
         return torch.device(name)
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))

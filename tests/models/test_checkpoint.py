@@ -125,3 +125,17 @@ def test_missing_folder_and_truncated_config(tmp_path: Path, folder: Path) -> No
     (folder / "config.json").write_text("{")
     with pytest.raises(CheckpointError, match="cannot be read"):
         load_checkpoint(folder)
+
+
+def test_what_is_no_checkpoint_is_not_replaced(tmp_path: Path, folder: Path) -> None:
+    """A folder of pictures that is named by mistake keeps them."""
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    save_checkpoint(load_checkpoint(folder), pictures)  # empty: nothing is lost
+    save_checkpoint(load_checkpoint(folder), pictures)
+    (pictures / "config.json").write_text("{}")
+    for place in (pictures, pictures / "config.json"):
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(CheckpointError, match="is no checkpoint folder: name another"):
+            save_checkpoint(load_checkpoint(folder), place)
+        assert sorted(tmp_path.rglob("*")) == before

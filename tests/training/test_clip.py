@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from support import tiny_clip
 
 from models.checkpoint import load_checkpoint, save_checkpoint
@@ -260,3 +262,83 @@ def test_named_sets_need_their_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SEMBLANCE_DATA", raising=False)
     with pytest.raises(DataError, match="set SEMBLANCE_DATA"):
         evaluate_clip(tiny_clip(), data=("emoji",))
+
+
+def test_what_belongs_to_a_runs_state_is_that_runs(tmp_path: Path) -> None:
+    """A run that is refused leaves it as it was; one whose pictures or captions are others since is refused."""
+    table = tmp_path / "pictures.csv"
+    for index in range(8):
+        Image.new("RGB", (32, 32), (30 * index, 0, 0)).save(tmp_path / f"{index}.png")
+
+    def trained(words: Sequence[str], **changes: object) -> Path:
+        table.write_text("path,caption\n" + "".join(f"{i}.png,{word}\n" for i, word in enumerate(words)))
+        return train_clip(_options(tmp_path, data=(str(table),), evaluate=False, **changes))
+
+    words = ["red", "rose", "rust", "ruby", "robin", "rhubarb", "radish", "raspberry"]
+    trained(words)
+    with pytest.raises(CheckpointError, match="other embed_dim, vocab_size:"):
+        trained(words, embed_dim=32, vocab_size=280)
+    assert load_checkpoint(export_run(tmp_path / "run", tmp_path / "exported")).embed_dim == 16
+    with pytest.raises(CheckpointError, match="other vocabulary: give the same options and data"):
+        trained([*words[:7], "sky"])
+    with pytest.raises(CheckpointError, match="other pictures, vocabulary:"):
+        trained(words[:7])
+    trained(words)
+
+
+def test_pictures_or_a_run_in_the_checkpoints_place_are_kept(tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for index in range(8):
+        Image.new("RGB", (32, 32), (30 * index, 0, 0)).save(photos / f"{index}.png")
+    with pytest.raises(CheckpointError, match="photos is there and is no checkpoint folder"):
+        train_clip(replace(_options(tmp_path), data=(str(photos),), out=str(photos)))
+    assert not (tmp_path / "run").exists()  # it is said before anything is trained
+    assert len(list(photos.iterdir())) == 8
+    for run in ("out", "out/run"):
+        with pytest.raises(CheckpointError, match="lies in --out"):
+            train_clip(replace(_options(tmp_path), run_dir=str(tmp_path / run)))
+
+
+def test_two_trainings_do_not_write_into_one_run(tmp_path: Path) -> None:
+    """The second is refused as long as the first lives, however that ends."""
+    code = "import sys; from pathlib import Path; from training.state import alone_in\n"
+    code += "with alone_in(Path(sys.argv[1])): print('here', flush=True); sys.stdin.read()"
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / "run")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as first:
+        assert first.stdout is not None
+        assert first.stdout.readline() == b"here\n"
+        with pytest.raises(CheckpointError, match="another process trains in"):
+            train_clip(_options(tmp_path))
+        first.kill()
+    train_clip(_options(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("clip --steps -3", "--steps -3: must be at least 0"),
+        ("clip --lr nan", "--lr nan: must be at least 0"),
+        ("clip --ema-decay 1", "--ema-decay 1.0: must be at least 0 and below 1"),
+        ("clip --batch-size 0", "--batch-size 0: must be at least 1"),
+        ("clip --chunk-size -2", "--chunk-size -2: must be at least 1"),
+        ("clip --matryoshka 16 0", "--matryoshka 0: must be at least 1"),
+        ("clip --matryoshka 16 9999", "--matryoshka 9999: embeddings of this model have 256 numbers"),
+        ("simclr --views 1", "--views 1: must be at least 2"),
+        ("simclr --crop 1.5", "--crop 1.5: must be above 0 and at most 1"),
+        ("dvae --quantizer vq --codes 0", "--codes 0: must be at least 2"),
+        ("clip --device nowhere", "--device nowhere: "),
+        ("clip --encoder timm:nope", "image encoder 'timm:nope' cannot be made: Unknown model"),
+        ("clip --encoder-options 3", "argument --encoder-options: '3' is no JSON object"),
+    ],
+)
+def test_values_that_cannot_work_are_refused_by_the_options_name(
+    tmp_path: Path, arguments: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    places = ["--out", str(tmp_path / "o"), "--run-dir", str(tmp_path / "r"), "--steps", "1", "--batch-size", "2"]
+    method, *given = arguments.split()
+    with contextlib.suppress(SystemExit):  # argparse's, of what is no value at all
+        assert main([method, *places, *given]) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "o").exists()

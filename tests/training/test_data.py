@@ -25,7 +25,7 @@ from models.errors import DataError
 from models.readers import BadRows, Member, decode, file_bytes, read
 from training.augment import Augmentation, augment
 from training.data import CAPTION_IDS, ArraySource, Mixture, PictureBatches, SceneSource, StreamSource, batches_from
-from training.pictures import open_source
+from training.pictures import name_and_weight, open_source
 
 Encoded = Callable[..., bytes]
 
@@ -405,3 +405,18 @@ def test_a_collage_shows_two_pictures_and_goes_by_the_captions_of_both() -> None
                 drawn += 1
                 assert 0.35 <= float(share) <= 0.65
     assert 15 < drawn < 60
+
+
+def test_a_weight_is_a_number_above_0_and_a_path_may_have_an_equals_sign(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "year=2020").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert name_and_weight("scenes") == ("scenes", None)
+    assert name_and_weight("scenes=0.5") == ("scenes", 0.5)
+    assert name_and_weight("year=2020") == ("year=2020", None)
+    assert name_and_weight(f"{tmp_path}/year=2020=3") == (f"{tmp_path}/year=2020", 3.0)
+    assert open_source("scenes=2", 8, BadRows())[1] == 2
+    for wrong in ("scenes=0", "scenes=-1", "scenes=nan", "scenes=inf", "scenes=", "year=2021=x"):
+        with pytest.raises(DataError, match="the weight after = must be a number above 0"):
+            open_source(wrong, 8, BadRows())

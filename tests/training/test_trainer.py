@@ -288,3 +288,37 @@ def test_the_history_that_a_checkpoint_keeps(tmp_path: Path) -> None:
     assert steps == sorted(set(steps))
     assert 80 < len(steps) <= 100
     assert {b - a for a, b in itertools.pairwise(steps)} == {12}
+
+
+def test_a_log_line_that_broke_off_costs_that_line_alone(tmp_path: Path) -> None:
+    _train(tmp_path)
+    lines = (tmp_path / "log.jsonl").read_text().splitlines()
+    (tmp_path / "log.jsonl").write_text("\n".join(["", "3", *lines[:6], lines[6][:20]]))
+    shutil.rmtree(tmp_path / "state")
+    _train(tmp_path, replace(CONFIG, steps=8))
+    assert [row.split(",")[0] for row in history(tmp_path).split("\n")] == ["step", *map(str, range(1, 9))]
+    (tmp_path / "log.jsonl").write_text("\n".join(lines[:3]) + "\n\0\0\0")
+    assert len(history(tmp_path).split("\n")) == 4
+
+
+def test_a_state_that_cannot_be_written_or_read_is_said_in_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        _train(tmp_path, replace(CONFIG, save_every=4), Noisy(interrupt_at=5))
+    before = sorted(place.name for place in (tmp_path / "state").iterdir())
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3_000, limit[1]))  # as a full disk
+    try:
+        with pytest.raises(CheckpointError, match=r"step 8 cannot be written to .*: \[Errno 27\] File too large. Free"):
+            _train(tmp_path, replace(CONFIG, save_every=4))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    state = find_state(tmp_path)
+    assert state is not None
+    assert sorted(place.name for place in (tmp_path / "state").iterdir()) == before == [state.name]
+    for name in ("__0_0.distcp", ".metadata", "run.json"):
+        content = (state / name).read_bytes()
+        (state / name).write_bytes(content[: len(content) // 2])
+        with pytest.raises(CheckpointError, match=r"cannot be read, or is of another model: .*delete .* to begin anew"):
+            _train(tmp_path, replace(CONFIG, save_every=4))
+        (state / name).write_bytes(content)
+    _train(tmp_path, replace(CONFIG, save_every=4))

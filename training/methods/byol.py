@@ -103,9 +103,9 @@ class BYOLOptions(PretrainingOptions):
     """Train an image encoder with BYOL, on pictures without labels."""
 
     out: str = option("checkpoints/byol", "checkpoint folder to write")
-    hidden_dim: int = option(4096, "width of the heads' hidden layers, 0: that of the features")
-    projection_dim: int = option(256, "length of the projections that the loss sees")
-    target_decay: float = option(0.996, "start of the target's moving average, which ends at 1")
+    hidden_dim: int = option(4096, "width of the heads' hidden layers, 0: that of the features", least=0)
+    projection_dim: int = option(256, "length of the projections that the loss sees", least=1)
+    target_decay: float = option(0.996, "start of the target's moving average, which ends at 1", least=0, most=1)
 
 
 def presets() -> dict[str, BYOLOptions]:

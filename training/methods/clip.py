@@ -38,16 +38,16 @@ class CLIPOptions(EncoderOptions):
 
     out: str = option("checkpoints/clip", "checkpoint folder to write")
     resize: Literal["pad", "crop", "squash"] = option("pad", "how pictures become square")
-    embed_dim: int = option(256, "length of the embeddings")
-    text_width: int = option(192, "width of the text transformer")
-    text_depth: int = option(4, "its number of blocks")
-    context_length: int = option(48, "tokens a text may have, longer ones are cut")
+    embed_dim: int = option(256, "length of the embeddings", least=1)
+    text_width: int = option(192, "width of the text transformer", least=1)
+    text_depth: int = option(4, "its number of blocks", least=1)
+    context_length: int = option(48, "tokens a text may have, longer ones are cut", least=3)
     vocab_size: int = option(8192, "entries of the tokenizer that is learned from the captions, at most")
     loss: Literal["infonce", "siglip"] = option("infonce", "infonce (CLIP) or siglip")
     micro_batch: int = option(
-        0, "encode this many rows at a time and again on the way back (GradCache): less memory, more time"
+        0, "encode this many rows at a time and again on the way back (GradCache): less memory, more time", least=0
     )
-    chunk_size: int | None = option(None, "rows of the similarity matrix held at a time")
+    chunk_size: int | None = option(None, "rows of the similarity matrix held at a time", least=1)
 
 
 def presets() -> dict[str, CLIPOptions]:

@@ -224,14 +224,14 @@ class DALLEOptions(RunOptions):
         "checkpoint folder whose text tokenizer is taken, such as a CLIP's (default: one learned from the captions)",
     )
     vocab_size: int = option(4096, "entries of a text tokenizer that is learned, at most")
-    text_length: int = option(32, "tokens of a text, longer ones are cut")
-    width: int = option(256, "width of the transformer")
-    depth: int = option(6, "its number of blocks")
-    heads: int = option(4, "its attention heads")
+    text_length: int = option(32, "tokens of a text, longer ones are cut", least=3)
+    width: int = option(256, "width of the transformer", least=1)
+    depth: int = option(6, "its number of blocks", least=1)
+    heads: int = option(4, "its attention heads", least=1)
     tied: bool = option(False, "let the output weights be the embeddings")
-    text_weight: float = option(1 / 8, "weight of the text's loss beside the picture's")
-    image_weight: float = option(7 / 8, "weight of the picture's loss")
-    caption_dropout: float = option(0.1, "share of the captions that are left out, for guidance")
+    text_weight: float = option(1 / 8, "weight of the text's loss beside the picture's", least=0)
+    image_weight: float = option(7 / 8, "weight of the picture's loss", least=0)
+    caption_dropout: float = option(0.1, "share of the captions that are left out, for guidance", least=0, most=1)
     styles: StyleKind = option(
         "none", "what a picture's style token says: its data set (source), or its class where it has one (class)"
     )

@@ -165,15 +165,15 @@ class DVAEOptions(RunOptions):
     out: str = option("checkpoints/dvae", "checkpoint folder to write")
     quantizer: Literal["fsq", "vq", "gumbel"] = option("fsq", "fsq, vq or gumbel (DALL-E's)")
     levels: tuple[int, ...] = option((8, 8, 8), "fsq: levels of each channel; their product is the number of codes")
-    codes: int = option(512, "vq and gumbel: number of codes")
-    code_dim: int = option(32, "vq and gumbel: length of a code's vector")
-    channels: tuple[int, ...] = option((64, 128), "width of the network at each halving of the side")
-    blocks: tuple[int, ...] = option((0, 2), "residual blocks at each halving")
+    codes: int = option(512, "vq and gumbel: number of codes", least=2)
+    code_dim: int = option(32, "vq and gumbel: length of a code's vector", least=1)
+    channels: tuple[int, ...] = option((64, 128), "width of the network at each halving of the side", least=1)
+    blocks: tuple[int, ...] = option((0, 2), "residual blocks at each halving", least=0)
     loss: Loss = option("l2", "of the pixels: l2, l1 or laplace (logit-Laplace, as DALL-E)")
-    commitment: float = option(0.25, "vq: weight of the pull of features to their code")
-    kl: float = option(6.6, "gumbel: weight of the divergence from uniform codes")
-    kl_ramp: float = option(0.1, "gumbel: share of the run over which that weight grows from 0")
-    temperature: float = option(1 / 16, "gumbel: where the relaxation's temperature ends, from 1")
+    commitment: float = option(0.25, "vq: weight of the pull of features to their code", least=0)
+    kl: float = option(6.6, "gumbel: weight of the divergence from uniform codes", least=0)
+    kl_ramp: float = option(0.1, "gumbel: share of the run over which that weight grows from 0", least=0, most=1)
+    temperature: float = option(1 / 16, "gumbel: where the relaxation's temperature ends, from 1", above=0)
 
 
 def presets() -> dict[str, DVAEOptions]:

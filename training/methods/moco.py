@@ -200,11 +200,11 @@ class MoCoOptions(PretrainingOptions):
 
     out: str = option("checkpoints/moco", "checkpoint folder to write")
     version: Version = option("v2", "of the method")
-    temperature: float = option(0.2, "what similarities are divided by")
-    key_decay: float = option(0.999, "of the key encoder's moving average (v3: its start)")
-    queue_size: int = option(4096, "keys that are kept as negatives (v1, v2), a multiple of the batch")
+    temperature: float = option(0.2, "what similarities are divided by", above=0)
+    key_decay: float = option(0.999, "of the key encoder's moving average (v3: its start)", least=0, most=1)
+    queue_size: int = option(4096, "keys that are kept as negatives (v1, v2), a multiple of the batch", least=1)
     batch_norm: BatchNorms = option("shuffle", "statistics of keys: shuffle, split or sync")
-    splits: int = option(8, "parts of a process's batch that have statistics of their own (shuffle, split)")
+    splits: int = option(8, "parts of a process's batch that have statistics of their own (shuffle, split)", least=1)
 
 
 def presets() -> dict[str, MoCoOptions]:

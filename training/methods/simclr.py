@@ -163,13 +163,15 @@ class SimCLROptions(PretrainingOptions):
     """Train an image encoder with SimCLR, on pictures without labels."""
 
     out: str = option("checkpoints/simclr", "checkpoint folder to write")
-    views: int = option(2, "views of each picture")
+    views: int = option(2, "views of each picture", least=2)
     layers: Literal[2, 3] = option(2, "layers of the projector")
-    temperature: float = option(0.5, "what similarities are divided by (the start of it, if learned)")
+    temperature: float = option(0.5, "what similarities are divided by (the start of it, if learned)", above=0)
     learn_temperature: bool = option(False, "learn the temperature")
     variant: Variant = option("ntxent", "loss: ntxent, dcl, debiased or hard (negatives)")
-    tau_plus: float = option(0.1, "debiased and hard: share of negatives that are of the anchor's class")
-    beta: float = option(1.0, "hard: how much near negatives outweigh far ones")
+    tau_plus: float = option(
+        0.1, "debiased and hard: share of negatives that are of the anchor's class", least=0, below=1
+    )
+    beta: float = option(1.0, "hard: how much near negatives outweigh far ones", least=0)
 
 
 def presets() -> dict[str, SimCLROptions]:

@@ -74,11 +74,11 @@ class VICRegOptions(PretrainingOptions):
     """Train an image encoder with VICReg, on pictures without labels."""
 
     out: str = option("checkpoints/vicreg", "checkpoint folder to write")
-    hidden_dim: int = option(2048, "width of the expander's hidden layers, 0: that of the features")
-    projection_dim: int = option(2048, "length of the expanded rows that the loss sees")
-    invariance: float = option(25.0, "weight of the distance between views")
-    variance: float = option(25.0, "weight of the hinge on each column's deviation")
-    covariance: float = option(1.0, "weight of the covariances between columns")
+    hidden_dim: int = option(2048, "width of the expander's hidden layers, 0: that of the features", least=0)
+    projection_dim: int = option(2048, "length of the expanded rows that the loss sees", least=1)
+    invariance: float = option(25.0, "weight of the distance between views", least=0)
+    variance: float = option(25.0, "weight of the hinge on each column's deviation", least=0)
+    covariance: float = option(1.0, "weight of the covariances between columns", least=0)
 
 
 def presets() -> dict[str, VICRegOptions]:
