@@ -477,6 +477,9 @@ def _load_through(answer: Callable[[httpx.Request], httpx.Response], source: str
     return asyncio.run(load())
 
 
+MADE = {"name": "c", "model": "m", "fingerprint": "f", "dimensions": 24}
+
+
 def test_large_pictures_are_sent_in_several_requests(run: Run, tmp_path: Path) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (730, 730, 3), dtype=np.uint8)
     Image.fromarray(noise).save(tmp_path / "large.png", compress_level=0)
@@ -492,7 +495,7 @@ def test_large_pictures_are_sent_in_several_requests(run: Run, tmp_path: Path) -
     def answer(request: httpx.Request) -> httpx.Response:
         if request.method == "POST":
             sizes.append((len(request.content), len(json.loads(request.content)["items"])))
-        return httpx.Response(200, json={"dimensions": 24, "items": [], "next": None})
+        return httpx.Response(200, json=MADE | {"items": [], "next": None})
 
     assert _load_through(answer, file).added == 16
     assert [items for _, items in sizes] == [2] * 8
@@ -506,7 +509,7 @@ def test_a_server_that_refuses_all_ends_the_import(tmp_path: Path) -> None:
         if request.method == "POST":
             posts.append(request)
             return httpx.Response(403, json={"detail": "no key"})
-        return httpx.Response(200, json={"dimensions": 24, "items": [], "next": None})
+        return httpx.Response(200, json=MADE | {"items": [], "next": None})
 
     np.save(tmp_path / "a.npy", unit_rows(20 * BATCH, size=24))
     with pytest.raises(AnswerError, match="no key"):
