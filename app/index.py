@@ -23,6 +23,7 @@ Ids = NDArray[np.int64]
 Vectors = NDArray[np.float32]
 
 _BLOCK = 65_536  # rows whose scores are held at once
+_STEP = 64  # rows that are looked at in a row in the time that a graph takes for one of its candidates
 _BUILD = 1_000  # rows that a graph takes in one call; between two it can be stopped
 _PATIENCE = 5.0  # seconds that a close waits for a build; FAISS's training cannot be stopped, and dies with the process
 _NO_IDS: Ids = np.empty(0, np.int64)
@@ -195,7 +196,8 @@ class GrowingIndex:
         self._builder: threading.Thread | None = None
         self._state = _State(None, ExactIndex(exact.dimensions))
         if snapshot is not None and len(exact) and (kept := snapshots.load(snapshot, exact)) is not None:
-            self._take(graphs.built(*kept))
+            kind, index, ids, breadth = kept
+            self._take(graphs.built(kind, index, ids, breadth or graphs.breadth_of(kind, index, exact, ids)))
         with self._lock:
             self._maintain()
 
@@ -238,7 +240,7 @@ class GrowingIndex:
             state, count = self._state, len(self._exact)
         wanted = min(k, count if allowed is None else len(allowed))
         # Few allowed ones, or very many wanted ones, are found faster by looking at each.
-        if state.graph is None or 20 * k > count or (allowed is not None and 20 * len(allowed) < count):
+        if state.graph is None or self._is_slow(state.graph, k) or (allowed is not None and 20 * len(allowed) < count):
             return self._exact.search(queries, k, allowed)
         near = graphs.candidates(state.graph, queries, k, allowed, state.gone)
         found = []
@@ -249,6 +251,10 @@ class GrowingIndex:
         for place, hits in zip(short, self._exact.search(queries[short], k, allowed) if short else [], strict=True):
             found[place] = hits  # a filter leaves parts of a graph that no path leads to
         return found
+
+    def _is_slow(self, graph: graphs.Graph, k: int) -> bool:
+        cost = _STEP * graphs.width_of(graph, k) if graph.kind == "hnsw" else 20 * k
+        return cost > len(self)
 
     def ids(self) -> Ids:
         return self._exact.ids()
@@ -292,9 +298,8 @@ class GrowingIndex:
 
     def _build_all(self) -> None:
         try:
-            graphs.load_faiss().omp_set_num_threads(
-                1
-            )  # of this thread's work alone; the rest of the machine is the searches'
+            # Of this thread's work alone; the rest of the machine is the searches'.
+            graphs.load_faiss().omp_set_num_threads(1)
             while True:
                 with self._lock:
                     if self._stop.is_set() or not self._due():
@@ -325,10 +330,11 @@ class GrowingIndex:
             if len(ids):
                 index.add_with_ids(vectors, ids)
                 covered.append(ids)
-        graph = graphs.built(kind, index, np.concatenate(covered))
+        took = np.concatenate(covered)
+        graph = graphs.built(kind, index, took, graphs.breadth_of(kind, index, self._exact, took))
         self._take(graph)
         if self._snapshot is not None and not self._stop.is_set():
-            snapshots.save(self._snapshot, kind, index, self._exact, graph.ids)
+            snapshots.save(self._snapshot, graph, self._exact)
 
     def _take(self, graph: graphs.Graph | None) -> None:
         """Search by this graph from now on."""

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
+    from app.graphs import Graph
     from app.index import ExactIndex, Ids
 
 log = logging.getLogger(__name__)
@@ -23,17 +24,18 @@ _PART = 10_000  # vectors that are held twice at once
 _ROW = np.dtype([("id", "<i8"), ("crc", "<u4")])
 
 
-def save(place: Path, kind: str, index: Any, exact: ExactIndex, ids: Ids) -> None:
-    """Write `index`, which took `ids` of `exact`, to files that begin with `place`. A full disk is logged, no more."""
+def save(place: Path, graph: Graph, exact: ExactIndex) -> None:
+    """Write a graph over vectors of `exact` to files that begin with `place`. A full disk is logged, no more."""
     import faiss
 
-    graph, table, note = _files(place)
+    file, table, note = _files(place)
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         note.unlink(missing_ok=True)  # without it the other two say nothing
-        faiss.write_index(index, str(graph))
-        np.save(table, _table(exact, ids))
-        content = {"format": FORMAT, "kind": kind, "graph": file_hash(graph), "table": file_hash(table)}
+        faiss.write_index(graph.index, str(file))
+        np.save(table, _table(exact, graph.ids))
+        content = {"format": FORMAT, "kind": graph.kind, "graph": file_hash(file), "table": file_hash(table)}
+        content["breadth"] = graph.breadth
         written = note.with_suffix(".tmp")
         written.write_text(json.dumps(content))
         written.replace(note)
@@ -41,9 +43,9 @@ def save(place: Path, kind: str, index: Any, exact: ExactIndex, ids: Ids) -> Non
         log.warning("an index is not kept, and will be built again at the next start: %s", error)
 
 
-def load(place: Path, exact: ExactIndex) -> tuple[str, Any, Ids] | None:
-    """(kind, FAISS's index, the ids it took), or None, with a line in the log, unless the files are whole and every
-    vector that both know is the one in `exact`."""
+def load(place: Path, exact: ExactIndex) -> tuple[str, Any, Ids, int | None] | None:
+    """(kind, FAISS's index, the ids it took, its breadth if that is known), or None, with a line in the log, unless the
+    files are whole and every vector that both know is the one in `exact`."""
     import faiss
 
     graph, table, note = _files(place)
@@ -57,7 +59,8 @@ def load(place: Path, exact: ExactIndex) -> tuple[str, Any, Ids] | None:
         there = _table(exact, taken["id"])
         if not np.array_equal(taken[np.isin(taken["id"], there["id"])], there):
             raise ValueError("it was made of other vectors than the store holds")
-        return str(content["kind"]), faiss.read_index(str(graph)), taken["id"].astype(np.int64)
+        breadth = content.get("breadth")  # earlier versions did not measure it
+        return str(content["kind"]), faiss.read_index(str(graph)), taken["id"].astype(np.int64), breadth
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         log.warning("the index kept in %s is dropped and will be built again: %s", note.name, error)
         remove(place)

@@ -6,6 +6,7 @@ import json
 import random
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,6 +30,7 @@ SIZE = 32
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Graphs from some hundred vectors on."""
     monkeypatch.setattr(indexes, "_BUILD", 50)
+    monkeypatch.setattr(indexes, "_STEP", 2)
     monkeypatch.setattr(indexes, "_LEAST", {"hnsw": 200, "ivfpq": 2_000})
     monkeypatch.setattr(indexes, "_AUTO", {"ivfpq": 2_500, "hnsw": 500})
 
@@ -274,6 +276,58 @@ def test_a_snapshot_saves_the_building_and_forgets_what_was_deleted_since(tmp_pa
     assert _ids(index, unit_rows(1, 5, SIZE)[0], 1) == [500]
     assert not {*_ids(index, vectors[3], 20)} & set(range(30))
     assert all(_ids(index, vectors[each], 1) == [each] for each in range(30, 500, 9))
+    index.close()
+
+
+@pytest.mark.usefixtures("small")
+def test_a_graph_is_asked_for_as_many_as_its_data_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no direction is preferred, 64 candidates have eight of the ten nearest among them."""
+    monkeypatch.setattr(indexes, "_STEP", 0)  # the graph is followed whatever it costs
+    easy = _built("hnsw", np.repeat(unit_rows(300, 0, SIZE), 2, 0) + 0.1 * unit_rows(600, 1, SIZE))
+    assert easy._state.graph is not None
+    assert easy._state.graph.breadth == 64
+    place, vectors = tmp_path / "index" / "1", unit_rows(8000, 0, 256)
+    index = _built("hnsw", vectors, place)
+    assert index._state.graph is not None
+    breadth = index._state.graph.breadth
+    assert breadth > 64
+
+    def recall() -> float:
+        queries = unit_rows(50, 9, 256)
+        return float(
+            np.mean([len({*_ids(index, each, 10)} & {*_ids(index._exact, each, 10)}) / 10 for each in queries])
+        )
+
+    assert recall() > 0.93
+    state = index._state
+    index._state = replace(state, graph=replace(state.graph, breadth=64))
+    assert recall() < 0.87
+    index.close()
+    monkeypatch.setattr(graphs, "breadth_of", lambda *_: pytest.fail("it is kept with the snapshot"))
+    again = make_index("hnsw", 256, np.arange(8000), vectors, place)
+    assert isinstance(again, GrowingIndex)
+    assert again._state.graph is not None
+    assert again._state.graph.breadth == breadth
+    again.close()
+
+
+@pytest.mark.usefixtures("small")
+def test_a_search_that_a_graph_would_make_slower_looks_at_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    index = _built("hnsw", unit_rows(500, 0, SIZE))
+    followed: list[int] = []
+    real = graphs.candidates
+
+    def counted(*arguments: Any) -> Any:
+        followed.append(arguments[2])
+        return real(*arguments)
+
+    monkeypatch.setattr(graphs, "candidates", counted)
+    for k in (10, 62, 63):  # of 4 k candidates each
+        _ids(index, unit_rows(1, 1, SIZE)[0], k)
+    assert followed == [10, 62]
+    monkeypatch.setattr(indexes, "_STEP", 8)
+    _ids(index, unit_rows(1, 1, SIZE)[0], 10)
+    assert followed == [10, 62]
     index.close()
 
 
