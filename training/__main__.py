@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from models.checkpoint import load_model, save_checkpoint
 from models.errors import CheckpointError, SemblanceError
 from training.distributed import rank
-from training.method import discover
+from training.method import discover, unkept
 from training.options import EncoderOptions
 from training.reconstruction import STATISTICS
 
@@ -68,7 +68,7 @@ def _add_measuring(subcommands: Any) -> None:
     evaluate.add_argument(
         "--fine-tune",
         nargs="+",
-        type=float,
+        type=_bounded(float, above=0, most=1),
         default=[],
         metavar="SHARE",
         help="shares of the labels to fine-tune on too",
@@ -95,11 +95,13 @@ def _add_measuring(subcommands: Any) -> None:
     _add_data_root(analyze)
     analyze.add_argument("--out", default="analysis", help="folder to write (default: analysis)")
     analyze.add_argument("--maps", nargs="*", choices=("pca", "tsne", "umap"), default=["pca"], help="(default: pca)")
-    analyze.add_argument("--limit", type=int, default=2000, help="pictures, drawn at random (default: 2000)")
+    analyze.add_argument(
+        "--limit", type=_bounded(int, least=1), default=2000, help="pictures, drawn at random (default: 2000)"
+    )
     analyze.set_defaults(run_command=_analyze)
     oracle = subcommands.add_parser("oracle", help="Train the detector that judges what generators draw of scenes")
     oracle.add_argument("--out", default="runs/oracle", help="folder to write (default: runs/oracle)")
-    oracle.add_argument("--steps", type=int, default=3000, help="of 128 scenes each (default: 3000)")
+    oracle.add_argument("--steps", type=_bounded(int, least=1), default=3000, help="of 128 scenes each (default: 3000)")
     oracle.add_argument("--threads", type=int, default=0, help="of torch on the CPU, 0 for its own choice")
     oracle.add_argument("--seed", type=int, default=0, help="of everything that is drawn")
     oracle.set_defaults(run_command=_oracle)
@@ -125,9 +127,9 @@ def _add_pictures(subcommands: Any) -> None:
     views.add_argument("--data", default="scenes", help="a data set, as in training (default: scenes)")
     _add_data_root(views)
     views.add_argument("--out", default="views.png", help="file to write (default: views.png)")
-    views.add_argument("--image-size", type=int, default=96, help="side of the views (default: 96)")
-    views.add_argument("--count", type=int, default=8, help="pictures (default: 8)")
-    views.add_argument("--draws", type=int, default=4, help="pairs of views of each (default: 4)")
+    views.add_argument("--image-size", type=_bounded(int, least=1), default=96, help="side of the views (default: 96)")
+    views.add_argument("--count", type=_bounded(int, least=1), default=8, help="pictures (default: 8)")
+    views.add_argument("--draws", type=_bounded(int, least=1), default=4, help="pairs of views of each (default: 4)")
     views.add_argument("--seed", type=int, default=0, help="of everything that is drawn")
     views.set_defaults(run_command=_views)
     samples = subcommands.add_parser("samples", help="A sheet of what a generator draws: a row of pictures a prompt")
@@ -136,17 +138,23 @@ def _add_pictures(subcommands: Any) -> None:
     samples.add_argument("--data", default="scenes", help="a data set, as in training (default: scenes)")
     _add_data_root(samples)
     samples.add_argument("--out", default="samples.png", help="file to write (default: samples.png)")
-    samples.add_argument("--count", type=int, default=8, help="captions (default: 8)")
-    samples.add_argument("--columns", type=int, default=8, help="pictures of each (default: 8)")
-    samples.add_argument("--guidance-scale", type=float, default=2.0, help="1 for the text's own (default: 2)")
+    samples.add_argument("--count", type=_bounded(int, least=1), default=8, help="captions (default: 8)")
+    samples.add_argument("--columns", type=_bounded(int, least=1), default=8, help="pictures of each (default: 8)")
+    samples.add_argument(
+        "--guidance-scale", type=_bounded(float, least=0), default=2.0, help="1 for the text's own (default: 2)"
+    )
     samples.add_argument("--judge", help="a model that ends each row with the training picture nearest to its first")
     samples.add_argument("--seed", type=int, default=0, help="of everything that is drawn")
     samples.set_defaults(run_command=_samples)
     shard = subcommands.add_parser("scenes", help="Write captioned scenes as a shard, to look at or to index")
     shard.add_argument("--out", default="scenes.tar.gz", help="file to write (default: scenes.tar.gz)")
-    shard.add_argument("--each", type=int, default=10, help="single objects of each colour and shape (default: 10)")
-    shard.add_argument("--others", type=int, default=200, help="scenes of several objects (default: 200)")
-    shard.add_argument("--size", type=int, default=96, help="side in pixels (default: 96)")
+    shard.add_argument(
+        "--each", type=_bounded(int, least=0), default=10, help="single objects of each colour and shape (default: 10)"
+    )
+    shard.add_argument(
+        "--others", type=_bounded(int, least=0), default=200, help="scenes of several objects (default: 200)"
+    )
+    shard.add_argument("--size", type=_bounded(int, least=1), default=96, help="side in pixels (default: 96)")
     shard.add_argument("--seed", type=int, default=0, help="of everything that is drawn")
     shard.set_defaults(run_command=_scenes)
 
@@ -184,6 +192,19 @@ def _kind(name: str, hint: Any, value: Any) -> dict[str, Any]:
         return {"type": _json_object, "metavar": "JSON"}
     numeric = next(kind for kind in (int, float, str) if kind in (hint, *get_args(hint)))
     return {"type": numeric, "metavar": {int: "N", float: "X", str: "NAME"}[numeric]}
+
+
+def _bounded(kind: type[int] | type[float], **bounds: float) -> Callable[[str], float]:
+    """A number for argparse; bounds as `option` takes them."""
+
+    def number(text: str) -> float:
+        given = kind(text)
+        if wanted := unkept(given, bounds):
+            raise argparse.ArgumentTypeError(f"{text}: must be {wanted}")
+        return given
+
+    number.__name__ = kind.__name__  # which argparse says of what is no number
+    return number
 
 
 def _json_object(text: str) -> dict[str, Any]:

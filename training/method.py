@@ -6,7 +6,7 @@ import importlib
 import operator
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import field, fields
 from types import ModuleType
 from typing import Any
@@ -63,9 +63,15 @@ def check_bounds(options: Any) -> None:
         given = getattr(options, item.name)
         bounds = item.metadata.get("bounds", {})
         for value in given if isinstance(given, tuple) else (given,):
-            if value is not None and not all(_BOUNDS[bound][1](value, limit) for bound, limit in bounds.items()):
-                wanted = " and ".join(f"{_BOUNDS[bound][0]} {limit}" for bound, limit in bounds.items())
+            if value is not None and (wanted := unkept(value, bounds)):
                 raise ValueError(f"--{item.name.replace('_', '-')} {value}: must be {wanted}")
+
+
+def unkept(value: float, bounds: Mapping[str, float]) -> str:
+    """What a value must be that does not keep these bounds; nothing for one that does."""
+    if all(_BOUNDS[bound][1](value, limit) for bound, limit in bounds.items()):
+        return ""
+    return " and ".join(f"{_BOUNDS[bound][0]} {limit}" for bound, limit in bounds.items())
 
 
 def discover() -> dict[str, ModuleType]:

@@ -13,6 +13,7 @@ from models.readers import BadRows
 from models.vision import EncoderModel
 from training.analysis import picture_sheet
 from training.data import ArraySource, PictureBatches
+from training.distributed import world_size
 from training.figures import nearest_of_source
 from training.heads import ProjectedEncoder
 from training.method import Batch, Method, discover, option
@@ -112,6 +113,10 @@ def pretrain(name: str, options: PretrainingOptions, build: Callable[[EncoderMod
 
     Raises DataError, CheckpointError, DivergedError or ValueError with the way out.
     """
+    if options.batch_size < 2 * world_size():
+        raise ValueError(
+            f"--batch-size {options.batch_size}: every process needs two pictures at least, for a batch's statistics"
+        )
     torch.manual_seed(options.trainer.seed)
     model = starting_model(options, EncoderModel)
     if model is None:

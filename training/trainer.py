@@ -32,7 +32,7 @@ from training.method import Batch, Method, check_bounds, option
 from training.optim import Moments, build_optimizer, warmup_cosine
 from training.progress import Journal, health
 from training.sharding import average_whole, clip_gradients, gathered, shard
-from training.state import facts_of, find_state, load_tensors, save_state, tensors_in
+from training.state import facts_of, find_state, has_state, load_tensors, save_state, tensors_in
 
 Evaluate = Callable[[nn.Module], dict[str, float]]
 _TOLD_SINCE = ("pictures", "vocabulary")  # what the states of earlier versions do not tell of their runs
@@ -269,9 +269,10 @@ class Trainer:
         # In half precision the scaler lets such steps pass, and takes smaller ones.
         gradient_ok = self.precision == torch.float16 or math.isfinite(float(self._outputs["grad_norm"]))
         if not (math.isfinite(loss) and gradient_ok):
+            kept = f"; the last good state is in {self.run / 'state'}" if has_state(self.run) else ""
             raise DivergedError(
-                f"step {self.step}: the loss is {loss} and its gradient is not finite; the last good state is in "
-                f"{self.run / 'state'}. Lower --lr, lengthen --warmup or use --precision fp32."
+                f"step {self.step}: the loss is {loss} or its gradient is not finite{kept}. "
+                "Lower --lr, lengthen --warmup or use --precision fp32."
             )
 
     def _log(self, journal: Journal) -> None:

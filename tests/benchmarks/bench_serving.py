@@ -414,7 +414,7 @@ def main() -> None:
         common = ("--model", f"vit={reference}", "--data", str(store), "--checkpoints", str(place / "none"))
         for runtime in arguments.to:
             export = [*semblance, "export", "vit", "--to", runtime, "--pictures", str(place / "pictures"), *common]
-            subprocess.run(export, check=True, cwd=ROOT)
+            subprocess.run(export, check=False, cwd=ROOT)  # says itself what this processor cannot
         ours = stack.enter_context(serving("ours", _ours, *semblance, "serve", *common))
         details = httpx.get(f"{ours.url}/models").json()
         print(f"ours: {json.dumps(details)[:2000]}")

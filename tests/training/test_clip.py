@@ -330,6 +330,8 @@ def test_two_trainings_do_not_write_into_one_run(tmp_path: Path) -> None:
         ("dvae --quantizer vq --codes 0", "--codes 0: must be at least 2"),
         ("clip --device nowhere", "--device nowhere: "),
         ("clip --encoder timm:nope", "image encoder 'timm:nope' cannot be made: Unknown model"),
+        ("clip --loss siglip --chunk-size 2", "--chunk-size is of infonce alone"),
+        ("byol --batch-size 1", "--batch-size 1: every process needs two pictures"),
         ("clip --encoder-options 3", "argument --encoder-options: '3' is no JSON object"),
     ],
 )
@@ -342,3 +344,19 @@ def test_values_that_cannot_work_are_refused_by_the_options_name(
         assert main([method, *places, *given]) == 1
     assert message in capsys.readouterr().err
     assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("evaluate m --fine-tune 0.1 2", "argument --fine-tune: 2: must be above 0 and at most 1"),
+        ("views simclr --count 0", "argument --count: 0: must be at least 1"),
+        ("scenes --each -1", "argument --each: -1: must be at least 0"),
+        ("scenes --size 0", "argument --size: 0: must be at least 1"),
+        ("oracle --steps many", "argument --steps: invalid int value: 'many'"),
+    ],
+)
+def test_so_are_those_of_the_other_commands(arguments: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments.split())
+    assert message in capsys.readouterr().err

@@ -121,6 +121,8 @@ class CLIPMethod(Method):
         super().__init__()
         if loss not in ("infonce", "siglip"):
             raise ValueError(f"unknown loss {loss!r}; choose infonce or siglip")
+        if loss == "siglip" and chunk_size is not None:
+            raise ValueError("--chunk-size is of infonce alone: siglip's loss has no row that must be seen whole")
         if loss == "siglip" and model.logit_bias is None:
             raise ValueError("the siglip loss needs a model with logit_bias (the paper starts at -10)")
         self.model = model
