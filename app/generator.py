@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import AsyncGenerator, Sequence
@@ -33,6 +34,7 @@ from models.tokenizers import ImageTokenizer
 log = logging.getLogger(__name__)
 
 _MEMORY = 0.05  # share that the last step has in what is known of the pace
+_KNOWN = 20  # steps until it is known, for the first ones are slow
 
 
 @dataclass(eq=False)
@@ -250,7 +252,8 @@ class LocalGenerator(ServedGenerator):
         self._worker = worker
         self._admitted: list[Drawing] = []
         self._waiting: FairQueue[Drawing] = FairQueue()  # those of them that have no lane yet
-        self._pace = 0.0  # seconds a step, of late
+        self._pace = 0.0  # seconds a step, of late; 0: not known yet
+        self._early: list[float] = []
         self._moved = asyncio.Condition()
         self._wake = asyncio.Event()
         self._loop = asyncio.get_running_loop()
@@ -337,11 +340,9 @@ class LocalGenerator(ServedGenerator):
     async def _run(self) -> None:
         while True:
             await self._wake.wait()
-            joining, started = self._next(), self._loop.time()
+            joining = self._next()
             try:
-                if await self._loop.run_in_executor(self._worker, self._work, joining):
-                    pace = self._loop.time() - started
-                    self._pace += (pace - self._pace) * (_MEMORY if self._pace else 1)
+                self._note(await self._loop.run_in_executor(self._worker, self._work, joining))
             except Exception as error:
                 log.exception("a step of the decode loop failed")
                 failure = ModelError("the model failed while this picture was drawn")
@@ -364,8 +365,18 @@ class LocalGenerator(ServedGenerator):
                 free -= drawing.lanes
         return joining
 
-    def _work(self, joining: Sequence[Drawing]) -> bool:
-        """One step, in the worker thread, that others join. -> whether there was a picture to draw a token of."""
+    def _note(self, seconds: float) -> None:
+        if not seconds:  # nothing was drawn
+            return
+        if len(self._early) < _KNOWN:
+            self._early.append(seconds)
+            if len(self._early) == _KNOWN:
+                self._pace = sum(self._early) / _KNOWN
+        else:
+            self._pace += (seconds - self._pace) * _MEMORY
+
+    def _work(self, joining: Sequence[Drawing]) -> float:
+        """One step, in the worker thread, that others join. -> its seconds, 0 if there was nothing to draw."""
         for drawing in joining:
             try:
                 self._steps.join(drawing)
@@ -373,10 +384,10 @@ class LocalGenerator(ServedGenerator):
                 log.exception("a prompt could not be read")
                 drawing.error = ModelError("the model failed for this prompt")
                 drawing.error.__cause__ = error
-        drawn = bool(self._steps.drawings)
+        drawn, began = bool(self._steps.drawings), time.perf_counter()
         with self._step_seconds.time():
             self._steps.step()
-        return drawn
+        return time.perf_counter() - began if drawn else 0.0
 
 
 def _moved_on(drawings: Sequence[Drawing], before: Any) -> bool:

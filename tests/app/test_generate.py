@@ -396,7 +396,10 @@ def test_who_would_be_late_by_the_pace_of_those_before_is_told_at_once_and_when(
                     pass
 
             try:
-                served._pace = 1.0  # a step, in which each of 4 lanes has a token drawn; a picture has 16
+                for _ in range(19):
+                    served._note(1.0)
+                assert served._pace == 0  # the first steps are slow, and say nothing
+                served._note(1.0)  # a step, in which each of 4 lanes has a token drawn; a picture has 16
                 first = asyncio.create_task(draw("first", 12, 60))  # alone, whatever it takes
                 await asyncio.sleep(0)
                 with pytest.raises(
