@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,6 +53,18 @@ class Item:
     def place(self) -> Path | None:
         """Where its picture is, if it is not kept in the store."""
         return place_of(self.picture)
+
+
+@dataclass(frozen=True)
+class Among:
+    """Which of a collection's items are looked at: of a kind, with metadata that passes all filters, of these ids."""
+
+    target: Target = "any"
+    filters: Sequence[Condition] = ()
+    ids: Sequence[str] | None = None
+
+
+ALL = Among()
 
 
 @dataclass(frozen=True)
@@ -163,7 +175,7 @@ class Collection(ABC):
 
     def get(self, id: str) -> Item:
         """An item. Raises NotFoundError."""
-        found = self.page(1, ids=[id])
+        found = self.page(1, among=Among(ids=[id]))
         if not found:
             raise self._missing(id)
         return found[0]
@@ -177,30 +189,13 @@ class Collection(ABC):
             stored.append(vector)
         return np.stack(stored)
 
-    def page(
-        self,
-        limit: int,
-        after: str = "",
-        *,
-        target: Target = "any",
-        filters: Sequence[Condition] = (),
-        ids: Sequence[str] | None = None,
-    ) -> list[Item]:
-        """The first `limit` items whose ids come after `after`, in the order of their ids, of those that a search with
-        the same options could return."""
-        return self._page(limit, after, target, filters, ids, vectors=False)[0]
+    def page(self, limit: int, after: str = "", among: Among = ALL) -> list[Item]:
+        """The first `limit` items whose ids come after `after`, in the order of their ids."""
+        return self._page(limit, after, among, vectors=False)[0]
 
-    def page_with_vectors(
-        self,
-        limit: int,
-        after: str = "",
-        *,
-        target: Target = "any",
-        filters: Sequence[Condition] = (),
-        ids: Sequence[str] | None = None,
-    ) -> list[tuple[Item, Vectors]]:
+    def page_with_vectors(self, limit: int, after: str = "", among: Among = ALL) -> list[tuple[Item, Vectors]]:
         """As `page`, each with its vector (D,): read at one moment, for an item may be replaced at any."""
-        return list(zip(*self._page(limit, after, target, filters, ids, vectors=True), strict=True))
+        return list(zip(*self._page(limit, after, among, vectors=True), strict=True))
 
     def version(self, item: Item) -> str:
         """What changes when an item's picture does. Raises NotFoundError for an item without one."""
@@ -234,10 +229,10 @@ class Collection(ABC):
         metadata; of the items with the same value only the nearest is given. Raises InputError for a vector that is
         zero or not finite.
         """
-        query, wanted = self._unit([vector]), k + offset
+        query, wanted, among = self._unit([vector]), k + offset, Among(target, filters, ids)
         asked = wanted
         while True:
-            found, more = self._nearest(query, asked, target, filters, ids)
+            found, more = self._nearest(query, asked, among)
             if group_by is not None:
                 found = _first_of_groups(found, group_by)
             if len(found) >= wanted or not more:
@@ -248,7 +243,7 @@ class Collection(ABC):
         self, threshold: float, limit: int, *, target: Target = "any", go_on: Callable[[], None] = lambda: None
     ) -> tuple[int, list[list[SearchHit]]]:
         """How many groups of near-duplicates there are, and the `limit` largest, as duplicate_groups gives them."""
-        groups = duplicate_groups(self._index, threshold, self._allowed(target, ()), go_on)
+        groups = duplicate_groups(self._index, threshold, self._allowed(Among(target)), go_on)
         items = self._items([row for group in groups[:limit] for row, _ in group])
         shown = [[SearchHit(items[row], score) for row, score in group if row in items] for group in groups[:limit]]
         return len(groups), [group for group in shown if len(group) > 1]
@@ -257,18 +252,11 @@ class Collection(ABC):
         """What it holds, in numbers: `kinds`, `metadata` and `cosines` of app/statistics.py."""
         return {**self._counts(), "cosines": statistics.cosines(self._index)}
 
-    def _nearest(
-        self,
-        query: Vectors,
-        k: int,
-        target: Target,
-        filters: Sequence[Condition],
-        ids: Sequence[str] | None,
-    ) -> tuple[list[SearchHit], bool]:
+    def _nearest(self, query: Vectors, k: int, among: Among) -> tuple[list[SearchHit], bool]:
         """At most k hits of a unit vector (1, D), best first, and whether there may be more."""
         gone, before = set[int](), set[int]()
         while True:
-            hits = self._searches.search(query, k, self._allowed(target, filters, ids))[0]
+            hits = self._searches.search(query, k, self._allowed(among))[0]
             items = self._items([hit.id for hit in hits])
             unseen = {hit.id for hit in hits} - items.keys()
             if not unseen or (unseen <= gone and items.keys() == before):
@@ -284,16 +272,7 @@ class Collection(ABC):
         """Store items under these ids, all or none; unit vectors (N, D), N > 0."""
 
     @abstractmethod
-    def _page(
-        self,
-        limit: int,
-        after: str,
-        target: Target,
-        filters: Sequence[Condition],
-        ids: Sequence[str] | None,
-        *,
-        vectors: bool,
-    ) -> tuple[list[Item], Vectors]:
+    def _page(self, limit: int, after: str, among: Among, *, vectors: bool) -> tuple[list[Item], Vectors]:
         """What `page` gives, and its vectors (N, D), or none (0, D), in one statement."""
 
     @abstractmethod
@@ -305,7 +284,7 @@ class Collection(ABC):
         """Those of the rows that are there."""
 
     @abstractmethod
-    def _allowed(self, target: Target, filters: Iterable[Condition], ids: Sequence[str] | None = None) -> Ids | None:
+    def _allowed(self, among: Among) -> Ids | None:
         """The rows a search may return, None for all of them."""
 
     @abstractmethod

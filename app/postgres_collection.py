@@ -14,8 +14,7 @@ import numpy as np
 from psycopg import Connection, errors, sql
 
 from app import statistics
-from app.collection import Collection, Item, Made, NewItem, SearchHit, Target, item_of
-from app.filters import Condition
+from app.collection import Among, Collection, Item, Made, NewItem, SearchHit, item_of
 from app.index import Ids, VectorIndex, Vectors
 from app.milvus import MilvusIndex
 from app.pictures import Places, kept_size, name_of, place_of
@@ -231,17 +230,8 @@ class PostgresCollection(Collection):
             raise self._missing(id)
         self._remove(sorted(gone))
 
-    def _page(
-        self,
-        limit: int,
-        after: str,
-        target: Target,
-        filters: Sequence[Condition],
-        ids: Sequence[str] | None,
-        *,
-        vectors: bool,
-    ) -> tuple[list[Item], Vectors]:
-        conditions, values = self._conditions(target, filters, ids)
+    def _page(self, limit: int, after: str, among: Among, *, vectors: bool) -> tuple[list[Item], Vectors]:
+        conditions, values = self._conditions(among)
         where = " AND ".join([*conditions, "id > %s"])
         statement = f"SELECT {'vector' if vectors else 'NULL'}, {{}} FROM {{}} WHERE {where} ORDER BY id LIMIT %s"
         found = self._rows(statement, *values, after, limit)
@@ -268,12 +258,10 @@ class PostgresCollection(Collection):
     def _written(self) -> int:
         return int(self._run(lambda c: c.execute(f"SELECT last_value FROM writes_{self.key}").fetchall())[0][0])
 
-    def _nearest(
-        self, query: Vectors, k: int, target: Target, filters: Sequence[Condition], ids: Sequence[str] | None
-    ) -> tuple[list[SearchHit], bool]:
+    def _nearest(self, query: Vectors, k: int, among: Among) -> tuple[list[SearchHit], bool]:
         if not isinstance(self._index, TableIndex):
-            return super()._nearest(query, k, target, filters, ids)
-        index, (where, values) = self._index, self._where(target, filters, ids)
+            return super()._nearest(query, k, among)
+        index, (where, values) = self._index, self._where(among)
         columns = sql.SQL(", {}").format(_ITEM)
         found = self._run(lambda connection: index.nearest(connection, query[0], k, where, values, columns))
         return [SearchHit(item_of(rest), cosine) for _, cosine, *rest in found], len(found) == k
@@ -286,8 +274,8 @@ class PostgresCollection(Collection):
         found = self._rows("SELECT number, {} FROM {} WHERE number = ANY(%s)", list(numbers))
         return {number: item_of(rest) for number, *rest in found}
 
-    def _allowed(self, target: Target, filters: Iterable[Condition], ids: Sequence[str] | None = None) -> Ids | None:
-        where, values = self._where(target, filters, ids)
+    def _allowed(self, among: Among) -> Ids | None:
+        where, values = self._where(among)
         if where is NOTHING:
             return None
         statement = sql.SQL("SELECT number FROM {} {}").format(self.table, where)
@@ -307,24 +295,20 @@ class PostgresCollection(Collection):
             lambda key: self._rows(_FREQUENT, key, key, statistics.VALUES),
         )
 
-    def _where(
-        self, target: Target, filters: Iterable[Condition], ids: Sequence[str] | None
-    ) -> tuple[sql.Composable, list[Any]]:
-        conditions, values = self._conditions(target, filters, ids)
+    def _where(self, among: Among) -> tuple[sql.Composable, list[Any]]:
+        conditions, values = self._conditions(among)
         # The conditions are this program's own, whatever was asked is in the values.
         return sql.SQL(f"WHERE {' AND '.join(conditions)}") if conditions else NOTHING, values
 
-    def _conditions(
-        self, target: Target, filters: Iterable[Condition], ids: Sequence[str] | None
-    ) -> tuple[list[str], list[Any]]:
+    def _conditions(self, among: Among) -> tuple[list[str], list[Any]]:
         conditions, values = list[str](), list[Any]()
-        if target != "any":
+        if among.target != "any":
             conditions.append("kind = %s")
-            values.append(target)
-        if ids is not None:
+            values.append(among.target)
+        if among.ids is not None:
             conditions.append("id = ANY(%s)")
-            values.append(list(ids))
-        for condition, asked in (each.postgres() for each in filters):
+            values.append(list(among.ids))
+        for condition, asked in (each.postgres() for each in among.filters):
             conditions.append(condition)
             values += asked
         return conditions, values

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,8 @@ import apsw
 import numpy as np
 
 from app import statistics
-from app.collection import Collection, Item, Made, NewItem, Target, item_of
+from app.collection import Among, Collection, Item, Made, NewItem, item_of
 from app.database import Database, rows
-from app.filters import Condition
 from app.index import Ids, VectorIndex, Vectors
 from app.pictures import Pictures
 from models.errors import NotFoundError, StorageError
@@ -110,17 +110,8 @@ class SQLiteCollection(Collection):
         vectors = vectors_of([vector for vector, *_ in found], self.dimensions, self._database.file)
         return [item_of(rest) for _, *rest in found], vectors
 
-    def _page(
-        self,
-        limit: int,
-        after: str,
-        target: Target,
-        filters: Sequence[Condition],
-        ids: Sequence[str] | None,
-        *,
-        vectors: bool,
-    ) -> tuple[list[Item], Vectors]:
-        where, values = self._where(target, filters, ids)
+    def _page(self, limit: int, after: str, among: Among, *, vectors: bool) -> tuple[list[Item], Vectors]:
+        where, values = self._where(among)
         what = f"vector, {_ITEM} FROM items JOIN vectors USING (row)" if vectors else f"NULL, {_ITEM} FROM items"
         with self._database.read() as connection:
             statement = f"SELECT {what} WHERE {where} AND id > ? ORDER BY id LIMIT ?"
@@ -149,29 +140,28 @@ class SQLiteCollection(Collection):
             )
             return {row: item_of(rest) for row, *rest in found}
 
-    def _allowed(self, target: Target, filters: Iterable[Condition], ids: Sequence[str] | None = None) -> Ids | None:
-        filters = list(filters)
+    def _allowed(self, among: Among) -> Ids | None:
         with self._database.read() as connection:
             others = "SELECT 1 FROM items WHERE collection = ? AND kind <> ? LIMIT 1"
-            if target != "any" and not rows(connection, others, self.key, target):
-                target = "any"
-            if target == "any" and not filters and ids is None:
+            if among.target != "any" and not rows(connection, others, self.key, among.target):
+                among = replace(among, target="any")
+            if among.target == "any" and not among.filters and among.ids is None:
                 return None
-            where, values = self._where(target, filters, ids)
+            where, values = self._where(among)
             allowed = rows(connection, f"SELECT row FROM items WHERE {where}", *values)
             return np.array([row[0] for row in allowed], np.int64)
 
-    def _where(self, target: Target, filters: Iterable[Condition], ids: Sequence[str] | None) -> tuple[str, list[Any]]:
+    def _where(self, among: Among) -> tuple[str, list[Any]]:
         """A condition on rows of `items`, and its values."""
         conditions = ["collection = ?"]
         values: list[Any] = [self.key]
-        if target != "any":
+        if among.target != "any":
             conditions.append("kind = ?")
-            values.append(target)
-        if ids is not None:
+            values.append(among.target)
+        if among.ids is not None:
             conditions.append(_AMONG)
-            values.append(json.dumps(ids))
-        for condition, asked in (each.sql() for each in filters):
+            values.append(json.dumps(among.ids))
+        for condition, asked in (each.sql() for each in among.filters):
             conditions.append(condition)
             values += asked
         return " AND ".join(conditions), values

@@ -16,7 +16,7 @@ from starlette.responses import Response
 
 from app import images
 from app.batching import late
-from app.collection import Collection, Item, NewItem, SearchHit, Target
+from app.collection import Among, Collection, Item, NewItem, SearchHit, Target
 from app.conditions import condition_of
 from app.engine import ServedEngine
 from app.forms import Form
@@ -299,10 +299,10 @@ async def list_items(
     filters = [condition_of(entry) for entry in filter]
 
     def look(collection: Collection) -> list[tuple[Item, Any]]:
-        among: Any = {"target": target, "filters": filters, "ids": id or None}
+        among = Among(target, filters, id or None)
         if embeddings:
-            return list(collection.page_with_vectors(limit, after, **among))
-        return [(item, None) for item in collection.page(limit, after, **among)]
+            return list(collection.page_with_vectors(limit, after, among))
+        return [(item, None) for item in collection.page(limit, after, among)]
 
     items = await service.in_collection(name, look)
     following = items[-1][0].id if len(items) == limit else None

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from support import new_item, unit_rows
 
-from app.collection import Collection
+from app.collection import Among, Collection
 from app.collections import Collections
 from app.filters import Condition
 from app.postgres_collections import PostgresCollections
@@ -249,14 +249,14 @@ def test_pages_vectors_and_samples(opened: Open) -> None:
         made.add([new_item(i, id=name) for i, name in enumerate(names)])
         assert [item.id for item in made.page(100)] == sorted(names)
         assert [item.id for item in made.page(3, after="Z")] == ["_", "a", "aa"]
-        assert [item.id for item in made.page(2, ids=["ä", "B", "nowhere"])] == ["B", "ä"]
+        assert [item.id for item in made.page(2, among=Among(ids=["ä", "B", "nowhere"]))] == ["B", "ä"]
         assert made.vectors(["Z", "a"]) == pytest.approx(np.stack([unit_rows(1, i)[0] for i in (3, 0)]), abs=1e-6)
         with pytest.raises(NotFoundError, match="'nowhere'"):
             made.vectors(["a", "nowhere"])
         items, vectors = made.sample(4)
         assert [item.id for item in items] == ["a", "ä", "0", "aa"]
         assert vectors == pytest.approx(np.stack([unit_rows(1, i)[0] for i in (0, 2, 4, 6)]), abs=1e-6)
-        shown = made.page_with_vectors(2, after="Z", ids=["ä", "B", "a", "_", "aa"])
+        shown = made.page_with_vectors(2, after="Z", among=Among(ids=["ä", "B", "a", "_", "aa"]))
         assert [item for item, _ in shown] == [made.get("_"), made.get("a")]
         assert np.array_equal([vector for _, vector in shown], made.vectors(["_", "a"]))
         assert made.page_with_vectors(2, after="ä") == []
